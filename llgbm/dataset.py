@@ -1,0 +1,205 @@
+"""What training reads: conditions, standardised teacher weights and teacher deltas, row for row, split by task.
+
+Letters: A adapters, N prompts, C embedding width, V values of an adapter, K probes a step, Q marked positions,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from llgbm.conditions import ConditionPools, TextEncoder, build_conditions
+from llgbm.delta import DeltaCache, DeltaTable, EncodedProbes
+from llgbm.encoding import EncodedPairs
+from llgbm.models import Base
+from llgbm.probes import ProbeSet
+from llgbm.runtime import UserError, stream_seed
+from llgbm.teachers import Bank
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """The affine map between flat adapters and the space that generators predict in: (x - mean) / scale, each [V]."""
+
+    mean_V: Tensor
+    scale_V: Tensor
+
+    @classmethod
+    def fit(cls, values_AV: Tensor) -> Standardiser:
+        """Mean and standard deviation of every value over the adapters given (the training ones only).
+
+        A value that hardly varies takes a tenth of the median deviation as its scale. Raises ValueError for fewer than
+        two adapters.
+        """
+        if values_AV.shape[0] < 2:
+            raise ValueError(f"{values_AV.shape[0]} adapters: statistics need at least two training adapters")
+        deviation = values_AV.std(0)
+        return cls(values_AV.mean(0), deviation.clamp_min(0.1 * deviation.median().clamp_min(1e-8)))
+
+    def encode(self, values_AV: Tensor) -> Tensor:
+        return (values_AV - self.mean_V) / self.scale_V
+
+    def decode(self, tokens_AV: Tensor) -> Tensor:
+        return tokens_AV * self.scale_V + self.mean_V
+
+
+@dataclass(frozen=True)
+class ExperimentData:
+    """Everything of a world that does not depend on a trial, on one device; row i of all tables is one adapter.
+
+    `loss_deltas` is what the delta loss follows, `shared_deltas` (the suite's domain probes) and `generic_deltas` are
+    what is reported. `examples` are evaluation examples, adapter-major, `n_examples` a task.
+    """
+
+    adapter_ids: tuple[str, ...]
+    tasks: tuple[str, ...]
+    families: tuple[str, ...]
+    rows: Mapping[str, tuple[int, ...]]
+    values_AV: Tensor
+    conditions: ConditionPools
+    loss_deltas: DeltaTable
+    shared_deltas: DeltaTable
+    generic_deltas: DeltaTable
+    examples: EncodedPairs
+    n_examples: int
+    encoder: str
+    hash: str
+
+    def __post_init__(self) -> None:
+        by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}
+        if by_part["train"] & (by_part["val"] | by_part["test"]) or by_part["val"] & by_part["test"]:
+            raise ValueError("a task stands in two parts of the data: held out must mean held out")
+
+    def to(self, device: str | torch.device) -> ExperimentData:
+        """The same data with all tensors on a device."""
+        moved = ("values_AV", "conditions", "loss_deltas", "shared_deltas", "generic_deltas", "examples")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
+
+    def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
+        """The evaluation examples of some adapters, adapter-major."""
+        index = torch.tensor(rows)
+        ids = self.examples.input_ids_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
+        targets = self.examples.targets_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
+        return EncodedPairs(ids, targets)
+
+
+class Draw(NamedTuple):
+    """One sample asked for: which row of the training part, at which step."""
+
+    row: int
+    step: int
+
+
+class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
+    """Training samples: N fresh prompts, the teacher's standardised weights, K of its probes with their deltas.
+
+    What a `Draw` gives depends on seed, step and row alone, so a resumed run sees what an unbroken one would have seen.
+    """
+
+    def __init__(
+        self, conditions_ANC: Tensor, tokens_AV: Tensor, deltas: DeltaTable, n_prompts: int, n_probes: int, seed: int
+    ) -> None:
+        if not len(conditions_ANC) == len(tokens_AV) == len(deltas.delta_APQD):
+            raise ValueError(
+                f"{len(conditions_ANC)} conditions, {len(tokens_AV)} adapters and {len(deltas.delta_APQD)} deltas: "
+                "each row needs one of each"
+            )
+        if n_prompts > conditions_ANC.shape[1]:
+            raise UserError(f"{n_prompts} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}")
+        self._conditions_ANC, self._tokens_AV, self._deltas = conditions_ANC, tokens_AV, deltas
+        self._n_prompts, self._seed = n_prompts, seed
+        self._n_probes = min(n_probes, deltas.delta_APQD.shape[1])
+
+    def __len__(self) -> int:
+        return len(self._tokens_AV)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(stream_seed("sample", self._seed, draw.step, draw.row))
+        prompts = torch.randperm(self._conditions_ANC.shape[1], generator=generator)[: self._n_prompts]
+        probes = torch.randperm(self._deltas.delta_APQD.shape[1], generator=generator)[: self._n_probes]
+        own = self._deltas.probes
+        return {
+            "condition": self._conditions_ANC[draw.row, prompts],
+            "tokens": self._tokens_AV[draw.row],
+            "probe_ids": own.ids_APT[draw.row, probes],
+            "positions": own.positions_APQ[draw.row, probes],
+            "valid": own.valid_APQ[draw.row, probes],
+            "base_states": self._deltas.base_APQD[draw.row, probes],
+            "delta": self._deltas.delta_APQD[draw.row, probes],
+        }
+
+
+class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
+    """The same samples, read from a bank on disk: prompts through an encoder, weights, and the deltas of a probe set."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        base: Base,
+        encoder: TextEncoder,
+        probe_set: ProbeSet,
+        cache: Path,
+        tasks: Sequence[str],
+        n_prompts: int = 16,
+        n_probes: int = 4,
+        seed: int = 0,
+    ) -> None:
+        rows = [i for i, task in enumerate(bank.adapters.values()) if task in set(tasks)]
+        if not rows:
+            raise UserError(f"the bank holds no adapter of the tasks asked for, such as {next(iter(tasks), 'none')!r}")
+        batch = bank.load()
+        values_AV = batch.flatten(bank.spec)[rows]
+        pools = build_conditions(cache, encoder, bank, ["nonsense"])
+        deltas = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
+        self.standardiser = Standardiser.fit(values_AV)
+        tokens = self.standardiser.encode(values_AV)
+        table = deltas.table(base, probe_set).select(rows)
+        super().__init__(pools.train_ANC[rows], tokens, table, n_prompts, n_probes, seed)
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """Batches of draws for steps `start` to `stop`: every row once an epoch, each epoch in an order of its own."""
+
+    def __init__(self, n_rows: int, batch_size: int, start: int, stop: int, seed: int) -> None:
+        if n_rows < 1 or batch_size < 1:
+            raise ValueError(f"{n_rows} rows in batches of {batch_size}: both must be at least 1")
+        self._n_rows, self._batch_size, self._seed = n_rows, min(batch_size, n_rows), seed
+        self._start, self._stop = start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        per_epoch = self._n_rows // self._batch_size
+        for step in range(self._start, self._stop):
+            epoch, place = divmod(step, per_epoch)
+            order = self._order(epoch)[place * self._batch_size : (place + 1) * self._batch_size]
+            yield [Draw(index, step) for index in order]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(stream_seed("epoch", self._seed, epoch))
+        return torch.randperm(self._n_rows, generator=generator).tolist()
+
+
+def create_dataloader(
+    dataset: DeltaAugmentedDataset, batch_size: int, steps: int, seed: int = 0, start: int = 0
+) -> DataLoader[Any]:
+    """A loader that gives one batch a step, from step `start` up to `steps`, reshuffled every epoch."""
+    return DataLoader(dataset, batch_sampler=StepSampler(len(dataset), batch_size, start, steps, seed))
+
+
+def batch_deltas(batch: Mapping[str, Tensor]) -> DeltaTable:
+    """The probes and teacher deltas of a batch that `create_dataloader` gave, cut to the longest text in it."""
+    positions, valid = batch["positions"], batch["valid"]
+    width, marks = int(positions.max()) + 1, int(valid.sum(-1).max())
+    probes = EncodedProbes(batch["probe_ids"][..., :width], positions[..., :marks], valid[..., :marks])
+    return DeltaTable(probes, batch["base_states"][..., :marks, :], batch["delta"][..., :marks, :])

@@ -1,0 +1,64 @@
+"""Texts to padded token ids. The one place where prompts and answers become tensors.
+
+Letters: S texts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Right-padded prompt + answer texts.
+
+    `targets_ST[s, t]` is the token that position t has to predict where that is an answer token (or the end token),
+    and -100 elsewhere; so `targets_ST >= 0` marks the positions that predict the answer.
+    """
+
+    input_ids_ST: Tensor
+    targets_ST: Tensor
+
+    def to(self, device: str | torch.device) -> EncodedPairs:
+        return EncodedPairs(self.input_ids_ST.to(device), self.targets_ST.to(device))
+
+    def __len__(self) -> int:
+        return self.input_ids_ST.shape[0]
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
+    """Encode (prompt, answer) pairs; each answer is closed by the end token. Raises ValueError for no pair."""
+    if not pairs:
+        raise ValueError("no text to encode: a batch needs at least one prompt with its answer")
+    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
+    closed = [[*ids, tokenizer.eos_token_id] for ids in answers]
+    width = max(len(p) + len(a) for p, a in zip(prompts, closed, strict=True)) - 1
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    targets = torch.full((len(pairs), width), IGNORED)
+    for row, (prompt, answer) in enumerate(zip(prompts, closed, strict=True)):
+        whole, start = [*prompt, *answer], len(prompt) - 1
+        ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
+        targets[row, start : start + len(answer)] = torch.tensor(answer)
+    return EncodedPairs(ids, targets)
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [S, T] and attention mask [S, T] of prompts alone. Raises ValueError for none or an empty one."""
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    if not rows or not all(rows):
+        raise ValueError("no text to encode, or an empty one: each prompt needs at least one token")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return ids, mask

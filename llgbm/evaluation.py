@@ -1,0 +1,125 @@
+"""What a generator is worth on tasks that it never saw: the numbers that every result carries.
+
+Letters: A adapters, N prompts, C condition width, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from llgbm.dataset import ExperimentData
+from llgbm.delta import DeltaTable, measure_deltas
+from llgbm.functional import FunctionalLoRA
+from llgbm.generator import LoraGenerator
+from llgbm.lora import LoraBatch
+from llgbm.losses import delta_w_error, delta_w_inner
+from llgbm.training import accuracy_per_adapter
+
+REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Numbers of one part: means by metric name, accuracy and delta cosine by task, generated adapters, their deltas."""
+
+    metrics: Mapping[str, float]
+    accuracy_by_task: Mapping[str, float]
+    cosine_by_task: Mapping[str, float]
+    adapters: LoraBatch
+    delta_AD: Tensor
+    teacher_delta_AD: Tensor
+
+
+def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> PartResult:
+    """All numbers of a generator on one part (`train`, `val` or `test`), each adapter written from evaluation prompts."""
+    rows = list(data.rows[part])
+    conditions = data.conditions.evaluation_ANC[rows]
+    adapters = generator.generate(conditions)
+    result = evaluate_adapters(adapters, data, flora, rows)
+    shuffled = generator.generate(conditions[other_task(data, rows)])
+    nonsense = generator.generate(data.conditions.nonsense_NC[None].expand(len(rows), -1, -1))
+    controls = {
+        "accuracy_shuffled_prompts": accuracy_per_adapter(flora, shuffled, data, rows).mean().item(),
+        "accuracy_nonsense_prompts": accuracy_per_adapter(flora, nonsense, data, rows).mean().item(),
+        "nearest_teacher_distance": nearest_teacher_distance(adapters, data, flora).mean().item(),
+        "diversity": diversity(adapters),
+    }
+    return PartResult(
+        {**result.metrics, **controls},
+        result.accuracy_by_task,
+        result.cosine_by_task,
+        adapters,
+        result.delta_AD,
+        result.teacher_delta_AD,
+    )
+
+
+def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA, rows: list[int]) -> PartResult:
+    """Accuracy, deltas and ΔW error of given adapters on the tasks at `rows`; generators and baselines alike."""
+    accuracy_A = accuracy_per_adapter(flora, adapters, data, rows)
+    delta_AD = mean_delta(flora, adapters, data.shared_deltas, rows)
+    generic_AD = mean_delta(flora, adapters, data.generic_deltas, rows)
+    teacher_AD = data.shared_deltas.mean_AD[rows]
+    cosine_A = cosine_similarity(delta_AD, teacher_AD, dim=-1)
+    teachers = LoraBatch.unflatten(flora.spec, data.values_AV[rows])
+    metrics = {
+        "accuracy": accuracy_A.mean().item(),
+        "delta_cosine": cosine_A.mean().item(),
+        "delta_cosine_generic": cosine_similarity(generic_AD, data.generic_deltas.mean_AD[rows], dim=-1).mean().item(),
+        "delta_norm_ratio": (delta_AD.norm(dim=-1) / teacher_AD.norm(dim=-1)).mean().item(),
+        "delta_w_error": delta_w_error(adapters, teachers).mean().item(),
+    }
+    names = [data.tasks[i] for i in rows]
+    by_task = [dict(zip(names, values.tolist(), strict=True)) for values in (accuracy_A, cosine_A)]
+    return PartResult(metrics, by_task[0], by_task[1], adapters, delta_AD, teacher_AD)
+
+
+def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
+    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
+    probes = reference.probes.select(rows)
+    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
+
+
+def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
+    """For each row, the place in `rows` of a task that shares neither operation nor format, as near as there is one."""
+    names = [set(data.tasks[i].split("-")) for i in rows]
+    n = len(rows)
+    return [
+        min((j for j in range(n) if j != i), key=lambda j: (len(names[i] & names[j]), (j - i) % n), default=i)
+        for i in range(n)
+    ]
+
+
+def nearest_teacher_distance(adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA) -> Tensor:
+    """|ΔW - ΔW_teacher| / |ΔW_teacher| to the nearest training teacher, [A]: near 0 means it was copied."""
+    teachers = LoraBatch.unflatten(flora.spec, data.values_AV[list(data.rows["train"])])
+    own, cross, squares = _inner_products(adapters, teachers)
+    distances = (own[:, None] + squares[None] - 2 * cross).clamp_min(0).sqrt() / squares.sqrt()[None]
+    return distances.min(1).values
+
+
+def _inner_products(adapters: LoraBatch, teachers: LoraBatch) -> tuple[Tensor, Tensor, Tensor]:
+    own = delta_w_inner(adapters, adapters).diagonal()
+    squares = torch.cat(
+        [
+            delta_w_inner(teachers.select(slice(i, i + 1)), teachers.select(slice(i, i + 1))).flatten()
+            for i in range(teachers.n_adapters)
+        ]
+    )
+    return own, delta_w_inner(adapters, teachers), squares
+
+
+def diversity(adapters: LoraBatch) -> float:
+    """1 - mean cosine of ΔW between different generated adapters: 0 means that all are the same."""
+    inner = delta_w_inner(adapters, adapters)
+    norms = inner.diagonal().sqrt()
+    cosines = inner / (norms[:, None] * norms[None])
+    n = adapters.n_adapters
+    if n < 2:
+        return 0.0
+    return 1 - ((cosines.sum() - n) / (n * (n - 1))).item()

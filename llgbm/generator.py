@@ -1,0 +1,169 @@
+"""Generators: condition to adapters. One abstract class; its implementations are final.
+
+Letters: A adapters, N prompts, C condition width, M adapted modules, H hidden width, V values of an adapter, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llgbm.dataset import Standardiser
+from llgbm.lora import LinearShape, LoraBatch, LoraSpec
+from llgbm.runtime import UserError, stream_seed
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Which generator, and its widths."""
+
+    name: str = "default"
+    hidden: int = 256
+    blocks: int = 2
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.blocks < 0 or not 0 <= self.dropout < 1:
+            raise UserError("a generator needs hidden >= 1, blocks >= 0 and a dropout of at least 0 and below 1")
+
+
+class LoraGenerator(nn.Module, ABC):
+    """Reads N prompt embeddings of each task and predicts its whole adapter in the standardised space."""
+
+    mean_V: Tensor
+    scale_V: Tensor
+
+    def __init__(self, spec: LoraSpec, condition_width: int, standardiser: Standardiser) -> None:
+        super().__init__()
+        if standardiser.mean_V.shape != (spec.n_values,):
+            raise ValueError(
+                f"statistics of {standardiser.mean_V.numel()} values for adapters of {spec.n_values}: another base or rank"
+            )
+        self.spec = spec
+        self.condition_width = condition_width
+        self.register_buffer("mean_V", standardiser.mean_V.clone())
+        self.register_buffer("scale_V", standardiser.scale_V.clone())
+
+    @abstractmethod
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        """Standardised adapters [A, V] for prompt embeddings [A, N, C]."""
+
+    def to_lora(self, tokens_AV: Tensor) -> LoraBatch:
+        """Undo the standardisation; differentiable."""
+        return LoraBatch.unflatten(self.spec, tokens_AV * self.scale_V + self.mean_V)
+
+    def generate(self, condition_ANC: Tensor) -> LoraBatch:
+        """Adapters for prompt embeddings, without gradient, in eval mode. Raises ValueError for another width."""
+        if condition_ANC.ndim != 3 or condition_ANC.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"conditions have shape {tuple(condition_ANC.shape)}, needed: [A, N, {self.condition_width}]"
+            )
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            batch = self.to_lora(self(condition_ANC))
+        self.train(was_training)
+        return batch
+
+
+class ModuleCodeGenerator(LoraGenerator):
+    """The default. A residual trunk reads the pooled prompts; every (layer, module) has a code that modulates the
+    trunk's output (FiLM, Perez et al. 2018); one linear head a kind of module writes its full A and B.
+
+    The path from prompts to weights is linear but for the residual blocks, since task parts add up in weight space.
+    """
+
+    def __init__(
+        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        n_modules, hidden = len(spec.modules), config.hidden
+        self.norm = nn.LayerNorm(condition_width)
+        self.inlet = nn.Linear(condition_width, hidden)
+        self.trunk = nn.ModuleList(ResidualBlock(hidden, config.dropout) for _ in range(config.blocks))
+        self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
+        self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
+        self.outlet = ResidualBlock(hidden, config.dropout)
+        shapes = {m.kind: m for m in spec.modules}
+        self.heads = nn.ModuleDict({kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()})
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        for block in self.trunk:
+            state_AH = block(state_AH)
+        codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
+        written = [self.heads[m.kind](codes_AMH[:, i]) for i, m in enumerate(self.spec.modules)]
+        return torch.cat(written, dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 gelu(W1 norm(x))."""
+
+    def __init__(self, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, 2 * hidden)
+        self.down = nn.Linear(2 * hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
+    """Writes A then B, flat. Small at the start, so that training starts from the mean adapter."""
+    head = nn.Linear(hidden, rank * (shape.n_in + shape.n_out))
+    nn.init.normal_(head.weight, std=0.1 / hidden**0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+Maker = Callable[[LoraSpec, int, Standardiser, GeneratorConfig], LoraGenerator]
+GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator}
+
+
+def make_generator(
+    config: GeneratorConfig, spec: LoraSpec, condition_width: int, standardiser: Standardiser, seed: int
+) -> LoraGenerator:
+    """A fresh generator by name; the same seed gives the same weights. Raises UserError for an unknown name."""
+    if config.name not in GENERATORS:
+        raise UserError(f"unknown generator {config.name!r}; there are: {', '.join(GENERATORS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("generator", seed))
+        return GENERATORS[config.name](spec, condition_width, standardiser, config)
+
+
+def save_generator(folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: Mapping[str, Any]) -> None:
+    """Write `generator.safetensors` and `generator.json` (config, spec and the facts given) into a folder."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
+    save_file(weights, folder / "generator.safetensors")
+    described = {
+        **facts,
+        "generator": asdict(config),
+        "spec": asdict(generator.spec),
+        "condition_width": generator.condition_width,
+    }
+    (folder / "generator.json").write_text(json.dumps(described, indent=1, sort_keys=True))
+
+
+def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
+    """Read what `save_generator` wrote. Raises UserError where the folder holds no generator."""
+    try:
+        facts = json.loads((folder / "generator.json").read_text())
+        weights = load_file(folder / "generator.safetensors")
+    except OSError as error:
+        raise UserError(f"{folder} holds no generator: name a folder with generator.json and its weights") from error
+    shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
+    spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
+    statistics = Standardiser(weights["mean_V"], weights["scale_V"])
+    generator = make_generator(GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0)
+    generator.load_state_dict(weights, strict=True)
+    return generator.eval(), facts

@@ -1,0 +1,87 @@
+"""What every module may ask of the process it runs in: device, seeds, threads, logging, progress, errors for people."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+T = TypeVar("T")
+logger = logging.getLogger("llgbm")
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend: the message is one sentence, the exit status is 2, no traceback is shown."""
+
+
+def content_hash(*parts: Any, length: int = 16) -> str:
+    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__, **asdict(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
+
+
+def stream_seed(*parts: Any) -> int:
+    """Derive a 63-bit seed from its parts, so that every random stream has a name and none depends on another."""
+    return int(content_hash(*parts, length=16), 16) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> str:
+    """Name the device: the given one, or CUDA where torch sees it, else the CPU."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def release_device_memory() -> None:
+    """Hand cached device memory back after a long pass."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """Show a progress bar on a terminal; stay silent elsewhere."""
+    return tqdm(items, desc=label, total=total, disable=None, leave=False, file=sys.stderr)
+
+
+def progress_bar(label: str, total: int) -> tqdm:
+    """A progress bar to be moved by hand; silent where there is no terminal."""
+    return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal. Standard output stays free for results."""
+    print(text, file=sys.stderr, flush=True)

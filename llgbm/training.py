@@ -1,0 +1,325 @@
+"""One loop. It calls `report(step, metrics) -> bool` (False stops) and `checkpoint(state)`; who listens is no matter.
+
+Letters: A adapters, N prompts, C condition width, P probes, Q marked positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
+from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
+from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
+from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
+from llgbm.models import SIZES
+from llgbm.runtime import UserError, content_hash, progress, seed_everything
+from llgbm.teachers import right_answers
+
+Report = Callable[[int, Mapping[str, float]], bool]
+State = dict[str, Any]
+DELTA_PROBES = ("trajectory", "generic", "domain")
+DELTA_READINGS = ("per_probe", "mean")
+
+
+@dataclass(frozen=True)
+class MultiTaskLoss:
+    """λ_w · L_weight + λ_d · L_delta. A term whose λ is zero is not computed; both zero is refused (UserError)."""
+
+    lambda_weight: float = 1.0
+    lambda_delta: float = 1.0
+    loss_type: str = "mse"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_lambdas(self.lambda_weight, self.lambda_delta)
+        if self.loss_type not in DELTA_LOSSES:
+            raise UserError(f"unknown delta loss {self.loss_type!r}; there are: {', '.join(DELTA_LOSSES)}")
+
+    def __call__(
+        self,
+        delta_pred: Tensor | None = None,
+        delta_teacher: Tensor | None = None,
+        tokens_pred: Tensor | None = None,
+        tokens_teacher: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss` and the terms that it sums, `loss_weight` and `loss_delta`. Raises ValueError for a missing input."""
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.lambda_weight > 0:
+            pred, teacher = _both("tokens", tokens_pred, tokens_teacher)
+            terms["loss_weight"] = (self.lambda_weight, weight_loss(pred, teacher))
+        if self.lambda_delta > 0:
+            pred, teacher = _both("delta", delta_pred, delta_teacher)
+            kind = "mse_raw" if self.loss_type == "mse" and not self.normalize else self.loss_type
+            terms["loss_delta"] = (self.lambda_delta, delta_loss(kind, pred, teacher, valid))
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return {"loss": total, **{name: value for name, (_, value) in terms.items()}}
+
+
+@dataclass(frozen=True)
+class DeltaOnlyLoss:
+    """L_delta alone."""
+
+    loss_type: str = "mse"
+    normalize: bool = True
+
+    def __call__(self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The loss, a scalar. Raises as `MultiTaskLoss`."""
+        loss = MultiTaskLoss(0.0, 1.0, self.loss_type, self.normalize)
+        return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
+
+
+def check_lambdas(weight: float, delta: float) -> None:
+    """Raise UserError unless both are finite, not negative, and one is above zero."""
+    for name, value in (("weight", weight), ("delta", delta)):
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"lambda_{name} is {value:g}; it must be a finite number of at least 0")
+    if weight == delta == 0:
+        raise UserError("lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0")
+
+
+def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    if pred is None or teacher is None:
+        raise ValueError(f"the {name} loss has a weight above 0 but no {name}_pred or no {name}_teacher was given")
+    return pred, teacher
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A run as a value: everything that its numbers depend on, but for the data."""
+
+    lambda_weight: float = 0.3
+    lambda_delta: float = 1.0
+    seed: int = 0
+    use_small_model: bool = True
+    model_size: str | None = None
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    n_prompts: int = 16
+    n_probes: int = 4
+    delta_probes: str = "trajectory"
+    delta_loss: str = "cosine_norm"
+    delta_reading: str = "per_probe"
+    gradient_accumulation: int = 1
+    mixed_precision: str = "no"
+    eval_every: int = 100
+    patience: int = 0
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+    def __post_init__(self) -> None:
+        check_lambdas(self.lambda_weight, self.lambda_delta)
+        if self.model_size is None:
+            object.__setattr__(self, "model_size", "nano" if self.use_small_model else "micro")
+        _one_of("model size", str(self.model_size), tuple(SIZES))
+        _one_of("delta probes", self.delta_probes, DELTA_PROBES)
+        _one_of("delta reading", self.delta_reading, DELTA_READINGS)
+        _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
+        for name in ("steps", "batch_size", "n_prompts", "n_probes", "gradient_accumulation", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, nested ones as dictionaries."""
+        return asdict(self)
+
+
+def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `train` gives back: the best generator by validation accuracy, and the step that it is from."""
+
+    generator: LoraGenerator
+    best_step: int
+    best_score: float
+    steps_run: int
+    seconds: float
+
+
+class Trial:
+    """The state of one training: generator, optimiser, loss, and the best generator so far."""
+
+    def __init__(self, config: TrainingConfig, data: ExperimentData, flora: FunctionalLoRA) -> None:
+        from accelerate import Accelerator
+
+        seed_everything(config.seed)
+        self.config, self.data, self.flora = config, data, flora
+        on_cpu = flora.model.device.type == "cpu"
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation,
+        )
+        rows = list(data.rows["train"])
+        standardiser = Standardiser.fit(data.values_AV[rows])
+        width = data.conditions.train_ANC.shape[-1]
+        generator = make_generator(config.generator, flora.spec, width, standardiser, config.seed)
+        optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
+        self.dataset = DeltaAugmentedDataset(
+            data.conditions.train_ANC[rows],
+            standardiser.encode(data.values_AV[rows]),
+            data.loss_deltas.select(rows),
+            config.n_prompts,
+            config.n_probes,
+            config.seed,
+        )
+        self.step, self.best_step, self.best_score = 0, 0, -math.inf
+        self.best: dict[str, Tensor] = {}
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up over a twentieth of the steps, then cosine decay to a twentieth of the rate."""
+        steps = self.config.steps
+        warm = max(1, steps // 20)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+    def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """One step; returns its losses. Raises FloatingPointError when the loss is not finite."""
+        with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
+            terms = self.compute_loss(batch)
+            if not torch.isfinite(terms["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {terms['loss'].item()} at step {self.step}: lower the learning rate"
+                )
+            self.accelerator.backward(terms["loss"])
+            self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        names = {"loss": "loss/total", "loss_weight": "loss/weight", "loss_delta": "loss/delta"}
+        return {names[name]: value.item() for name, value in terms.items()}
+
+    def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss terms of a batch; what a λ of zero leaves unused is not computed."""
+        tokens = self.generator(batch["condition"])
+        if self.config.lambda_delta == 0:
+            return self.loss(tokens_pred=tokens, tokens_teacher=batch["tokens"])
+        teacher = batch_deltas(batch)
+        pred, wanted, valid = self._read_deltas(tokens, teacher)
+        return self.loss(pred, wanted, tokens, batch["tokens"], valid=valid)
+
+    def _read_deltas(self, tokens: Tensor, teacher: DeltaTable) -> tuple[Tensor, Tensor, Tensor | None]:
+        batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
+        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD)
+        if self.config.delta_reading == "mean":
+            return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
+        return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ
+
+    def batches(self) -> Any:
+        """A loader from the present step to the last."""
+        config = self.config
+        loader = create_dataloader(self.dataset, config.batch_size, config.steps, config.seed, self.step)
+        return loader
+
+    def keep_if_best(self, score: float) -> None:
+        """Remember the generator if its validation score is above all before."""
+        if score > self.best_score:
+            self.best_score, self.best_step = score, self.step
+            self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
+
+    def state(self) -> State:
+        """Everything that a resumed run needs; tensors, numbers and dictionaries only."""
+        return {
+            "step": self.step,
+            "generator": self.accelerator.unwrap_model(self.generator).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best,
+            "best_step": self.best_step,
+            "best_score": self.best_score,
+        }
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` gave."""
+        self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.best_step, self.best_score = state["step"], state["best_step"], state["best_score"]
+        self.best = state["best"]
+
+    @property
+    def stale(self) -> bool:
+        """Whether validation accuracy has not risen for `patience` evaluations."""
+        waited = (self.step - self.best_step) // self.config.eval_every
+        return self.config.patience > 0 and waited >= self.config.patience
+
+
+def train(
+    config: TrainingConfig,
+    data: ExperimentData,
+    flora: FunctionalLoRA,
+    report: Report = lambda step, metrics: True,
+    checkpoint: Callable[[State], None] = lambda state: None,
+    state: State | None = None,
+) -> Outcome:
+    """Train a generator; the one returned is the best on the validation tasks.
+
+    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy`; it ends the run by returning
+    False. `checkpoint` gets a state at those steps; `state` goes on from one. The same config, data and machine give
+    the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
+    """
+    trial = Trial(config, data, flora)
+    if state is not None:
+        trial.restore(state)
+    started, first = time.perf_counter(), trial.step
+    for batch in progress(trial.batches(), "generator", total=config.steps - first):
+        metrics = trial.advance(batch)
+        if trial.step % config.eval_every == 0 or trial.step == config.steps:
+            metrics |= evaluate(trial.accelerator.unwrap_model(trial.generator), data, flora, "val")
+            trial.keep_if_best(metrics["val/accuracy"])
+            checkpoint(trial.state())
+        if not report(trial.step, metrics) or trial.stale:
+            break
+    generator = trial.accelerator.unwrap_model(trial.generator)
+    if trial.best:
+        generator.load_state_dict(trial.best)
+    return Outcome(
+        generator.eval(), trial.best_step, trial.best_score, trial.step - first, time.perf_counter() - started
+    )
+
+
+def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
+    """`<part>/accuracy`: exact match on the evaluation examples of a part's tasks, from its evaluation prompts."""
+    rows = list(data.rows[part])
+    batch = generator.generate(data.conditions.evaluation_ANC[rows])
+    return {f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item()}
+
+
+def accuracy_per_adapter(
+    flora: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
+) -> Tensor:
+    """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
+    from llgbm.batched import adapters_applied
+
+    pieces = []
+    for start in range(0, len(rows), chunk):
+        piece = slice(start, start + chunk)
+        with torch.no_grad(), adapters_applied(flora.model, batch.select(piece), flora.spec.scaling):
+            right = right_answers(flora.model, data.examples_of(rows[piece]))
+        pieces.append(right.view(-1, data.n_examples).float().mean(1))
+    return torch.cat(pieces)

@@ -1,0 +1,149 @@
+"""A world: base, bank, conditions and deltas of one model size, built once and found again by content."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from llgbm.cache import build_entry, entry_is_whole
+from llgbm.conditions import build_conditions, make_encoder
+from llgbm.dataset import ExperimentData
+from llgbm.delta import DeltaCache, DeltaTable
+from llgbm.encoding import EncodedPairs, encode_pairs
+from llgbm.functional import FunctionalLoRA
+from llgbm.models import VERSION as MODEL_VERSION
+from llgbm.models import Base, PretrainConfig, base_hash, load_base, make_tokenizer, model_size, new_model, pretrain
+from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
+from llgbm.runtime import content_hash, pick_device, stream_seed
+from llgbm.suites import SyntheticSuite
+from llgbm.teachers import Bank, TeacherConfig, bank_key, build_bank, encode_examples
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Everything that a world depends on."""
+
+    size: str = "nano"
+    suite: SyntheticSuite = SyntheticSuite()
+    pretrain: PretrainConfig = PretrainConfig()
+    teachers: TeacherConfig = TeacherConfig()
+    encoder: str = "minilm"
+    delta_probes: str = "trajectory"
+    eval_examples: int = 16
+
+    smoke: bool = False
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self)
+
+
+@dataclass(frozen=True)
+class World:
+    """A built world."""
+
+    config: WorldConfig
+    base: Base
+    bank: Bank
+    data: ExperimentData
+    flora: FunctionalLoRA
+
+
+def base_key(config: WorldConfig) -> str:
+    """The name of a world's base in the cache."""
+    return content_hash("base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain)
+
+
+def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
+    """What of a world is in the cache and what would be built, part by part; nothing is loaded or written."""
+    base = cache / "bases" / base_key(config)
+    if not entry_is_whole(base):
+        return dict.fromkeys(("base", "teachers", "deltas", "conditions"), "would be built")
+    bank_entry = cache / "banks" / bank_key(base_hash(base), config.suite, config.teachers)
+    bank = "cached" if entry_is_whole(bank_entry) else "would be built"
+    rest = "found again by content where cached" if bank == "cached" else "would be built"
+    return {"base": "cached", "teachers": bank, "deltas": rest, "conditions": rest}
+
+
+def build_base(cache: Path, config: WorldConfig, device: str) -> Base:
+    """Pretrain the base of a world, or find it: named by size, suite, settings and the version of this code."""
+    size = model_size(config.size)
+
+    def write(folder: Path) -> None:
+        tokenizer = make_tokenizer(config.suite.vocabulary)
+        model = new_model(size, tokenizer, config.pretrain.seed)
+        rng = random.Random(stream_seed("pretraining", config.pretrain.seed))
+
+        def next_batch(count: int, bare: bool) -> EncodedPairs:
+            examples = [config.suite.pretraining_example(rng, bare) for _ in range(count)]
+            return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
+
+        pretrain(model, config.pretrain, next_batch, device)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return load_base(build_entry(cache, "bases", base_key(config), write), device)
+
+
+def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World:
+    """Build whatever of a world is not in the cache. Raises UserError for an unwritable cache or an unknown size."""
+    device = pick_device(device)
+    base = build_base(cache, config, device)
+    bank = build_bank(cache, base, config.suite, config.teachers)
+    return World(config, base, bank, gather_data(cache, config, base, bank), make_flora(base, bank))
+
+
+def make_flora(base: Base, bank: Bank) -> FunctionalLoRA:
+    """The base under adapters of the bank's rank, alpha and target modules."""
+    return FunctionalLoRA(base.model, bank.spec.rank, bank.spec.alpha, bank.spec.target_modules)
+
+
+def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> ExperimentData:
+    """Conditions, weights, deltas and evaluation examples of a bank, row for row."""
+    batch = bank.load()
+    tasks = tuple(bank.adapters.values())
+    suite, encoder = config.suite, make_encoder(config.encoder, base)
+    sets = delta_probe_sets(suite, bank)
+
+    def table(probe_set: ProbeSet) -> DeltaTable:
+        store = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
+        return store.table(base, probe_set)
+
+    tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
+    examples = [e for task in tasks for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")]
+    data = ExperimentData(
+        adapter_ids=tuple(bank.adapters),
+        tasks=tasks,
+        families=tuple(suite.task(task).family for task in tasks),
+        rows=rows_by_part(suite, bank),
+        values_AV=batch.flatten(bank.spec),
+        conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
+        loss_deltas=tables[config.delta_probes],
+        shared_deltas=tables["domain"],
+        generic_deltas=tables["generic"],
+        examples=encode_examples(base, examples),
+        n_examples=config.eval_examples,
+        encoder=encoder.name,
+        hash=content_hash(config, base.hash, bank.hash),
+    )
+    return data.to(base.model.device)
+
+
+def delta_probe_sets(suite: SyntheticSuite, bank: Bank) -> dict[str, ProbeSet]:
+    """The probe sets that `--delta-probes` picks from."""
+    return {
+        "generic": create_generic_probes(),
+        "domain": create_domain_probes(suite.name, suite.probe_prompts),
+        "trajectory": bank.trajectories(),
+    }
+
+
+def rows_by_part(suite: SyntheticSuite, bank: Bank) -> dict[str, tuple[int, ...]]:
+    """Rows of each part: all teachers of a training task, the first teacher of a held-out one."""
+    part_of = {task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)}
+    rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for index, (adapter_id, task) in enumerate(bank.adapters.items()):
+        if part_of[task] == "train" or adapter_id.endswith("_0"):
+            rows[part_of[task]].append(index)
+    return {part: tuple(found) for part, found in rows.items()}

@@ -1,0 +1,430 @@
+"""The tracker against real stores: SQLite files and, once, a real server."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+
+from llgbm.runtime import UserError
+from tuning.registry import current_champion, fetch_bundle, register_generator
+from tuning.store import connect, shown
+from tuning.tracking import (
+    FLUSH_ENTRIES,
+    StudyTracker,
+    TrackingTarget,
+    TrialTracker,
+    local_tracking_uri,
+    read_trials,
+)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyTracker:
+    tracker = StudyTracker.open(None, tmp_path, "ablation")
+    tracker.begin("phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"})
+    return tracker
+
+
+def open_trial(study: StudyTracker, trial_id: str = "t1", **params: object) -> TrialTracker:
+    assert study.target is not None
+    return TrialTracker.open(study.target, trial_id, "weight-only", {"seed": 3, **params}, {"llgbm.gpu": "no"})
+
+
+def test_children_are_nested_below_the_study_and_carry_its_tags(study: StudyTracker, tmp_path: Path) -> None:
+    assert study.child_run_id("t1") is None
+    trial = open_trial(study)
+    client = connect(local_tracking_uri(tmp_path))
+    parent, child = client.get_run(study.parent_run_id), client.get_run(trial.run_id)
+    assert parent.info.run_name == "phase_4_5"
+    assert parent.data.tags["llgbm.study"] == "phase_4_5"
+    assert parent.data.tags["llgbm.study_id"] == "id-1"
+    assert parent.data.tags["llgbm.commit"] == "abc"
+    assert parent.data.params == {"seeds": "2", "model.size": "tiny"}
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.tags["llgbm.trial_id"] == "t1"
+    assert child.data.tags["llgbm.config"] == child.info.run_name == "weight-only"
+    assert child.data.tags["llgbm.study"] == "phase_4_5"
+    assert child.data.tags["llgbm.gpu"] == "no"
+    assert child.info.status == "RUNNING"
+    assert study.child_run_id("t1") == trial.run_id
+    assert str(tmp_path / "mlruns" / "artifacts") in child.info.artifact_uri
+
+
+def test_the_target_travels_and_is_small(study: StudyTracker) -> None:
+    data = pickle.dumps(study.target)
+    assert len(data) < 1000 and pickle.loads(data) == study.target
+
+
+def test_params_are_flattened_cut_and_sent_in_batches(study: StudyTracker) -> None:
+    many = {f"p{index}": index for index in range(250)}
+    trial = open_trial(study, text="x" * 7000, loss={"lambda": {"w": 0.3}}, none=None, empty="", many=many)
+    params = trial.client.get_run(trial.run_id).data.params
+    assert params["loss.lambda.w"] == "0.3" and params["none"] == "None" and params["empty"] == ""
+    assert len(params["text"]) == 6000
+    assert [params[f"many.p{index}"] for index in range(250)] == [str(index) for index in range(250)]
+
+
+def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(study: StudyTracker) -> None:
+    first = open_trial(study)
+    for step in range(8):
+        first.log(step, {"loss/total": 100.0 + step})
+    first.flush()
+    study.finish_trial("t1", "FAILED")
+    time.sleep(0.01)
+    second = open_trial(study)
+    assert second.client.get_run(second.run_id).info.status == "RUNNING"
+    for step in range(5, 12):
+        second.log(step, {"loss/total": float(step)})
+    second.close()
+    study.finish_trial("t1", "FINISHED")
+    (result,) = read_trials(study.tracking_uri, study.parent_run_id)
+    assert second.run_id == first.run_id == result.run_id
+    assert result.curves["loss/total"] == [(s, 100.0 + s if s < 5 else float(s)) for s in range(12)]
+    assert (result.status, result.seed, result.config) == ("FINISHED", 3, "weight-only")
+    assert result.metrics == {"loss/total": 11.0}
+
+
+def test_an_unfinished_study_is_continued_and_a_finished_one_is_not_touched(tmp_path: Path) -> None:
+    first = StudyTracker.open(None, tmp_path, "ablation").begin("study", "id", {"steps": 5}, {})
+    study = StudyTracker.open(None, tmp_path, "ablation")
+    assert study.begin("study", "id", {"steps": 5}, {}) == first
+    study.finish("KILLED")
+    assert study.begin("study", "id", {"steps": 5}, {}) == first
+    assert study.client.get_run(first.parent_run_id).info.status == "RUNNING"
+    assert study.begin("study", "other", {"steps": 5}, {}) != first
+    assert study.begin("study", "id", {"steps": 6}, {}) != first
+    study.begin("study", "id", {"steps": 5}, {})
+    study.finish("FINISHED")
+    assert study.begin("study", "id", {"steps": 5}, {}) != first
+
+
+def test_a_trial_opened_again_with_other_values_is_refused(study: StudyTracker) -> None:
+    open_trial(study, steps=5)
+    open_trial(study, steps=5, more=1)
+    with pytest.raises(UserError, match="steps = 5 and is opened again with 6"):
+        open_trial(study, steps=6)
+
+
+def test_metrics_wait_for_a_full_buffer(study: StudyTracker) -> None:
+    trial = open_trial(study)
+    for step in range(FLUSH_ENTRIES - 1):
+        trial.log(step, {"m": 1.0})
+    assert "m" not in trial.client.get_run(trial.run_id).data.metrics
+    trial.log(FLUSH_ENTRIES, {"m": 2.0})
+    assert trial.client.get_run(trial.run_id).data.metrics["m"] == 2.0
+    trial.close()
+
+
+def test_metrics_do_not_wait_for_long(study: StudyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuning.tracking.FLUSH_SECONDS", 0.05)
+    trial = open_trial(study)
+    time.sleep(0.06)
+    trial.log(0, {"m": 1.0})
+    assert trial.client.get_run(trial.run_id).data.metrics == {"m": 1.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused_by_name(study: StudyTracker, value: float) -> None:
+    trial = open_trial(study)
+    with pytest.raises(ValueError, match="'loss/delta' is .* at step 7"):
+        trial.log(7, {"loss/weight": 1.0, "loss/delta": value})
+    with pytest.raises(ValueError, match="'loss/delta'"):
+        study.log_metrics({"loss/delta": value})
+    trial.close()
+    assert read_trials(study.tracking_uri, study.parent_run_id)[0].metrics == {}
+
+
+def test_the_driver_decides_how_runs_end(study: StudyTracker) -> None:
+    ids = {name: open_trial(study, name).run_id for name in ("good", "bad", "stopped", "left")}
+    study.finish_trial("good", "FINISHED")
+    study.finish_trial("bad", "FAILED")
+    study.finish_trial("stopped", "KILLED")
+    study.finish_trial("never-started", "FAILED")
+    statuses = {trial.trial_id: trial.status for trial in read_trials(study.tracking_uri, study.parent_run_id)}
+    assert statuses == {"good": "FINISHED", "bad": "FAILED", "stopped": "KILLED", "left": "RUNNING"}
+    study.finish("FAILED")
+    assert study.client.get_run(study.parent_run_id).info.status == "FAILED"
+    assert study.client.get_run(ids["left"]).info.status == "KILLED"
+    assert study.client.get_run(ids["good"]).info.status == "FINISHED"
+    with pytest.raises(ValueError, match="DONE"):
+        study.finish_trial("good", "DONE")
+
+
+def test_a_study_that_ends_well_leaves_its_children_alone(study: StudyTracker) -> None:
+    run_id = open_trial(study).run_id
+    study.finish("FINISHED")
+    assert study.client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_only_children_of_this_study_are_killed(study: StudyTracker, tmp_path: Path) -> None:
+    other = StudyTracker.open(None, tmp_path, "ablation")
+    other.begin("other", "id-2", {}, {})
+    bystander = open_trial(other)
+    assert bystander.run_id != open_trial(study).run_id
+    study.finish("KILLED")
+    assert other.client.get_run(bystander.run_id).info.status == "RUNNING"
+
+
+def test_artifacts_and_tags_are_kept(study: StudyTracker, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "report.md").write_text("hello")
+    trial = open_trial(study)
+    trial.log_artifacts(folder, "generated")
+    study.log_artifacts(folder, "report")
+    study.set_tags({"llgbm.verdict": "none"})
+    study.log_metrics({"baseline/teacher/accuracy": 1.0})
+    parent = study.client.get_run(study.parent_run_id)
+    assert [f.path for f in study.client.list_artifacts(trial.run_id, "generated")] == ["generated/report.md"]
+    assert [f.path for f in study.client.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
+    assert parent.data.tags["llgbm.verdict"] == "none"
+    assert parent.data.metrics == {"baseline/teacher/accuracy": 1.0}
+    trial.log_artifacts(folder, "")
+    copy = study.download_artifacts(trial.run_id, "generated", tmp_path)
+    assert (Path(copy) / "report.md").read_text() == "hello"
+    assert [f.path for f in study.client.list_artifacts(trial.run_id)] == ["generated", "report.md"]
+    with pytest.raises(UserError):
+        study.download_artifacts(trial.run_id, "nothing", tmp_path)
+
+
+def _log_steps(target: TrackingTarget, trial_id: str, steps: int) -> None:
+    trial = TrialTracker.open(target, trial_id, "config", {"seed": 0}, {})
+    for step in range(steps):
+        trial.log(step, {f"metric/{index}": step + index / 10 for index in range(8)})
+    trial.close()
+
+
+def test_four_processes_lose_nothing(study: StudyTracker) -> None:
+    assert study.target is not None
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        for future in [pool.submit(_log_steps, study.target, f"t{index}", 200) for index in range(4)]:
+            future.result()
+    results = read_trials(study.tracking_uri, study.parent_run_id)
+    assert sorted(result.trial_id for result in results) == ["t0", "t1", "t2", "t3"]
+    for result in results:
+        for index in range(8):
+            assert result.curves[f"metric/{index}"] == [(step, step + index / 10) for step in range(200)]
+
+
+def test_curves_can_be_limited(study: StudyTracker) -> None:
+    trial = open_trial(study)
+    trial.log(1, {"a": 1.0, "b": 2.0})
+    trial.close()
+    (result,) = read_trials(study.tracking_uri, study.parent_run_id, curve_keys=("a",))
+    assert result.curves == {"a": [(1, 1.0)]} and result.metrics == {"a": 1.0, "b": 2.0}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and ". " not in text
+    return text
+
+
+def test_a_silent_address_is_refused_soon(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        StudyTracker.open(f"http://me:secret@127.0.0.1:{free_port()}", tmp_path, "ablation")
+    assert time.monotonic() - began < 10
+    assert "no MLflow server answers at http://127.0.0.1" in one_sentence(error)
+    assert "secret" not in str(error.value)
+
+
+def test_an_address_that_accepts_and_never_answers_is_refused_soon(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began = time.monotonic()
+        with pytest.raises(UserError) as error:
+            StudyTracker.open(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, "ablation")
+    assert time.monotonic() - began < 10
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("address", ["file:/tmp/mlruns", "mlruns", "databricks", "ftp://host/x", "sqlite:"])
+def test_an_unsupported_address_is_refused(tmp_path: Path, address: str) -> None:
+    with pytest.raises(UserError, match="sqlite:///path") as error:
+        StudyTracker.open(address, tmp_path, "ablation")
+    one_sentence(error)
+
+
+def test_a_database_that_does_not_answer_is_refused_soon(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no database answers"):
+        StudyTracker.open(f"postgresql://me:secret@127.0.0.1:{free_port()}/db", tmp_path, "ablation")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written") as error:
+        StudyTracker.open(None, tmp_path / "file", "ablation")
+    one_sentence(error)
+
+
+def test_a_read_only_database_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written .*choose a folder that you may write to"):
+        StudyTracker.open("sqlite:////proc/mlflow.db", tmp_path, "ablation")
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("these are my notes, not a database " * 50)
+    with pytest.raises(UserError, match="not a database") as error:
+        StudyTracker.open(f"sqlite:///{tmp_path}/notes.db", tmp_path, "ablation")
+    one_sentence(error)
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from llgbm.runtime import UserError
+from tuning.tracking import StudyTracker, TrialTracker
+root = Path(sys.argv[1])
+study = StudyTracker.open(None, root, "ablation")
+target = study.begin("study", "id", {}, {})
+trial = TrialTracker.open(target, "t", "config", {}, {})
+size = (root / "mlruns/mlflow.db").stat().st_size
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+for step in range(3000):
+    trial.log(step, {"m": float(step)})
+try:
+    trial.close()
+except UserError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+trial.close()
+"""
+
+
+def test_a_file_that_cannot_grow_is_told_and_nothing_is_dropped(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "cannot be used" in result.stdout and len(result.stdout.splitlines()) == 1
+    uri = local_tracking_uri(tmp_path)
+    parent = StudyTracker.open(uri, tmp_path, "ablation").begin("study", "id", {}, {})
+    (trial,) = read_trials(uri, parent.parent_run_id)
+    assert trial.curves["m"] == [(step, float(step)) for step in range(3000)]
+
+
+def test_a_deleted_experiment_says_how_to_bring_it_back(study: StudyTracker, tmp_path: Path) -> None:
+    study.client.delete_experiment(study.experiment_id)
+    with pytest.raises(UserError, match=f"--experiment-id {study.experiment_id}") as error:
+        StudyTracker.open(None, tmp_path, "ablation")
+    one_sentence(error)
+
+
+def test_a_schema_of_another_version_is_refused(study: StudyTracker, tmp_path: Path) -> None:
+    copy = tmp_path / "old.db"
+    with sqlite3.connect(copy) as database, sqlite3.connect(tmp_path / "mlruns/mlflow.db") as source:
+        source.backup(database)
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with pytest.raises(UserError, match="mlflow db upgrade") as error:
+        StudyTracker.open(f"sqlite:///{copy}", tmp_path, "ablation")
+    one_sentence(error)
+
+
+def test_a_relative_database_is_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert StudyTracker.open("sqlite:///mine.db", tmp_path, "a").tracking_uri == f"sqlite:///{tmp_path}/mine.db"
+
+
+def test_addresses_are_shown_without_secrets() -> None:
+    assert shown("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert shown("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+
+
+_OPEN = """
+import sys
+from pathlib import Path
+from tuning.tracking import StudyTracker
+study = StudyTracker.open(None, Path(sys.argv[1]), "ablation")
+study.begin("study", sys.argv[2], {}, {})
+import mlflow, os
+from mlflow.telemetry import get_telemetry_client
+assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true" and get_telemetry_client() is None
+assert mlflow.active_run() is None
+study.finish("FINISHED")
+"""
+
+
+def test_two_drivers_can_make_the_store_at_once_and_in_silence(tmp_path: Path) -> None:
+    env = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")}
+    commands = [[sys.executable, "-c", _OPEN, str(tmp_path), name] for name in ("a", "b")]
+    pipe = subprocess.PIPE
+    drivers = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
+    assert [driver.communicate(timeout=120) for driver in drivers] == [("", ""), ("", "")]
+    assert [driver.returncode for driver in drivers] == [0, 0]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    port, store = free_port(), tmp_path / "server"
+    store.mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    options = ["--backend-store-uri", f"sqlite:///{store}/db", "--artifacts-destination", f"{store}/artifacts"]
+    with (store / "log").open("w") as log:
+        process = subprocess.Popen([*command, *options, "--workers", "1"], stdout=log, stderr=log)
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            _wait_for(uri, store / "log")
+            yield uri
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def _wait_for(uri: str, log: Path) -> None:
+    for _ in range(240):
+        try:
+            if requests.get(f"{uri}/health", timeout=1).ok:
+                return
+        except requests.exceptions.RequestException:
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")
+
+
+def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_path: Path) -> None:
+    study = StudyTracker.open(server + "/", tmp_path, "ablation")
+    study.begin("study", "id", {"a": {"b": 1}}, {})
+    trial = open_trial(study)
+    for step in range(1500):
+        trial.log(step, {"loss/total": 1.0 / (step + 1)})
+    trial.close()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.json").write_text(json.dumps({"x": 1}))
+    trial.log_artifacts(tmp_path / "out", "out")
+    study.finish_trial("t1", "FINISHED")
+    study.finish("FINISHED")
+    (result,) = read_trials(server, study.parent_run_id)
+    assert result.curves["loss/total"] == [(step, 1.0 / (step + 1)) for step in range(1500)]
+    assert result.status == "FINISHED"
+    assert [file.path for file in study.client.list_artifacts(result.run_id, "out")] == ["out/x.json"]
+    assert not (tmp_path / "mlruns").exists()
+    assert json.loads(_register_and_fetch(server, result.run_id, tmp_path).read_text()) == {"size": "tiny"}
+    assert study.client.get_run(result.run_id).info.status == "FINISHED"
+
+
+def _register_and_fetch(server: str, run_id: str, folder: Path) -> Path:
+    (folder / "bundle").mkdir()
+    (folder / "bundle/generator.json").write_text(json.dumps({"size": "tiny"}))
+    tags = {"llgbm.val_data": "val1"}
+    register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", True)
+    champion = current_champion(server, "generator")
+    assert champion is not None and champion.run_id == run_id
+    return fetch_bundle("models:/generator@champion", server) / "generator.json"

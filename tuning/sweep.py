@@ -1,0 +1,153 @@
+"""Trials under Ray Tune: what the machine has, what a trial gets, who says how each trial ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llgbm.runtime import UserError, progress_bar
+from llgbm.world import World
+from tuning.studies import Study
+from tuning.tracking import StudyTracker, TrackingTarget
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each trial gets, and how many run at once."""
+
+    cpus: float
+    gpus: float
+    concurrent: int
+    machine_cpus: int
+    machine_gpus: int
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def describe(self) -> str:
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{self.concurrent} at a time, {self.cpus:g} CPUs{gpus} each"
+
+
+def check_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
+    """What trials get. Raises UserError for more than the machine has, or for nothing."""
+    has_cpus, has_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cpus = 1.0 if cpus is None else cpus
+    gpus = (0.25 if has_gpus else 0.0) if gpus is None else gpus
+    for name, asked, has in (("CPUs", cpus, has_cpus), ("GPUs", gpus, has_gpus)):
+        if not math.isfinite(asked) or asked < 0 or (name == "CPUs" and asked == 0):
+            raise UserError(f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)")
+        if asked > has:
+            raise UserError(f"{asked:g} {name} per trial asked for, this machine has {has}: ask for at most that")
+    if gpus > 1 and not float(gpus).is_integer():
+        raise UserError(f"{gpus:g} GPUs per trial asked for; above 1 it must be a whole number")
+    if concurrent is not None and concurrent < 1:
+        raise UserError(f"max-concurrent is {concurrent}; it must be at least 1")
+    fits = int(min(has_cpus / cpus, has_gpus / gpus if gpus else math.inf) + 1e-9)
+    return Resources(cpus, gpus, min(fits, concurrent or fits), has_cpus, has_gpus)
+
+
+def start_ray(resources: Resources) -> None:
+    """Start a local Ray, quietly."""
+    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            num_cpus=resources.machine_cpus,
+            num_gpus=resources.machine_gpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=512 * 2**20,
+        )
+
+
+def run_sweep(
+    study: Study, worlds: Mapping[str, World], target: TrackingTarget, tracker: StudyTracker, resources: Resources
+) -> None:
+    """Run every trial of a study; each run's final status is set here, in the driver, whatever became of its worker.
+
+    Raises KeyboardInterrupt after an interrupt, once Ray has stopped the trials.
+    """
+    from ray import tune
+
+    from tuning.trainable import ray_trainable
+
+    watcher = make_watcher(study, tracker)
+    trainable = tune.with_parameters(
+        ray_trainable, trials=study.trials, worlds=dict(worlds), target=target, threads=resources.threads
+    )
+    with tempfile.TemporaryDirectory() as storage:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
+            param_space={"trial": tune.grid_search(list(range(len(study.trials))))},
+            tune_config=tune.TuneConfig(
+                metric="val/accuracy", mode="max", reuse_actors=True, max_concurrent_trials=resources.concurrent
+            ),
+            run_config=tune.RunConfig(
+                name=study.id, storage_path=str(Path(storage).resolve()), verbose=0, callbacks=[watcher]
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            watcher.close()
+    if watcher.ended < len(study.trials):
+        raise KeyboardInterrupt
+
+
+def make_watcher(study: Study, tracker: StudyTracker) -> Any:
+    """A Tune callback that shows progress and sets final statuses."""
+    from ray import tune
+
+    steps = {index: trial.config.steps for index, trial in enumerate(study.trials)}
+
+    class Watcher(tune.Callback):
+        """Counts steps for the bar; FINISHED and FAILED are decided here."""
+
+        def __init__(self) -> None:
+            self.bar = progress_bar("trials", sum(steps.values()))
+            self.seen: dict[int, int] = {}
+            self.ended = 0
+
+        def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
+            index = result["config"]["trial"]
+            self.seen[index] = min(int(result.get("step", 0)), steps[index])
+            self.bar.n = sum(self.seen.values())
+            self.bar.refresh()
+
+        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+            self._end(trial, "FINISHED")
+
+        def on_trial_error(self, iteration, trials, trial, **info) -> None:
+            self._end(trial, "FAILED")
+
+        def _end(self, trial, status: str) -> None:
+            self.ended += 1
+            tracker.finish_trial(study.trials[trial.config["trial"]].id, status)
+
+        def close(self) -> None:
+            self.bar.close()
+
+    return Watcher()

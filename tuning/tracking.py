@@ -1,0 +1,369 @@
+"""What MLflow is told about a study and what is read back: one parent run per study, one child run per trial.
+
+Only explicit run ids are used, never MLflow's active run: a trial that is stopped, killed or resumed keeps
+its one run, and the driver alone decides how a run ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from llgbm.runtime import UserError
+from tuning.store import connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger("tuning.tracking")
+
+PARENT_TAG = "mlflow.parentRunId"
+STUDY_TAG = "llgbm.study"
+STUDY_ID_TAG = "llgbm.study_id"
+TRIAL_TAG = "llgbm.trial_id"
+CONFIG_TAG = "llgbm.config"
+FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+PARAM_LENGTH = 6000
+PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 1000
+FLUSH_ENTRIES = 500
+FLUSH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TrackingTarget:
+    """Where the trials of one study report to; small and picklable, it travels to the workers."""
+
+    tracking_uri: str
+    experiment_id: str
+    parent_run_id: str
+    study: str
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial as the store remembers it: last values in `metrics`, (step, value) in `curves`."""
+
+    trial_id: str
+    config: str
+    seed: int | None
+    status: str
+    metrics: Mapping[str, float]
+    curves: Mapping[str, list[tuple[int, float]]]
+    params: Mapping[str, str]
+    run_id: str
+
+
+class StudyTracker:
+    """The driver's side: opens the store, begins the study and decides how its runs end."""
+
+    def __init__(self, client: MlflowClient, tracking_uri: str, experiment_id: str) -> None:
+        self.client = client
+        self.tracking_uri = tracking_uri
+        self.experiment_id = experiment_id
+        self.target: TrackingTarget | None = None
+
+    @classmethod
+    def open(cls, tracking_uri: str | None, root: Path, experiment: str) -> StudyTracker:
+        """Open the store (by default SQLite under `root`) and find or create the experiment.
+
+        Raises UserError if the address is unsupported, silent or not writable, or the experiment was deleted.
+        """
+        quiet_mlflow()
+        uri = usable_uri(tracking_uri or local_tracking_uri(root))
+        with explained(uri):
+            if not uri.startswith("sqlite"):
+                client = connect(uri)
+                return cls(client, uri, _experiment_id(client, experiment, None))
+            folder = sqlite_path(uri).parent
+            with FileLock(folder / ".mlflow.lock", timeout=60):
+                client = connect(uri)
+                artifacts = (folder / "artifacts").as_uri()
+                return cls(client, uri, _experiment_id(client, experiment, artifacts))
+
+    def begin(
+        self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> TrackingTarget:
+        """Create the parent run, or continue the unfinished one with this `study_id` and the same parameters.
+
+        Raises UserError if the store fails.
+        """
+        own = {STUDY_TAG: study, STUDY_ID_TAG: study_id, **tags}
+        wanted = dict(_flat(params))
+        with explained(self.tracking_uri):
+            runs = _find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
+            unfinished = (r for r in runs if r.info.status != "FINISHED" and r.data.params == wanted)
+            run_id = _open_run(self.client, self.experiment_id, next(unfinished, None), study, own)
+            _log_params(self.client, run_id, params)
+        self.target = TrackingTarget(self.tracking_uri, self.experiment_id, run_id, study)
+        return self.target
+
+    @property
+    def parent_run_id(self) -> str:
+        """Id of the parent run. Raises RuntimeError before `begin`."""
+        if self.target is None:
+            raise RuntimeError("the study has no run yet: call begin() first")
+        return self.target.parent_run_id
+
+    def child_run_id(self, trial_id: str) -> str | None:
+        """Id of the run of a trial, or None if the trial never opened one."""
+        wanted = {PARENT_TAG: self.parent_run_id, TRIAL_TAG: trial_id}
+        run = next(_find_runs(self.client, self.experiment_id, wanted), None)
+        return run.info.run_id if run else None
+
+    def finish_trial(self, trial_id: str, status: str) -> None:
+        """Set how a trial ended.
+
+        Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
+        """
+        _check_status(status)
+        with explained(self.tracking_uri):
+            run_id = self.child_run_id(trial_id)
+            if run_id is None:
+                logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
+                return
+            self.client.set_terminated(run_id, status)
+
+    def finish(self, status: str) -> None:
+        """Set how the study ended; unless FINISHED, kill the children that still count as running.
+
+        Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
+        """
+        _check_status(status)
+        with explained(self.tracking_uri):
+            if status != "FINISHED":
+                self._kill_running()
+            self.client.set_terminated(self.parent_run_id, status)
+
+    def _kill_running(self) -> None:
+        children = list(_find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id}))
+        for run in children:
+            if run.info.status not in FINAL_STATUSES:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log figures of the whole study. Raises ValueError for a value that is not finite."""
+        from mlflow.entities import Metric
+
+        now = _now()
+        entries = [Metric(key, value, now, step) for key, value in _finite(step, metrics).items()]
+        with explained(self.tracking_uri):
+            for chunk in _chunks(entries, METRICS_PER_CALL):
+                self.client.log_batch(self.parent_run_id, metrics=chunk)
+
+    def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
+        """Keep a folder among the artifacts of the study. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            self.client.log_artifacts(self.parent_run_id, str(folder), artifact_path)
+
+    def download_artifacts(self, run_id: str, path: str, folder: Path | str) -> str:
+        """Copy an artifact of a run into a folder and name the copy. Raises UserError if there is none."""
+        with explained(self.tracking_uri):
+            return self.client.download_artifacts(run_id, path, str(folder))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the study. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            for key, value in tags.items():
+                self.client.set_tag(self.parent_run_id, key, value)
+
+
+class TrialTracker:
+    """The worker's side: one run, opened once or again, and a buffer of metrics in front of it."""
+
+    def __init__(self, client: MlflowClient, tracking_uri: str, run_id: str) -> None:
+        self.client = client
+        self.tracking_uri = tracking_uri
+        self.run_id = run_id
+        self._buffer: list[Any] = []
+        self._tried = time.monotonic()
+        self._failing = False
+
+    @classmethod
+    def open(
+        cls,
+        target: TrackingTarget,
+        trial_id: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> TrialTracker:
+        """Find the run of a trial below its study or create it, and set it running.
+
+        Raises UserError if the store fails or the trial was begun with another value of a parameter.
+        """
+        quiet_mlflow()
+        with explained(target.tracking_uri):
+            client = connect(target.tracking_uri)
+            key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
+            found = next(_find_runs(client, target.experiment_id, key), None)
+            own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, **tags}
+            run_id = _open_run(client, target.experiment_id, found, run_name, own)
+            _log_params(client, run_id, params)
+        return cls(client, target.tracking_uri, run_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step, sent in batches. Raises ValueError for a value that is not finite."""
+        from mlflow.entities import Metric
+
+        now = _now()
+        self._buffer.extend(Metric(key, value, now, step) for key, value in _finite(step, metrics).items())
+        full = len(self._buffer) >= FLUSH_ENTRIES and not self._failing
+        if full or time.monotonic() - self._tried >= FLUSH_SECONDS:
+            self._try_flush()
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+            self._failing = False
+        except UserError as error:
+            self._failing = True
+            logger.warning("%d metrics are kept and sent later: %s", len(self._buffer), error)
+
+    def flush(self) -> None:
+        """Send what is buffered. Raises UserError if the store fails, and then drops nothing."""
+        try:
+            with explained(self.tracking_uri):
+                while self._buffer:
+                    self.client.log_batch(self.run_id, metrics=self._buffer[:METRICS_PER_CALL])
+                    del self._buffer[:METRICS_PER_CALL]
+        finally:
+            self._tried = time.monotonic()
+
+    def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
+        """Keep a folder among the artifacts of the trial. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            self.client.log_artifacts(self.run_id, str(folder), artifact_path)
+
+    def close(self) -> None:
+        """Send the rest; how the trial ended is the driver's to say. Raises UserError if the store fails."""
+        self.flush()
+
+
+def read_trials(
+    tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None
+) -> list[TrialResult]:
+    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: all).
+
+    Raises UserError if the store fails or has no such run.
+    """
+    quiet_mlflow()
+    with explained(tracking_uri):
+        client = connect(tracking_uri)
+        experiment_id = client.get_run(parent_run_id).info.experiment_id
+        runs = _find_runs(client, experiment_id, {PARENT_TAG: parent_run_id})
+        return [_trial_result(client, run, curve_keys) for run in runs]
+
+
+def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | None) -> TrialResult:
+    data = run.data
+    keys = [key for key in data.metrics if curve_keys is None or key in curve_keys]
+    curves = {key: _curve(client.get_metric_history(run.info.run_id, key)) for key in keys}
+    seed = data.params.get("seed")
+    return TrialResult(
+        trial_id=data.tags.get(TRIAL_TAG, ""),
+        config=data.tags.get(CONFIG_TAG, run.info.run_name),
+        seed=int(seed) if seed not in (None, "None") else None,
+        status=run.info.status,
+        metrics={**data.metrics, **{key: curve[-1][1] for key, curve in curves.items() if curve}},
+        curves=curves,
+        params=dict(data.params),
+        run_id=run.info.run_id,
+    )
+
+
+def _curve(history: Iterable[Any]) -> list[tuple[int, float]]:
+    ordered = sorted(history, key=lambda metric: (metric.step, metric.timestamp))
+    return sorted({metric.step: metric.value for metric in ordered}.items())
+
+
+def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return client.create_experiment(name, artifact_location=artifacts)
+    if found.lifecycle_stage == "active":
+        return found.experiment_id
+    raise UserError(
+        f"the MLflow experiment {name!r} was deleted: restore it with `mlflow experiments restore "
+        f"--experiment-id {found.experiment_id}`, or choose another experiment name."
+    )
+
+
+def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], where, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _open_run(
+    client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
+) -> str:
+    if found is None:
+        return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
+    run_id = found.info.run_id
+    client.update_run(run_id, status="RUNNING")
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+    return run_id
+
+
+def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    wanted = dict(_flat(params))
+    changed = sorted(key for key, value in wanted.items() if known.get(key, value) != value)
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"this run was begun with {key} = {known[key]} and is opened again with {wanted[key]}: "
+            "restore the old value or start under a new name."
+        )
+    fresh = [Param(key, value) for key, value in wanted.items() if key not in known]
+    for chunk in _chunks(fresh, PARAMS_PER_CALL):
+        client.log_batch(run_id, params=chunk)
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)[:PARAM_LENGTH]
+
+
+def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    values = {key: float(value) for key, value in metrics.items()}
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {key!r} is {value} at step {step}: only finite values can be logged")
+    return values
+
+
+def _check_status(status: str) -> None:
+    if status not in FINAL_STATUSES:
+        raise ValueError(f"a run cannot end as {status!r}: expected one of {', '.join(FINAL_STATUSES)}")
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
