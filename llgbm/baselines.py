@@ -1,4 +1,4 @@
-"""What a generator must beat, and its upper bound. All of them know only training tasks; choices use validation tasks."""
+"""What a generator must beat, and its upper bound. They know training tasks only; choices use validation tasks."""
 
 from __future__ import annotations
 

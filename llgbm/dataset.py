@@ -139,7 +139,7 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
 
 
 class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
-    """The same samples, read from a bank on disk: prompts through an encoder, weights, and the deltas of a probe set."""
+    """The same samples read from a bank on disk: encoded prompts, weights, and the deltas of a probe set."""
 
     def __init__(
         self,

@@ -91,7 +91,9 @@ def _encode_probes(tokenizer: Any, probes: Sequence[Probe]) -> tuple[Tensor, Ten
     return ids, last, torch.ones_like(last, dtype=torch.bool)
 
 
-def marked_states(model: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, mask_ST: Tensor | None = None) -> Tensor:
+def marked_states(
+    model: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, mask_ST: Tensor | None = None
+) -> Tensor:
     """Last-layer states [S, Q, D] at the marked positions of S texts, under whatever adapters are applied."""
     hidden_STD = final_hidden(model, ids_ST, mask_ST)
     return hidden_STD.gather(1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1]))
@@ -239,7 +241,7 @@ class DeltaCache:
         return torch.from_numpy(np.load(path, allow_pickle=False))
 
     def table(self, base: Base, probe_set: ProbeSet) -> DeltaTable:
-        """Everything at once, in the order of the manifest. Raises UserError if it was made with another base or probes."""
+        """Everything at once, in the manifest's order. Raises UserError if made with another base or probes."""
         manifest = self.manifest
         if (manifest["base"], manifest["probe_set"]) != (base.hash, probe_set.hash):
             raise UserError(f"the deltas in {self.folder} belong to another base or probe set: build them again")

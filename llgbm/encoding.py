@@ -51,7 +51,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPai
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [S, T] and attention mask [S, T] of prompts alone. Raises ValueError for none or an empty one."""
+    """Right-padded ids [S, T] and attention mask [S, T] of prompts. Raises ValueError for none or an empty one."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     if not rows or not all(rows):
         raise ValueError("no text to encode, or an empty one: each prompt needs at least one token")

@@ -25,7 +25,7 @@ REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
 @dataclass(frozen=True)
 class PartResult:
-    """Numbers of one part: means by metric name, accuracy and delta cosine by task, generated adapters, their deltas."""
+    """One part: means by metric name, accuracy and delta cosine by task, generated adapters and their deltas."""
 
     metrics: Mapping[str, float]
     accuracy_by_task: Mapping[str, float]
@@ -36,7 +36,7 @@ class PartResult:
 
 
 def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> PartResult:
-    """All numbers of a generator on one part (`train`, `val` or `test`), each adapter written from evaluation prompts."""
+    """All numbers of a generator on one part (`train`, `val`, `test`), adapters written from evaluation prompts."""
     rows = list(data.rows[part])
     conditions = data.conditions.evaluation_ANC[rows]
     adapters = generator.generate(conditions)

@@ -45,7 +45,7 @@ class LoraGenerator(nn.Module, ABC):
         super().__init__()
         if standardiser.mean_V.shape != (spec.n_values,):
             raise ValueError(
-                f"statistics of {standardiser.mean_V.numel()} values for adapters of {spec.n_values}: another base or rank"
+                f"statistics of {standardiser.mean_V.numel()} values, adapters of {spec.n_values}: another base or rank"
             )
         self.spec = spec
         self.condition_width = condition_width

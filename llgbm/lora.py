@@ -151,7 +151,7 @@ class LoraBatch:
         ]
 
     def flatten(self, spec: LoraSpec) -> Tensor:
-        """[A, V], matrix after matrix in the order of `spec.pieces`. Raises ValueError where a shape is not the spec's."""
+        """[A, V], matrix after matrix in the order of `spec.pieces`. Raises ValueError where a shape differs."""
         self.check(spec)
         sides = {"A": self.a, "B": self.b}
         return torch.cat([sides[side][name].flatten(1) for name, side, _ in spec.pieces], dim=1)

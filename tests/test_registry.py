@@ -71,9 +71,7 @@ def champion(score: str = "0.5", data: str = "val1") -> Champion:
         (Champion("3", "run", {}), 0.9, "", "challenger"),
     ],
 )
-def test_the_alias_is_decided_on_the_same_data(
-    old: Champion | None, score: float, data: str, alias: str
-) -> None:
+def test_the_alias_is_decided_on_the_same_data(old: Champion | None, score: float, data: str, alias: str) -> None:
     assert decide_alias(old, score, data) == alias
 
 

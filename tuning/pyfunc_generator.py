@@ -33,9 +33,7 @@ class GeneratorModel(PythonModel):
 
         self.bundle = GeneratorBundle.load(context.artifacts["bundle"])
 
-    def predict(
-        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return `adapter_safetensors_base64` and `adapter_config` (JSON), row by row.
 
         Write the decoded first as `adapter_model.safetensors` and the second as `adapter_config.json` into a folder,

@@ -1,6 +1,6 @@
 """The main job: worlds, baselines, a Ray Tune sweep tracked in MLflow, registration of the best, a report.
 
-    python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--seeds 0 1 2] ...
+python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--seeds 0 1 2] ...
 """
 
 from __future__ import annotations
@@ -74,7 +74,15 @@ def study_of(arguments: argparse.Namespace) -> Study:
 def show_plan(study: Study, cache: Path) -> None:
     """Print the trial table and what of each world is already built."""
     rows = [
-        (t.id, t.name, t.config.model_size, t.config.lambda_weight, t.config.lambda_delta, t.config.seed, t.config.steps)
+        (
+            t.id,
+            t.name,
+            t.config.model_size,
+            t.config.lambda_weight,
+            t.config.lambda_delta,
+            t.config.seed,
+            t.config.steps,
+        )
         for t in study.trials
     ]
     print(tabulate(rows, ("trial", "configuration", "size", "λ_w", "λ_d", "seed", "steps"), disable_numparse=True))
@@ -171,7 +179,10 @@ def register_best(
             best = max(done, key=lambda r: r.metrics[VAL_METRIC])
             spec = specs[best.trial_id]
             version = register(study, spec, worlds[spec.world.hash], best, tracker)
-            say(f"registered {version.name} version {version.version} ({spec.name}, seed {spec.config.seed}) as {version.alias}")
+            say(
+                f"registered {version.name} version {version.version} "
+                f"({spec.name}, seed {spec.config.seed}) as {version.alias}"
+            )
             registered.append({"name": version.name, "version": str(version.version), "alias": version.alias})
     return registered
 
@@ -229,7 +240,7 @@ def best_delta_map(
     best = max(done, key=lambda r: r.metrics[VAL_METRIC])
     spec = specs[best.trial_id]
     folder.mkdir()
-    stored = load_file(Path(tracker.client.download_artifacts(best.run_id, "deltas", folder)) / "test.safetensors")
+    stored = load_file(Path(tracker.client.download_artifacts(best.run_id, "deltas", str(folder))) / "test.safetensors")
     data = worlds[spec.world.hash].data
     labels = tuple(f"{data.families[i]}/{data.tasks[i]}" for i in data.rows["test"])
     return DeltaMap(np.asarray(stored["teacher"]), np.asarray(stored["predicted"]), labels, spec.name)

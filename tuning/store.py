@@ -155,6 +155,4 @@ def _probe_sqlite(path: Path) -> None:
             database.execute("CREATE TABLE llgbm_write_probe (x)")
             database.rollback()
     except (OSError, sqlite3.Error) as error:
-        raise UserError(
-            f"the MLflow store {path} cannot be written ({error}): {_remedy(str(error))}."
-        ) from error
+        raise UserError(f"the MLflow store {path} cannot be written ({error}): {_remedy(str(error))}.") from error

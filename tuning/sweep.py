@@ -56,7 +56,9 @@ def check_resources(cpus: float | None, gpus: float | None, concurrent: int | No
     gpus = (0.25 if has_gpus else 0.0) if gpus is None else gpus
     for name, asked, has in (("CPUs", cpus, has_cpus), ("GPUs", gpus, has_gpus)):
         if not math.isfinite(asked) or asked < 0 or (name == "CPUs" and asked == 0):
-            raise UserError(f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)")
+            raise UserError(
+                f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)"
+            )
         if asked > has:
             raise UserError(f"{asked:g} {name} per trial asked for, this machine has {has}: ask for at most that")
     if gpus > 1 and not float(gpus).is_integer():

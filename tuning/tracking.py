@@ -90,9 +90,7 @@ class StudyTracker:
                 artifacts = (folder / "artifacts").as_uri()
                 return cls(client, uri, _experiment_id(client, experiment, artifacts))
 
-    def begin(
-        self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> TrackingTarget:
+    def begin(self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrackingTarget:
         """Create the parent run, or continue the unfinished one with this `study_id` and the same parameters.
 
         Raises UserError if the store fails.
@@ -249,9 +247,7 @@ class TrialTracker:
         self.flush()
 
 
-def read_trials(
-    tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None
-) -> list[TrialResult]:
+def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
     """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: all).
 
     Raises UserError if the store fails or has no such run.
@@ -311,9 +307,7 @@ def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]
             return
 
 
-def _open_run(
-    client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
-) -> str:
+def _open_run(client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]) -> str:
     if found is None:
         return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
     run_id = found.info.run_id

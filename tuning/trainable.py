@@ -39,7 +39,11 @@ def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluati
     outcome = train(trial.config, world.data, world.flora, report)
     results = {p: evaluate_generator(outcome.generator, world.data, world.flora, p) for p in ("test", "val", "train")}
     metrics = {
-        **{f"{name}/{key}": value for name, part in REPORTED_PARTS.items() for key, value in results[part].metrics.items()},
+        **{
+            f"{name}/{key}": value
+            for name, part in REPORTED_PARTS.items()
+            for key, value in results[part].metrics.items()
+        },
         "best_step": float(outcome.best_step),
         "time/steps_per_second": outcome.steps_run / outcome.seconds,
         "time/seconds": time.perf_counter() - started,

@@ -84,7 +84,8 @@ WORDS = tuple(
     "apple river stone cloud tiger piano lemon chair garden window rocket button candle forest hammer island "
     "jacket kettle ladder magnet needle orange pepper quartz rabbit saddle ticket violin wallet yogurt zebra anchor "
     "basket camera desert engine feather guitar helmet insect jungle kitten lantern marble nectar ocean parrot "
-    "ribbon shadow temple umbrella valley winter bridge copper dragon eagle falcon ginger honey iron jewel king lamp".split()
+    "ribbon shadow temple umbrella valley winter bridge copper dragon eagle falcon ginger honey iron jewel king "
+    "lamp".split()
 )
 SEPARATOR, ARROW = ":", "=>"
 
@@ -148,7 +149,9 @@ class SyntheticSuite(Suite):
         words = draw_words(rng, "train")
         named, done = rng.choice(self.tasks).name.split("-"), rng.choice(self.tasks).name.split("-")
         prompt = instruction(named[0], named[1], rng, words)
-        return Example(prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt, answer(done[0], done[1], words))
+        return Example(
+            prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt, answer(done[0], done[1], words)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
