@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from llgbm.runtime import UserError, logger
+from llgbm.runtime import UserError, logger, say
 
 ENTRY_FILE = "entry.json"
 
@@ -30,12 +31,15 @@ def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) 
     """
     final = root / kind / key
     if entry_is_whole(final):
+        say(f"{kind} {key}: cached")
         return final
     with disk_errors(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.parent / f".{key}.lock"):
             if not entry_is_whole(final):
+                started = time.perf_counter()
                 _build_aside(final, key, build)
+                say(f"{kind} {key}: built in {time.perf_counter() - started:.0f} s")
     return final
 
 

@@ -270,14 +270,27 @@ def _check_adapter(folder: Path, state: StateDict, spec: LoraSpec) -> None:
         LoraBatch.from_state_dicts([state]).check(spec)
     except ValueError as error:
         raise UserError(f"the adapter in {folder} does not fit the base: {error}") from error
-    config_file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(config_file.read_text())
-        found = (int(config["r"]), float(config["lora_alpha"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} is missing or no adapter config: make or fetch the adapter again") from error
+    config = read_adapter_config(folder)
+    found = (config["r"], config["lora_alpha"])
     if found != (spec.rank, float(spec.alpha)):
         raise UserError(
             f"the adapter in {folder} has rank {found[0]} and alpha {found[1]:g}; "
             f"here they are {spec.rank} and {spec.alpha:g}: leave it out or set rank and alpha to match"
         )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`; r is an int, lora_alpha a float. Raises UserError for a missing or foreign file."""
+    config_file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(config_file.read_text())
+        if not config["target_modules"]:
+            raise ValueError("it names no target module")
+        return {
+            "base_model_name_or_path": "",
+            **config,
+            "r": int(config["r"]),
+            "lora_alpha": float(config["lora_alpha"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_file} is missing or no adapter config: make or fetch the adapter again") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, mse_loss, normalize
 
 from llgbm.lora import LoraBatch
 from llgbm.runtime import UserError
@@ -26,9 +26,12 @@ def weight_loss(tokens_pred: Tensor, tokens_teacher: Tensor) -> Tensor:
     real = ~torch.isnan(tokens_teacher)
     if not real.any():
         raise ValueError("the teacher's tokens are all padding (NaN): there is nothing to match; check the tokenizer")
-    if not torch.isfinite(tokens_pred[real]).all():
+    if not (torch.isfinite(tokens_pred) | ~real).all():
         raise ValueError("the predicted tokens hold NaN or infinite values: lower the learning rate or clip gradients")
-    return (tokens_pred[real] - tokens_teacher[real]).square().mean()
+    if real.all():
+        return mse_loss(tokens_pred, tokens_teacher)
+    error = torch.where(real, tokens_pred, 0.0) - torch.where(real, tokens_teacher, 0.0)
+    return error.square().sum() / real.sum()
 
 
 def delta_mse(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:

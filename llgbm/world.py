@@ -125,7 +125,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         examples=encode_examples(base, examples),
         n_examples=config.eval_examples,
         encoder=encoder.name,
-        hash=content_hash(config, base.hash, bank.hash),
+        hash=content_hash("data", base.hash, bank.hash, config.eval_examples),
     )
     return data.to(base.model.device)
 

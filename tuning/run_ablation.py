@@ -20,7 +20,7 @@ import numpy as np
 from tabulate import tabulate
 
 from llgbm.baselines import evaluate_baselines
-from llgbm.runtime import UserError, say
+from llgbm.runtime import UserError, quiet_libraries, say
 from llgbm.world import World, build_world, describe_world
 from tuning import registry
 from tuning.report import DeltaMap, result_json, write_report
@@ -249,6 +249,7 @@ def best_delta_map(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and translate errors: 2 for a user's mistake, 130 for an interrupt, 1 for failed trials."""
     parsed = parse_arguments(arguments)
+    quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(parsed)

@@ -1,0 +1,72 @@
+"""What tests share: one toy world for all of them, built once by the real code."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.models import Base, ModelSize, load_base, make_tokenizer, new_model
+from llgbm.suites import SyntheticSuite
+from llgbm.training import TrainingConfig
+from llgbm.world import World, WorldConfig, build_world
+from tuning.studies import smoke_world
+
+pytest.register_assert_rewrite("contracts")
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the toy world is cached in."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def world(cache: Path) -> World:
+    """20 tasks (14 train, 2 val, 4 test), a base of 60 steps, teachers of 15: real in kind, worthless in accuracy."""
+    return build_world(cache, smoke_world(WorldConfig()), "cpu")
+
+
+@pytest.fixture
+def config() -> TrainingConfig:
+    """A training of 20 steps that fits the toy world."""
+    return replace(TrainingConfig(), steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A random 2-layer Qwen2 in a folder, with the suite's tokenizer: made in a second, for parity."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer(SyntheticSuite().vocabulary)
+    model = new_model(ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48), tokenizer, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_base(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_base: Base) -> LoraSpec:
+    return LoraSpec.from_model(tiny_base.model, rank=3, alpha=6.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_spec: LoraSpec) -> LoraBatch:
+    """Three random adapters of the tiny base that move it visibly."""
+    noise = torch.randn(3, tiny_spec.n_values, generator=torch.Generator().manual_seed(1))
+    return LoraBatch.unflatten(tiny_spec, 0.2 * noise)
