@@ -27,7 +27,7 @@ class GeneratorConfig:
 
     name: str = "default"
     hidden: int = 256
-    blocks: int = 2
+    blocks: int = 1
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -104,10 +104,10 @@ class TrainingConfig:
     model_size: str | None = None
     steps: int = 600
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     n_prompts: int = 16
-    n_probes: int = 4
+    n_probes: int = 2
     delta_probes: str = "trajectory"
     delta_loss: str = "cosine_norm"
     delta_reading: str = "per_probe"
@@ -237,8 +237,8 @@ class Trial:
         return loader
 
     def keep_if_best(self, score: float) -> None:
-        """Remember the generator if its validation score is above all before."""
-        if score > self.best_score:
+        """Remember the generator if no validation score before was higher; of equals, the longer trained one stays."""
+        if score >= self.best_score:
             self.best_score, self.best_step = score, self.step
             self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
 

@@ -30,8 +30,7 @@ class WorldConfig:
     teachers: TeacherConfig = TeacherConfig()
     encoder: str = "minilm"
     delta_probes: str = "trajectory"
-    eval_examples: int = 16
-
+    eval_examples: int = 24
     smoke: bool = False
 
     @property

@@ -24,8 +24,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def one_thread() -> None:
+    """Toy tensors are quicker on one, and several threads on a busy machine wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

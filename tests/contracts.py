@@ -26,9 +26,7 @@ def make_spec(rank: int = 2) -> LoraSpec:
 
 def random_statistics(spec: LoraSpec) -> Standardiser:
     noise = torch.Generator().manual_seed(7)
-    return Standardiser(
-        torch.randn(spec.n_values, generator=noise), torch.rand(spec.n_values, generator=noise) + 0.5
-    )
+    return Standardiser(torch.randn(spec.n_values, generator=noise), torch.rand(spec.n_values, generator=noise) + 0.5)
 
 
 def random_conditions(n_adapters: int = 3, n_prompts: int = 4, seed: int = 0) -> Tensor:
@@ -70,9 +68,7 @@ class GeneratorContract:
         assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
 
     @pytest.mark.parametrize("shape", [(3, 4, WIDTH + 1), (3, 4, WIDTH - 1), (4, WIDTH), (1, 3, 4, WIDTH)])
-    def test_refuses_conditions_of_another_width_or_rank(
-        self, config: GeneratorConfig, shape: tuple[int, ...]
-    ) -> None:
+    def test_refuses_conditions_of_another_width_or_rank(self, config: GeneratorConfig, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=f"needed.*{WIDTH}"):
             self.make(config).generate(torch.randn(shape))
 

@@ -50,13 +50,13 @@ def register(
 ) -> RegisteredVersion:
     assert study.target is not None
     run_id = TrialTracker.open(study.target, f"t{score}", "multitask", {"seed": 0}, {}).run_id
-    beaten = decide_alias(current_champion(study.tracking_uri, name), score, data) == "champion"
+    beaten = decide_alias(current_champion(study.tracking_uri, name), score, data, "val/accuracy") == "champion"
     tags = {"llgbm.study": "study", "llgbm.val_data": data}
     return register_generator(study.tracking_uri, run_id, bundle, name, tags, score, "val/accuracy", beaten)
 
 
 def champion(score: str = "0.5", data: str = "val1") -> Champion:
-    return Champion("3", "run", {"llgbm.val_score": score, "llgbm.val_data": data})
+    return Champion("3", "run", {"llgbm.val_score": score, "llgbm.val_data": data, "llgbm.val_metric": "val/accuracy"})
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,16 @@ def champion(score: str = "0.5", data: str = "val1") -> Champion:
     ],
 )
 def test_the_alias_is_decided_on_the_same_data(old: Champion | None, score: float, data: str, alias: str) -> None:
-    assert decide_alias(old, score, data) == alias
+    assert decide_alias(old, score, data, "val/accuracy") == alias
+
+
+def test_a_champion_by_another_metric_stays() -> None:
+    assert decide_alias(champion("0.5"), 0.9, "val1", "val/delta_cosine") == "challenger"
 
 
 def test_a_score_that_is_no_number_ranks_nothing() -> None:
     with pytest.raises(ValueError, match="finite"):
-        decide_alias(None, float("nan"), "val1")
+        decide_alias(None, float("nan"), "val1", "val/accuracy")
 
 
 def test_a_version_names_where_it_came_from(study: StudyTracker, bundle: Path) -> None:

@@ -78,6 +78,11 @@ class Champion:
         return float(self.tags.get(SCORE_TAG, "nan"))
 
     @property
+    def metric(self) -> str:
+        """The metric behind its score; empty if none was kept."""
+        return self.tags.get(METRIC_TAG, "")
+
+    @property
     def val_data(self) -> str:
         """The hash of its validation data; empty if none was kept."""
         return self.tags.get(DATA_TAG, "")
@@ -94,8 +99,8 @@ def current_champion(tracking_uri: str, name: str) -> Champion | None:
     return Champion(str(found.version), found.run_id or "", dict(found.tags)) if found else None
 
 
-def decide_alias(champion: Champion | None, score: float, val_data: str) -> str:
-    """Name the alias a generator deserves: `champion` if there is none or it beats it on the same data.
+def decide_alias(champion: Champion | None, score: float, val_data: str, metric: str) -> str:
+    """`champion` if there is none or the generator beats it by the same metric on the same data, else `challenger`.
 
     Raises ValueError if the score is not finite.
     """
@@ -103,7 +108,8 @@ def decide_alias(champion: Champion | None, score: float, val_data: str) -> str:
         raise ValueError(f"a generator cannot be ranked by the score {score}: it must be finite")
     if champion is None:
         return CHAMPION
-    return CHAMPION if champion.val_data == val_data and score > champion.score else CHALLENGER
+    comparable = (champion.val_data, champion.metric) == (val_data, metric)
+    return CHAMPION if comparable and score > champion.score else CHALLENGER
 
 
 def register_generator(

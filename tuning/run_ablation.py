@@ -28,7 +28,7 @@ from tuning.studies import Study, StudyOptions, TrialSpec, make_study
 from tuning.sweep import Resources, check_resources, run_sweep, start_ray
 from tuning.tracking import StudyTracker, TrialResult, read_trials
 
-VAL_METRIC = "val/accuracy"
+VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +43,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial")
     what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
     what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
+    what.add_argument(
+        "--metric",
+        default="val/accuracy",
+        metavar="NAME",
+        help=f"what the best generator is chosen by, on validation tasks: {' or '.join(VAL_METRICS)}",
+    )
     what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
     how = parser.add_argument_group("how it is run")
     how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
@@ -59,6 +65,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def study_of(arguments: argparse.Namespace) -> Study:
     """The study that the arguments ask for. Raises UserError for a bad value."""
     pairs = (("lambda_weight", arguments.lambda_weight), ("lambda_delta", arguments.lambda_delta))
+    if arguments.metric not in VAL_METRICS:
+        raise UserError(f"unknown metric {arguments.metric!r}; a generator is chosen by: {', '.join(VAL_METRICS)}")
     given: dict[str, Any] = {name: tuple(values) for name, values in pairs if values is not None}
     options = StudyOptions(
         model_sizes=tuple(arguments.model_size),
@@ -111,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         start_ray(resources)
         run_sweep(study, worlds, target, tracker, resources)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-        registered = register_best(study, worlds, results, tracker)
-        summary = publish_report(study, worlds, results, baselines, tracker)
+        registered = register_best(study, worlds, results, tracker, arguments.metric)
+        summary = publish_report(study, worlds, results, baselines, tracker, arguments.metric)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
 
@@ -168,17 +176,17 @@ def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> dict[st
 
 
 def register_best(
-    study: Study, worlds: Mapping[str, World], results: Sequence[TrialResult], tracker: StudyTracker
+    study: Study, worlds: Mapping[str, World], results: Sequence[TrialResult], tracker: StudyTracker, metric: str
 ) -> list[dict[str, str]]:
-    """Register the best trial of each size by validation accuracy. Nothing is registered when all trials failed."""
+    """Register the best trial of each size by a validation metric. Nothing is registered when all trials failed."""
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
         done = [r for r in results if r.status == "FINISHED" and specs[r.trial_id].world.size == size]
         if done:
-            best = max(done, key=lambda r: r.metrics[VAL_METRIC])
+            best = max(done, key=lambda r: r.metrics[metric])
             spec = specs[best.trial_id]
-            version = register(study, spec, worlds[spec.world.hash], best, tracker)
+            version = register(study, spec, worlds[spec.world.hash], best, tracker, metric)
             say(
                 f"registered {version.name} version {version.version} "
                 f"({spec.name}, seed {spec.config.seed}) as {version.alias}"
@@ -188,12 +196,12 @@ def register_best(
 
 
 def register(
-    study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker
+    study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker, metric: str
 ) -> registry.RegisteredVersion:
     """Register one trial's generator: champion if it beats the champion on the same validation data."""
     name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
-    score = best.metrics[VAL_METRIC]
-    alias = registry.decide_alias(registry.current_champion(tracker.tracking_uri, name), score, world.data.hash)
+    score = best.metrics[metric]
+    alias = registry.decide_alias(registry.current_champion(tracker.tracking_uri, name), score, world.data.hash, metric)
     tags = {
         "llgbm.study": study.name,
         "llgbm.study_id": study.id,
@@ -206,7 +214,7 @@ def register(
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(tracker.client.download_artifacts(best.run_id, "generator", folder))
         return registry.register_generator(
-            tracker.tracking_uri, best.run_id, bundle, name, tags, score, VAL_METRIC, alias == "champion"
+            tracker.tracking_uri, best.run_id, bundle, name, tags, score, metric, alias == "champion"
         )
 
 
@@ -216,10 +224,11 @@ def publish_report(
     results: Sequence[TrialResult],
     baselines: Mapping[str, Mapping[str, float]],
     tracker: StudyTracker,
+    metric: str,
 ) -> dict[str, Any]:
     """Write the report to the parent run, print its table, return its numbers."""
     with tempfile.TemporaryDirectory() as folder:
-        deltas = best_delta_map(worlds, study, results, tracker, Path(folder) / "deltas")
+        deltas = best_delta_map(worlds, study, results, tracker, Path(folder) / "deltas", metric)
         out = Path(folder) / "report"
         out.mkdir()
         print(write_report(out, study.name, results, baselines, deltas))
@@ -228,16 +237,21 @@ def publish_report(
 
 
 def best_delta_map(
-    worlds: Mapping[str, World], study: Study, results: Sequence[TrialResult], tracker: StudyTracker, folder: Path
+    worlds: Mapping[str, World],
+    study: Study,
+    results: Sequence[TrialResult],
+    tracker: StudyTracker,
+    folder: Path,
+    metric: str,
 ) -> DeltaMap | None:
-    """Teacher and generated deltas of the test tasks, of the trial with the best validation accuracy."""
+    """Teacher and generated deltas of the test tasks, of the trial that is best by a validation metric."""
     from safetensors.numpy import load_file
 
     specs = {trial.id: trial for trial in study.trials}
     done = [r for r in results if r.status == "FINISHED"]
     if not done:
         return None
-    best = max(done, key=lambda r: r.metrics[VAL_METRIC])
+    best = max(done, key=lambda r: r.metrics[metric])
     spec = specs[best.trial_id]
     folder.mkdir()
     stored = load_file(Path(tracker.client.download_artifacts(best.run_id, "deltas", str(folder))) / "test.safetensors")

@@ -1,0 +1,163 @@
+"""The training loop: to the last bit the same, resumable, never silently without a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, StepSampler, create_dataloader
+from llgbm.evaluation import evaluate_generator
+from llgbm.runtime import UserError
+from llgbm.training import TrainingConfig, Trial, train
+from llgbm.world import World
+
+GOLDEN_TOTAL = [
+    *(1.211038, 1.106071, 1.459182, 0.918860, 1.242144, 1.192609, 0.981172, 0.828712, 0.760689, 0.923247),
+    *(0.686601, 0.710218, 0.616809, 0.706421, 0.853868, 0.676870, 0.609629, 0.697914, 0.631455, 0.603618),
+]
+
+
+def curve(config: TrainingConfig, world: World) -> list[Mapping[str, float]]:
+    found: list[Mapping[str, float]] = []
+    train(config, world.data, world.flora, lambda step, metrics: found.append(metrics) or True)
+    return found
+
+
+def test_golden_curve_of_twenty_steps(world: World, config: TrainingConfig) -> None:
+    totals = [metrics["loss/total"] for metrics in curve(config, world)]
+    np.testing.assert_allclose(totals, GOLDEN_TOTAL, rtol=2e-3)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(world: World, config: TrainingConfig) -> None:
+    first, second = curve(config, world), curve(config, world)
+    assert first == second
+    assert curve(replace(config, seed=1), world)[0] != first[0]
+
+
+def test_the_same_seed_gives_the_same_evaluation(world: World, config: TrainingConfig) -> None:
+    results = [
+        evaluate_generator(train(config, world.data, world.flora).generator, world.data, world.flora, "test").metrics
+        for _ in range(2)
+    ]
+    assert results[0] == results[1]
+
+
+def test_a_resumed_run_equals_an_unbroken_one(world: World, config: TrainingConfig) -> None:
+    states: list[dict] = []
+    curve_whole: list[Mapping[str, float]] = []
+
+    def keep(state: dict) -> None:
+        states.append({k: _copy(v) for k, v in state.items()})
+
+    whole = train(config, world.data, world.flora, lambda s, m: curve_whole.append(m) or True, keep)
+    rest: list[Mapping[str, float]] = []
+    resumed = train(config, world.data, world.flora, lambda s, m: rest.append(m) or True, state=states[0])
+    assert rest == curve_whole[10:]
+    for name, value in whole.generator.state_dict().items():
+        assert torch.equal(value, resumed.generator.state_dict()[name]), name
+
+
+def _copy(value: object) -> object:
+    import copy
+
+    return copy.deepcopy(value)
+
+
+def test_a_report_that_says_no_ends_the_run(world: World, config: TrainingConfig) -> None:
+    outcome = train(config, world.data, world.flora, lambda step, metrics: step < 7)
+    assert outcome.steps_run == 7
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(world: World, config: TrainingConfig) -> None:
+    trial = Trial(replace(config, patience=2), world.data, world.flora)
+    trial.step = 10
+    trial.keep_if_best(0.5)
+    trial.step = 20
+    trial.keep_if_best(0.4)
+    assert not trial.stale
+    trial.step = 30
+    assert trial.stale
+
+
+def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(world: World, config: TrainingConfig) -> None:
+    for weights, name, other in (((1.0, 0.0), "loss/weight", "loss/delta"), ((0.0, 1.0), "loss/delta", "loss/weight")):
+        found = curve(replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=60), world)
+        assert other not in found[0]
+        losses = [metrics[name] for metrics in found]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_held_out_tasks_change_nothing_in_training(world: World, config: TrainingConfig) -> None:
+    data = world.data
+    held = [*data.rows["val"], *data.rows["test"]]
+    values, conditions = data.values_AV.clone(), data.conditions.train_ANC.clone()
+    values[held], conditions[held] = 1e3, -1e3
+    poisoned: ExperimentData = replace(
+        data, values_AV=values, conditions=replace(data.conditions, train_ANC=conditions)
+    )
+    losses = [[m["loss/total"] for m in _curve_of(config, d, world)] for d in (data, poisoned)]
+    assert losses[0] == losses[1]
+
+
+def _curve_of(config: TrainingConfig, data: ExperimentData, world: World) -> list[Mapping[str, float]]:
+    found: list[Mapping[str, float]] = []
+    train(config, data, world.flora, lambda step, metrics: found.append(metrics) or True)
+    return found
+
+
+def test_a_task_in_two_parts_is_refused(world: World) -> None:
+    rows = {**world.data.rows, "val": world.data.rows["test"]}
+    with pytest.raises(ValueError, match="two parts"):
+        replace(world.data, rows=rows)
+
+
+def test_a_rate_that_diverges_is_an_error_not_a_number(world: World, config: TrainingConfig) -> None:
+    with pytest.raises((FloatingPointError, ValueError), match="lower the learning rate|NaN or infinite"):
+        train(replace(config, learning_rate=1e18, steps=60), world.data, world.flora)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lambda_weight": -1.0},
+        {"lambda_weight": 0.0, "lambda_delta": 0.0},
+        {"lambda_delta": float("nan")},
+        {"model_size": "giant"},
+        {"delta_probes": "none"},
+        {"delta_loss": "l3"},
+        {"steps": 0},
+        {"learning_rate": 0.0},
+    ],
+)
+def test_an_impossible_setting_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        TrainingConfig(**change)  # type: ignore[arg-type]
+
+
+def test_use_small_model_picks_the_size() -> None:
+    assert TrainingConfig(use_small_model=True).model_size == "nano"
+    assert TrainingConfig(use_small_model=False).model_size != "nano"
+
+
+def test_every_row_comes_once_an_epoch_and_a_late_start_continues(world: World) -> None:
+    whole = list(StepSampler(n_rows=12, batch_size=4, start=0, stop=6, seed=3))
+    assert sorted(d.row for batch in whole[:3] for d in batch) == list(range(12))
+    assert list(StepSampler(n_rows=12, batch_size=4, start=2, stop=6, seed=3)) == whole[2:]
+
+
+def test_prompts_are_drawn_anew_every_step(world: World) -> None:
+    rows = list(world.data.rows["train"])
+    standardiser = Standardiser.fit(world.data.values_AV[rows])
+    tokens = standardiser.encode(world.data.values_AV[rows])
+    torch.testing.assert_close(standardiser.decode(tokens), world.data.values_AV[rows])
+    dataset = DeltaAugmentedDataset(
+        world.data.conditions.train_ANC[rows], tokens, world.data.loss_deltas.select(rows), 4, 2, seed=0
+    )
+    first, second = list(create_dataloader(dataset, len(rows), 2))
+    order = [torch.argsort(b["tokens"][:, 0]) for b in (first, second)]
+    assert torch.equal(first["tokens"][order[0]], second["tokens"][order[1]])
+    assert not torch.equal(first["condition"][order[0]], second["condition"][order[1]])
