@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     make.set_defaults(do=generate)
     score = commands.add_parser("evaluate", help="score an adapter on a task of the synthetic suite")
     score.add_argument("--adapter", required=True, type=Path, help="the folder of a PEFT adapter")
-    score.add_argument("--task", required=True, metavar="NAME", help="such as reverse-bars")
+    score.add_argument("--task", required=True, metavar="NAME", help="such as reverse-brackets")
     score.add_argument("--base", metavar="FOLDER", help="the base model (default: the one that the adapter names)")
     score.add_argument("--examples", type=int, default=256, metavar="N", help="evaluation examples (default: 256)")
     score.set_defaults(do=evaluate)

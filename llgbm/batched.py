@@ -46,9 +46,9 @@ def _lora_hook(a_ARI: Tensor, b_AOR: Tensor, scaling: float):
         if x.shape[0] % n_adapters:
             raise ValueError(f"{x.shape[0]} rows cannot be shared out among {n_adapters} adapters")
         x_AMI = x.reshape(n_adapters, -1, x.shape[-1])
-        low_AMR = torch.bmm(x_AMI, a_ARI.to(x.dtype).transpose(1, 2))
+        low_AMR = torch.bmm(x_AMI, a_ARI.to(x).transpose(1, 2))
         flat = output.reshape(n_adapters, -1, output.shape[-1])
-        b_ARO = b_AOR.to(x.dtype).transpose(1, 2)
+        b_ARO = b_AOR.to(x).transpose(1, 2)
         return torch.baddbmm(flat, low_AMR, b_ARO, alpha=scaling).view_as(output)
 
     return hook

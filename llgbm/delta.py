@@ -67,7 +67,7 @@ def encode_probes(tokenizer: Any, probe_set: ProbeSet, tasks: Sequence[str]) -> 
     """Encode the probes of each task's adapter; all owners must have equally many. Raises ValueError if they do not."""
     if probe_set.scope == "shared":
         ids, positions, valid = _encode_probes(tokenizer, probe_set.of("shared"))
-        return EncodedProbes(*(t[None].expand(len(tasks), *t.shape) for t in (ids, positions, valid)))
+        return EncodedProbes(*(t[None].expand(len(tasks), *t.shape).contiguous() for t in (ids, positions, valid)))
     counts = {len(probe_set.of(task)) for task in tasks}
     if len(counts) != 1:
         raise ValueError(f"tasks have {sorted(counts)} probes; each needs as many as the others")
@@ -213,7 +213,7 @@ class DeltaCache:
         key = content_hash("deltas", VERSION, base.hash, bank_hash, probe_set.hash, spec)
 
         def write(entry: Path) -> None:
-            probes = encode_probes(base.tokenizer, probe_set, list(adapters.values()))
+            probes = encode_probes(base.tokenizer, probe_set, list(adapters.values())).to(base.model.device)
             shared = probe_set.scope == "shared"
             table = measure_deltas(base.model, spec, batch, probes, shared)
             _write_deltas(entry / "deltas", table, adapters, probe_set, base.hash, shared)
@@ -247,16 +247,16 @@ class DeltaCache:
             raise UserError(f"the deltas in {self.folder} belong to another base or probe set: build them again")
         deltas = torch.stack([self.per_probe(adapter_id) for adapter_id in manifest["adapters"]])
         probes = encode_probes(base.tokenizer, probe_set, list(manifest["adapters"].values()))
-        return DeltaTable(probes, self.base_activation.expand_as(deltas), deltas)
+        return DeltaTable(probes, self.base_activation.expand_as(deltas).contiguous(), deltas)
 
 
 def _write_deltas(
     folder: Path, table: DeltaTable, adapters: Mapping[str, str], probe_set: ProbeSet, base_hash: str, shared: bool
 ) -> None:
     folder.mkdir()
-    np.save(folder / "base_activation.npy", table.base_APQD[: 1 if shared else None].numpy())
+    np.save(folder / "base_activation.npy", table.base_APQD[: 1 if shared else None].cpu().numpy())
     for adapter_id, delta_PQD in zip(adapters, table.delta_APQD, strict=True):
-        np.save(folder / f"{adapter_id}.npy", delta_PQD.numpy())
+        np.save(folder / f"{adapter_id}.npy", delta_PQD.cpu().numpy())
     manifest = {
         "version": VERSION,
         "base": base_hash,

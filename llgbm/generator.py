@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,10 +62,18 @@ class LoraGenerator(nn.Module, ABC):
         return LoraBatch.unflatten(self.spec, tokens_AV * self.scale_V + self.mean_V)
 
     def generate(self, condition_ANC: Tensor) -> LoraBatch:
-        """Adapters for prompt embeddings, without gradient, in eval mode. Raises ValueError for another width."""
+        """Adapters for prompt embeddings, without gradient, in eval mode.
+
+        Raises ValueError for another width, no prompt, NaN or infinite values.
+        """
         if condition_ANC.ndim != 3 or condition_ANC.shape[-1] != self.condition_width:
             raise ValueError(
                 f"conditions have shape {tuple(condition_ANC.shape)}, needed: [A, N, {self.condition_width}]"
+            )
+        if condition_ANC.numel() == 0 or not torch.isfinite(condition_ANC).all():
+            raise ValueError(
+                f"conditions of shape {tuple(condition_ANC.shape)} hold no prompt, or NaN or infinite values: "
+                "encode at least one prompt of each task"
             )
         was_training = self.training
         self.eval()
@@ -155,15 +164,24 @@ def save_generator(folder: Path, generator: LoraGenerator, config: GeneratorConf
 
 
 def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
-    """Read what `save_generator` wrote. Raises UserError where the folder holds no generator."""
+    """Read what `save_generator` wrote. Raises UserError where the folder holds no generator, or a torn one."""
     try:
-        facts = json.loads((folder / "generator.json").read_text())
-        weights = load_file(folder / "generator.safetensors")
-    except OSError as error:
+        generator, facts = _read_generator(folder)
+    except FileNotFoundError as error:
         raise UserError(f"{folder} holds no generator: name a folder with generator.json and its weights") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the generator in {folder} is torn or of another version: make or fetch it again") from error
+    if not all(torch.isfinite(value).all() for value in generator.state_dict().values()):
+        raise UserError(f"the generator in {folder} holds NaN or infinite weights: train it again")
+    return generator.eval(), facts
+
+
+def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
+    facts = json.loads((folder / "generator.json").read_text())
+    weights = load_file(folder / "generator.safetensors")
     shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
     spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
     statistics = Standardiser(weights["mean_V"], weights["scale_V"])
     generator = make_generator(GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0)
     generator.load_state_dict(weights, strict=True)
-    return generator.eval(), facts
+    return generator, facts

@@ -25,6 +25,8 @@ PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+# Settings of PEFT under which an adapter is no longer W + alpha / rank * B A.
+_OTHER_LORA = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication")
 
 StateDict = Mapping[str, Tensor]
 
@@ -246,7 +248,7 @@ def load_adapter(folder: Path, spec: LoraSpec | None = None) -> dict[str, Tensor
     """Read one PEFT adapter's state dict as float32.
 
     Raises UserError for a missing, truncated or foreign file, for NaN or infinite values and, where a `spec` is given,
-    for another rank, alpha or base shape.
+    for another rank, alpha or base shape, or a kind of LoRA whose factor on B A is not alpha / rank.
     """
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -271,6 +273,12 @@ def _check_adapter(folder: Path, state: StateDict, spec: LoraSpec) -> None:
     except ValueError as error:
         raise UserError(f"the adapter in {folder} does not fit the base: {error}") from error
     config = read_adapter_config(folder)
+    odd = [name for name in _OTHER_LORA if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if odd:
+        raise UserError(
+            f"the adapter in {folder} sets {', '.join(odd)}, which plain LoRA does not have: "
+            "it would be read wrongly here; make it without"
+        )
     found = (config["r"], config["lora_alpha"])
     if found != (spec.rank, float(spec.alpha)):
         raise UserError(

@@ -95,7 +95,12 @@ def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
 
 
 def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:
-    """Inner products <ΔW_i, ΔW_j> of all adapters of two batches over all modules, [A_left, A_right]."""
+    """Inner products <ΔW_i, ΔW_j> of all adapters of two batches over all modules, [A_left, A_right].
+
+    Raises ValueError where the modules differ.
+    """
+    if left.a.keys() != right.a.keys():
+        raise ValueError("the two batches adapt different modules: they are of different bases")
     total = torch.zeros(left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device)
     for name in left.a:
         bb = torch.einsum("ior,jos->ijrs", left.b[name].float(), right.b[name].float())

@@ -178,10 +178,10 @@ def greedy_answers(
 ) -> list[list[str]]:
     """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
 
-    Raises ValueError where there are not as many lists of prompts as adapters.
+    Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
     """
-    if len(prompts) != batch.n_adapters:
-        raise ValueError(f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters")
+    if len(prompts) != batch.n_adapters or len({len(own) for own in prompts}) != 1 or not prompts[0]:
+        raise ValueError(f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long")
     tokenizer = base.tokenizer
     rows = tokenizer([p for own in prompts for p in own], add_special_tokens=False)["input_ids"]
     lengths = torch.tensor([len(r) for r in rows])
@@ -219,8 +219,10 @@ def exact_match(
     Greedy decoding gives the wanted answer if and only if every answer token (the end token too) is the most likely
     one after the right prefix; so no token needs to be generated. Raises ValueError for a mismatch in number.
     """
-    if len(examples) != batch.n_adapters or not examples[0]:
-        raise ValueError(f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs its own")
+    if len(examples) != batch.n_adapters or len({len(own) for own in examples}) != 1 or not examples[0]:
+        raise ValueError(
+            f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
+        )
     pieces = []
     for start in range(0, batch.n_adapters, chunk):
         rows = slice(start, start + chunk)

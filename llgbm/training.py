@@ -186,7 +186,7 @@ class Trial:
             config.n_probes,
             config.seed,
         )
-        self.step, self.best_step, self.best_score = 0, 0, -math.inf
+        self.step, self.best_step, self.risen_step, self.best_score = 0, 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
 
     def _rate(self, step: int) -> float:
@@ -238,6 +238,8 @@ class Trial:
 
     def keep_if_best(self, score: float) -> None:
         """Remember the generator if no validation score before was higher; of equals, the longer trained one stays."""
+        if score > self.best_score:
+            self.risen_step = self.step
         if score >= self.best_score:
             self.best_score, self.best_step = score, self.step
             self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
@@ -251,6 +253,7 @@ class Trial:
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
+            "risen_step": self.risen_step,
             "best_score": self.best_score,
         }
 
@@ -259,13 +262,14 @@ class Trial:
         self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_step, self.best_score = state["step"], state["best_step"], state["best_score"]
+        self.step, self.best_step, self.risen_step = state["step"], state["best_step"], state["risen_step"]
+        self.best_score = state["best_score"]
         self.best = state["best"]
 
     @property
     def stale(self) -> bool:
         """Whether validation accuracy has not risen for `patience` evaluations."""
-        waited = (self.step - self.best_step) // self.config.eval_every
+        waited = (self.step - self.risen_step) // self.config.eval_every
         return self.config.patience > 0 and waited >= self.config.patience
 
 

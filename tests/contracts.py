@@ -72,6 +72,13 @@ class GeneratorContract:
         with pytest.raises(ValueError, match=f"needed.*{WIDTH}"):
             self.make(config).generate(torch.randn(shape))
 
+    def test_refuses_conditions_that_hold_nothing_or_nan(self, config: GeneratorConfig) -> None:
+        poisoned = random_conditions()
+        poisoned[1, 2, 3] = float("nan")
+        for condition in (torch.zeros(2, 0, WIDTH), torch.zeros(0, 3, WIDTH), poisoned):
+            with pytest.raises(ValueError, match="no prompt, or NaN"):
+                self.make(config).generate(condition)
+
     def test_order_of_the_prompts_does_not_matter(self, config: GeneratorConfig) -> None:
         generator, condition = self.make(config).eval(), random_conditions(2, 5)
         for seed in range(3):

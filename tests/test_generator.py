@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,11 @@ import pytest
 import torch
 from contracts import WIDTH, GeneratorContract, make_spec, random_statistics
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llgbm.dataset import Standardiser
-from llgbm.generator import GENERATORS, GeneratorConfig, LoraGenerator, load_generator, make_generator
+from llgbm.generator import GENERATORS, GeneratorConfig, LoraGenerator, load_generator, make_generator, save_generator
 from llgbm.lora import LoraSpec
 from llgbm.runtime import UserError
 
@@ -51,6 +53,28 @@ def test_statistics_of_another_base_are_refused() -> None:
 def test_folder_without_a_generator_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no generator"):
         load_generator(tmp_path)
+
+
+def test_spoiled_generator_is_refused_in_one_sentence_that_names_it(tmp_path: Path) -> None:
+    config, statistics = GeneratorConfig(hidden=16), random_statistics(make_spec())
+    generator = make_generator(config, make_spec(), WIDTH, statistics, 0)
+    weights, facts = tmp_path / "generator.safetensors", tmp_path / "generator.json"
+    damages: list[Callable[[], object]] = [
+        lambda: weights.write_bytes(weights.read_bytes()[:1000]),
+        lambda: weights.write_bytes(b""),
+        lambda: facts.write_text(facts.read_text()[:50]),
+        lambda: facts.write_text("{}"),
+        lambda: facts.write_text("[]"),
+        lambda: facts.write_text(facts.read_text().replace('"hidden": 16', '"hidden": 8')),
+        lambda: save_file({**load_file(weights), "inlet.bias": torch.full((16,), float("nan"))}, weights),
+    ]
+    for damage in damages:
+        save_generator(tmp_path, generator, config, {})
+        load_generator(tmp_path)
+        damage()
+        with pytest.raises(UserError) as caught:
+            load_generator(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_standardiser_decodes_what_it_encodes_and_survives_a_constant_value() -> None:

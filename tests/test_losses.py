@@ -122,6 +122,9 @@ def test_relative_error_refuses_adapters_of_another_base_or_number() -> None:
     for wrong in (other, teacher.select([0])):
         with pytest.raises(ValueError, match="differ in modules or in number"):
             delta_w_error(wrong, teacher)
+    for pair in ((other, teacher), (teacher, other)):
+        with pytest.raises(ValueError, match="different modules"):
+            delta_w_inner(*pair)
 
 
 @pytest.mark.parametrize("make", [MultiTaskLoss, lambda w, d: TrainingConfig(lambda_weight=w, lambda_delta=d)])

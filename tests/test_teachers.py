@@ -91,8 +91,13 @@ def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> N
 
 def test_lists_that_do_not_fit_the_adapters_are_refused(world: World) -> None:
     batch = world.bank.load().select([0, 1])
-    with pytest.raises(ValueError, match="each needs its own"):
+    with pytest.raises(ValueError, match="each needs one"):
         exact_match(world.base, world.bank.spec, batch, [[Example("a", " b")]])
+    unlike = [[Example("a", " b")] * n for n in (2, 4)]
+    with pytest.raises(ValueError, match="as long"):
+        exact_match(world.base, world.bank.spec, batch, unlike)
+    with pytest.raises(ValueError, match="as long"):
+        greedy_answers(world.base, world.bank.spec, batch, [[e.prompt for e in own] for own in unlike])
     with pytest.raises(ValueError, match="1 lists of prompts for 2 adapters"):
         greedy_answers(world.base, world.bank.spec, batch, [["a"]])
 

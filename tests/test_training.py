@@ -77,8 +77,8 @@ def test_patience_ends_a_run_that_no_longer_gets_better(world: World, config: Tr
     trial.step = 10
     trial.keep_if_best(0.5)
     trial.step = 20
-    trial.keep_if_best(0.4)
-    assert not trial.stale
+    trial.keep_if_best(0.5)
+    assert not trial.stale and trial.best_step == 20
     trial.step = 30
     assert trial.stale
 
