@@ -9,7 +9,6 @@ import json
 import logging
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -79,12 +78,11 @@ def release_device_memory() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of libraries off a stderr that is no terminal, and their notes that a user can do nothing about."""
+    """Keep the bars of libraries off a stderr that is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="The input tensor is non-contiguous")
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:

@@ -128,13 +128,13 @@ def test_the_registered_champion_generates_an_adapter_that_plain_peft_runs(
 
 
 def test_a_failed_trial_is_failed_and_hurts_no_other(tmp_path: Path, cache: Path, world: World) -> None:
-    process = start(tmp_path, cache, "--steps", "4", "--lambda-weight", "1", "3e38", "--lambda-delta", "0")
+    process = start(tmp_path, cache, "--steps", "4", "--lambda-weight", "1", "1e39", "--lambda-delta", "0")
     out, err = process.communicate(timeout=280)
     assert process.returncode == 1, err
     parent, children = runs(tmp_path)
     assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
     failed = next(run for run in children if run.info.status == "FAILED")
-    assert float(failed.data.params["lambda_weight"]) == 3e38
+    assert float(failed.data.params["lambda_weight"]) == 1e39
     assert json.loads(out.rstrip().rsplit("\n", 1)[1])["registered"]
 
 

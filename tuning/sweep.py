@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def start_ray(resources: Resources) -> None:
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     import ray
 
+    # The shared tensors are only read, which is what Ray's note asks for.
+    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous")
     if not ray.is_initialized():
         ray.init(
             num_cpus=resources.machine_cpus,
