@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from llgbm.world import World, WorldConfig, build_world
 from tuning.studies import smoke_world
 
 pytest.register_assert_rewrite("contracts")
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -39,6 +42,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(cache: Path) -> World:
     """20 tasks (14 train, 2 val, 4 test), a base of 60 steps, teachers of 15: real in kind, worthless in accuracy."""
     return build_world(cache, smoke_world(WorldConfig()), "cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path, world: World) -> tuple[Path, str]:
+    """The README's own `python tuning/run_ablation.py --smoke` on the toy world: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tuning").symlink_to(ROOT / "tuning")
+    (folder / ".llgbm").symlink_to(cache)
+    command = [sys.executable, "tuning/run_ablation.py", "--smoke"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 @pytest.fixture

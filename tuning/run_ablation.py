@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from llgbm.world import World, build_world, describe_world
 from tuning import registry
 from tuning.report import DeltaMap, result_json, write_report
 from tuning.studies import Study, StudyOptions, TrialSpec, make_study
-from tuning.sweep import Resources, check_resources, run_sweep, start_ray
+from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
 from tuning.tracking import StudyTracker, TrialResult, read_trials
 
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
@@ -264,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run and translate errors: 2 for a user's mistake, 130 for an interrupt, 1 for failed trials."""
     parsed = parse_arguments(arguments)
     quiet_libraries()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminate_as_interrupt()
     try:
         return run(parsed)
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -86,6 +87,12 @@ def start_ray(resources: Resources) -> None:
             log_to_driver=False,
             object_store_memory=512 * 2**20,
         )
+    terminate_as_interrupt()
+
+
+def terminate_as_interrupt() -> None:
+    """Make SIGTERM end the program as Ctrl-C does. Ray puts a handler of its own in place, so call it after too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
 
 
 def run_sweep(

@@ -1,0 +1,5 @@
+"""The one error that this package raises for what its user can mend."""
+
+
+class DndError(ValueError):
+    """A file, an adapter or a setting that does not fit; the message says what was got, what is needed, what to do."""
