@@ -27,7 +27,7 @@ class GeneratorConfig:
     """Which generator, and its widths."""
 
     name: str = "default"
-    hidden: int = 256
+    hidden: int = 320
     blocks: int = 1
     dropout: float = 0.0
 

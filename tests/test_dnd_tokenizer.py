@@ -107,8 +107,17 @@ def test_round_trip(sizes: list[tuple[int, int]], rank: int, spare: int, n_lead:
     tokens = tokenizer.tokenize(state)
     assert tokens.shape == (*(2,) * n_lead, tokenizer.n_tokens(state), rank + 2 + spare, 8)
     assert largest_error(state, tokenizer.detokenize(state, tokens)) < 1e-6
-    assert largest_error(state, tokenizer.detokenize(state, tokens.bfloat16())) < 1e-3
+    stored = LoraTokenizer2D(tokenizer.token_size, torch.bfloat16)
+    assert stored.tokenize(state).dtype == torch.bfloat16
+    assert largest_error(state, stored.detokenize(state, stored.tokenize(state))) < 1e-3
     assert all(torch.equal(kept[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_round_trip_of_a_layer_of_full_size(dtype: torch.dtype, bound: float) -> None:
+    state = make_adapter(qwen_layer(896, 128, 4864), rank=8)
+    tokenizer = Qwen2505LoRA_Tokenizer2D(dtype=dtype)
+    assert largest_error(state, tokenizer.detokenize(state, tokenizer.tokenize(state))) < bound
 
 
 def test_a_chunk_without_spread_round_trips() -> None:
@@ -180,6 +189,8 @@ def test_tokens_and_sizes_that_do_not_fit_are_refused() -> None:
     state = make_adapter([(6, 6)], 2)
     with pytest.raises(DndError, match=r"needs \[..., \*\(2, 4, 8\)\]"):
         LoraTokenizer2D((4, 8)).detokenize(state, torch.zeros(3, 4, 8))
+    with pytest.raises(DndError, match="cannot be stored"):
+        LoraTokenizer2D((4, 8), torch.int8)
     for size in (None, (2, 8), (4, 8, 8)):
         with pytest.raises(DndError, match="token size"):
             LoraTokenizer2D(size)

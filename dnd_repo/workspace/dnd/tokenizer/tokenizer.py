@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     rank: int
     width: int
     start: int
-    count: int
+    n_tokens: int
 
 
 class LoraTokenizer2D:
@@ -37,7 +37,8 @@ class LoraTokenizer2D:
 
     A token is a chunk [R, W - 2] of a matrix, less its mean m and over its unbiased deviation s, in the upper left; NaN
     where the chunk is smaller; and 8 m and ln(0.9 s + 0.1) + 1.6 in turn along the last two rows and the last two
-    columns. A chunk without spread is stored as zeros with s = 0.
+    columns. A chunk without spread is stored as zeros with s = 0. In bfloat16 the values are standardised with m and s
+    as rounded, so that rounding these two is no error on the way back.
     """
 
     usual_token_size: tuple[int, int] | None = None
@@ -46,6 +47,8 @@ class LoraTokenizer2D:
         size = token_size if token_size is not None else self.usual_token_size
         if size is None or len(size) != 2 or min(size) <= SCALE:
             raise DndError(f"the token size is {size}; it must be (height, width), each above {SCALE}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise DndError(f"tokens cannot be stored as {dtype}: use torch.float32 or torch.bfloat16")
         self.height, self.width, self.dtype = int(size[0]), int(size[1]), dtype
 
     @property
@@ -55,7 +58,7 @@ class LoraTokenizer2D:
     def n_tokens(self, state: Mapping[str, Tensor]) -> int:
         """How many tokens an adapter of these shapes has. Raises DndError as `tokenize` does."""
         pieces = self.plan(state)
-        return pieces[-1].start + pieces[-1].count
+        return pieces[-1].start + pieces[-1].n_tokens
 
     def plan(self, state: Mapping[str, Tensor]) -> list[Piece]:
         """Where each matrix stands: modules in the order of their first key, A before B."""
@@ -92,31 +95,31 @@ class LoraTokenizer2D:
         rows, columns = self.height - SCALE, self.width - SCALE
         body = state[pieces[0].key].new_zeros((*lead, self._total(pieces), rows, columns), dtype=torch.float32)
         for piece in pieces:
-            place = body[..., piece.start : piece.start + piece.count, : piece.rank, : min(piece.width, columns)]
+            place = body[..., piece.start : piece.start + piece.n_tokens, : piece.rank, : min(piece.width, columns)]
             place.copy_(_cut(state[piece.key], piece))
         if not body.sum().isfinite():
             raise DndError(f"the adapter holds NaN or infinite values in {_first_odd(state)}: train it again")
         return self._standardise(body, pieces).to(self.dtype)
 
     def _total(self, pieces: Sequence[Piece]) -> int:
-        return pieces[-1].start + pieces[-1].count
+        return pieces[-1].start + pieces[-1].n_tokens
 
     def _standardise(self, body: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Chunks [..., T, H - 2, W - 2], zero where there is padding, to whole tokens."""
         padding = self._padding(pieces).to(body.device)
         size = (~padding).sum((-2, -1)).double()
         mean = body.sum((-2, -1), dtype=torch.float64) / size
-        centred = body - mean[..., None, None].float()
-        if padding.any():
-            centred.masked_fill_(padding, 0.0)
+        centred = (body - mean[..., None, None].float()).masked_fill_(padding, 0.0)
         deviation = (centred.square().sum((-2, -1), dtype=torch.float64) / (size - 1).clamp_min(1)).sqrt()
+        scales = torch.stack([8 * mean, (0.9 * deviation + 0.1).log() + 1.6], -1).to(self.dtype)
+        if self.dtype != torch.float32:
+            mean, deviation = _as_read(scales, mean, deviation)
+            centred = (body - mean[..., None, None].float()).masked_fill_(padding, 0.0)
         divisor = torch.where(deviation > 0, deviation, 1.0).float()
         tokens = body.new_empty((*body.shape[:-2], self.height, self.width))
         torch.div(centred, divisor[..., None, None], out=tokens[..., :-SCALE, :-SCALE])
-        if padding.any():
-            tokens[..., :-SCALE, :-SCALE].masked_fill_(padding, math.nan)
-        scales = torch.stack([8 * mean, (0.9 * deviation + 0.1).log() + 1.6], -1).to(tokens.dtype)
-        self._write_scales(tokens, scales)
+        tokens[..., :-SCALE, :-SCALE].masked_fill_(padding, math.nan)
+        self._write_scales(tokens, scales.float())
         return tokens
 
     def _write_scales(self, tokens: Tensor, scales: Tensor) -> None:
@@ -128,7 +131,7 @@ class LoraTokenizer2D:
     def _padding(self, pieces: Sequence[Piece]) -> Tensor:
         """Where the body of a token is padding, [T, H - 2, W - 2]."""
         rows, columns = torch.arange(self.height - SCALE), torch.arange(self.width - SCALE)
-        counts = torch.tensor([p.count for p in pieces])
+        counts = torch.tensor([p.n_tokens for p in pieces])
         ranks = torch.tensor([p.rank for p in pieces]).repeat_interleave(counts)
         widths = torch.tensor([p.width for p in pieces]).repeat_interleave(counts)
         return (rows >= ranks[:, None])[:, :, None] | (columns >= widths[:, None])[:, None, :]
@@ -154,8 +157,8 @@ class LoraTokenizer2D:
         even = self.width - self.width % SCALE
         rows = tokens[..., -SCALE:, :even].double().unflatten(-1, (-1, SCALE)).nanmean((-3, -2))
         columns = tokens[..., :, -SCALE:].double().nanmean(-2)
-        mean, deviation = ((rows + columns) / 2).unbind(-1)
-        return (mean / 8).float(), (((deviation - 1.6).exp() - 0.1) / 0.9).float()
+        mean, deviation = _from_scales((rows + columns) / 2)
+        return mean.float(), deviation.float()
 
 
 def ordered_keys(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
@@ -194,15 +197,31 @@ def _first_odd(state: Mapping[str, Tensor]) -> str:
     return next((key for key, tensor in state.items() if not tensor.isfinite().all()), "the sum of its values")
 
 
+def _from_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [...] from how they are written, [..., 2]."""
+    mean, deviation = scales.unbind(-1)
+    return mean / 8, ((deviation - 1.6).exp() - 0.1) / 0.9
+
+
+def _as_read(scales: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation as they come back from rounded storage, so that values standardised with them come back right.
+
+    A deviation too small for the storage keeps its own value: the rounded one would blow the values up.
+    """
+    mean_read, deviation_read = _from_scales(scales.double())
+    near = (deviation_read - deviation).abs() < 0.5 * deviation
+    return mean_read, torch.where(near, deviation_read, deviation)
+
+
 def _cut(matrix: Tensor, piece: Piece) -> Tensor:
     """A matrix as its chunks [..., count, R, width of a chunk]; a view."""
     wide = matrix if piece.side == "A" else matrix.transpose(-1, -2)
-    return wide.unflatten(-1, (piece.count, -1)).transpose(-2, -3)
+    return wide.unflatten(-1, (piece.n_tokens, -1)).transpose(-2, -3)
 
 
 def _join(body: Tensor, piece: Piece) -> Tensor:
     """The way back from `_cut`, from the body of all tokens."""
-    own = body[..., piece.start : piece.start + piece.count, : piece.rank, : piece.width]
+    own = body[..., piece.start : piece.start + piece.n_tokens, : piece.rank, : piece.width]
     wide = own.transpose(-2, -3).flatten(-2)
     return wide if piece.side == "A" else wide.transpose(-1, -2).contiguous()
 
