@@ -157,6 +157,7 @@ def test_a_stack_is_tokenized_as_its_adapters_are() -> None:
 
 def test_default_token_size_divides_or_holds_every_matrix() -> None:
     assert default_token_size(make_adapter([(128, 64), (128, 256)], rank=4)) == (6, 66)
+    assert default_token_size(make_adapter([(48, 32)], rank=2)) == (4, 18)
     assert default_token_size(make_adapter([(5, 7), (9, 5)], rank=2)) == (4, 11)
 
 
