@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llgbm.cache import build_entry, entry_is_whole, output_folder
@@ -88,6 +88,7 @@ def test_a_build_that_raises_leaves_no_entry(tmp_path: Path) -> None:
     assert entry_is_whole(build_entry(tmp_path, "kind", "key", write_two_files))
 
 
+@settings(max_examples=25, deadline=None)
 @given(place=st.integers(0, 199), value=st.integers(0, 255), cut=st.booleans())
 def test_any_changed_byte_or_cut_makes_an_entry_be_built_again(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int, cut: bool
