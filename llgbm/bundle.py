@@ -54,6 +54,6 @@ class GeneratorBundle:
         """The `adapter_config.json` of its adapters."""
         return adapter_config(self.generator.spec, self.facts["base_path"])
 
-    def save_adapter(self, prompts: Sequence[str], folder: Path) -> None:
+    def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
         """Write the adapter for these prompts as a PEFT folder, whole or not at all. Raises UserError as `generate`."""
-        save_adapter(folder, self.generate(prompts), self.adapter_config())
+        save_adapter(Path(folder), self.generate(prompts), self.adapter_config())
