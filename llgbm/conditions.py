@@ -5,6 +5,7 @@ Letters: A adapters, N prompts a pool, C embedding width.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,12 +55,10 @@ class MiniLMEncoder(TextEncoder):
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         _refuse_empty(prompts)
+        show = sys.stderr.isatty() and len(prompts) > 128
         with torch.no_grad():
-            return (
-                self._model.encode(list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=False)
-                .float()
-                .cpu()
-            )
+            found = self._model.encode(list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show)
+        return found.float().cpu()
 
 
 class BaseModelEncoder(TextEncoder):
