@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.runtime import UserError, quiet_libraries, say
+from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,17 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and print its result as one JSON object; 2 for a user's mistake, 130 for an interrupt."""
     parsed = parse_arguments(arguments)
     quiet_libraries()
-    command: Callable[[argparse.Namespace], dict[str, Any]] = parsed.do
-    try:
-        print(json.dumps(command(parsed)))
-        return 0
-    except UserError as error:
-        if parsed.debug:
-            raise
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: print_result(parsed.do(parsed)), parsed.debug)
+
+
+def print_result(result: dict[str, Any]) -> int:
+    """Print one JSON object; return status 0."""
+    print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":

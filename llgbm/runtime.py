@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,20 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterab
 def progress_bar(label: str, total: int) -> tqdm:
     """A progress bar to be moved by hand; silent where there is no terminal."""
     return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
+
+
+def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:
+    """Run a program: its own status, 2 and one sentence for a UserError (raised with `debug`), 130 for an interrupt."""
+    try:
+        return command()
+    except UserError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say(on_interrupt)
+        return 130
 
 
 def say(text: str) -> None:

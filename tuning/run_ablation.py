@@ -19,7 +19,7 @@ import numpy as np
 from tabulate import tabulate
 
 from llgbm.baselines import evaluate_baselines
-from llgbm.runtime import UserError, quiet_libraries, say
+from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world, describe_world
 from tuning import registry
 from tuning.report import DeltaMap, result_json, write_report
@@ -264,16 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     quiet_libraries()
     terminate_as_interrupt()
-    try:
-        return run(parsed)
-    except UserError as error:
-        if parsed.debug:
-            raise
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted: unfinished runs are marked KILLED")
-        return 130
+    return exit_status(lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED")
 
 
 if __name__ == "__main__":
