@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.models import Base, ModelSize, load_base, make_tokenizer, new_model
@@ -32,10 +33,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all workers of one test run share, be there one or several (`-n`)."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the toy world is cached in."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder(tmp_path_factory, "cache")
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +56,21 @@ def world(cache: Path) -> World:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path, world: World) -> tuple[Path, str]:
     """The README's own `python tuning/run_ablation.py --smoke` on the toy world: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("sweep")
+    folder = shared_folder(tmp_path_factory, "sweep")
+    printed = folder / "printed.txt"
+    with FileLock(folder / ".lock"):
+        if not printed.is_file():
+            _run_smoke(folder, cache, printed)
+    return folder, printed.read_text()
+
+
+def _run_smoke(folder: Path, cache: Path, printed: Path) -> None:
     (folder / "tuning").symlink_to(ROOT / "tuning")
     (folder / ".llgbm").symlink_to(cache)
     command = [sys.executable, "tuning/run_ablation.py", "--smoke"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    printed.write_text(done.stdout)
 
 
 @pytest.fixture
