@@ -21,7 +21,7 @@ from tabulate import tabulate
 from llgbm.baselines import evaluate_baselines
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world, describe_world
-from tuning import registry
+from tuning import registry, run_notes
 from tuning.report import DeltaMap, result_json, write_report
 from tuning.studies import Study, StudyOptions, TrialSpec, make_study
 from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
@@ -55,6 +55,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
     how.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     how.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
+    how.add_argument(
+        "--keep-artifacts",
+        choices=run_notes.KEEP_ARTIFACTS,
+        default="all",
+        help="whose generated adapters are kept: of all trials, of the best, or none (default: all)",
+    )
+    how.add_argument(
+        "--keep-best",
+        type=int,
+        default=1,
+        metavar="K",
+        help="how many trials a size are the best, for --keep-artifacts best (default: 1)",
+    )
     how.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
     how.add_argument("--dry-run", action="store_true", help="print the trials and what would be built, run nothing")
     how.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -103,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the study that the arguments ask for; return the exit status."""
     study, root = study_of(arguments), Path.cwd()
     cache = Path(arguments.cache).expanduser().resolve()
+    run_notes.check_policy(arguments.keep_artifacts, arguments.keep_best)
     if arguments.dry_run:
         show_plan(study, cache)
         return 0
@@ -116,8 +130,13 @@ def run(arguments: argparse.Namespace) -> int:
         baselines = log_baselines(tracker, worlds)
         say(f"{len(study.trials)} trials, {resources.describe()}")
         start_ray(resources)
-        run_sweep(study, worlds, target, tracker, resources)
+        run_notes.log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
+        run_sweep(study, worlds, target, tracker, resources, arguments.keep_artifacts == "all")
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
+        if arguments.keep_artifacts == "best":
+            by_trial = {trial.id: worlds[trial.world.hash] for trial in study.trials}
+            best = run_notes.best_trials(results, arguments.metric, arguments.keep_best)
+            run_notes.keep_best_adapters(tracker.client, by_trial, best)
         registered = register_best(study, worlds, results, tracker, arguments.metric)
         summary = publish_report(study, worlds, results, baselines, tracker, arguments.metric)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
@@ -158,6 +177,7 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     return {
         "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
         "llgbm.base": ",".join(world.base.hash for world in worlds.values()),
+        **run_notes.note_tags(run_notes.study_note(study.name, study.trials)),
     }
 
 

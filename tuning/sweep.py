@@ -96,7 +96,12 @@ def terminate_as_interrupt() -> None:
 
 
 def run_sweep(
-    study: Study, worlds: Mapping[str, World], target: TrackingTarget, tracker: StudyTracker, resources: Resources
+    study: Study,
+    worlds: Mapping[str, World],
+    target: TrackingTarget,
+    tracker: StudyTracker,
+    resources: Resources,
+    keep_adapters: bool = True,
 ) -> None:
     """Run every trial of a study; each run's final status is set here, in the driver, whatever became of its worker.
 
@@ -108,7 +113,12 @@ def run_sweep(
 
     watcher = make_watcher(study, tracker)
     trainable = tune.with_parameters(
-        ray_trainable, trials=study.trials, worlds=dict(worlds), target=target, threads=resources.threads
+        ray_trainable,
+        trials=study.trials,
+        worlds=dict(worlds),
+        target=target,
+        threads=resources.threads,
+        keep_adapters=keep_adapters,
     )
     with tempfile.TemporaryDirectory() as storage:
         tuner = tune.Tuner(

@@ -16,17 +16,20 @@ from safetensors.torch import save_file
 
 from llgbm.bundle import GeneratorBundle
 from llgbm.evaluation import REPORTED_PARTS, PartResult, evaluate_generator
-from llgbm.lora import adapter_config, write_adapter_files
 from llgbm.training import Outcome, train
 from llgbm.world import World
+from tuning import run_notes
 from tuning.studies import TrialSpec
 from tuning.tracking import TrackingTarget, TrialTracker
 
 
-def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluation: Any) -> dict[str, float]:
+def run_trial(
+    trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluation: Any, keep_adapters: bool = True
+) -> dict[str, float]:
     """Train, evaluate and log one trial; return its final metrics.
 
-    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known.
+    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known. The adapters that it generates
+    are among its artifacts if `keep_adapters` says so.
     """
 
     def report(step: int, metrics: Mapping[str, float]) -> bool:
@@ -52,6 +55,8 @@ def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluati
     tracker.log(outcome.steps_run, metrics)
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), trial, world, outcome, results)
+        if keep_adapters:
+            run_notes.write_trial_adapters(Path(folder), world, results)
         tracker.log_artifacts(Path(folder), "")
     return metrics
 
@@ -59,12 +64,11 @@ def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluati
 def write_artifacts(
     folder: Path, trial: TrialSpec, world: World, outcome: Outcome, results: Mapping[str, PartResult]
 ) -> None:
-    """Deltas, per-task numbers, generated adapters of validation and test tasks, and the generator, into a folder."""
+    """Deltas, per-task numbers, settings and the generator, into a folder."""
     (folder / "generator").mkdir()
     GeneratorBundle.save(folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world))
     for part in ("val", "test"):
         result, tasks = results[part], list(results[part].accuracy_by_task)
-        _write_adapters(folder / "adapters" / part, world, tasks, result)
         (folder / "deltas").mkdir(exist_ok=True)
         tensors = {"predicted": result.delta_AD.cpu(), "teacher": result.teacher_delta_AD.cpu()}
         save_file(tensors, folder / "deltas" / f"{part}.safetensors", {"tasks": json.dumps(tasks)})
@@ -74,13 +78,6 @@ def write_artifacts(
     }
     (folder / "per_task.json").write_text(json.dumps(per_task, indent=1))
     (folder / "config.json").write_text(json.dumps(trial.config.as_dict(), indent=1))
-
-
-def _write_adapters(folder: Path, world: World, tasks: Sequence[str], result: PartResult) -> None:
-    config = adapter_config(world.bank.spec, world.base.path)
-    for task, state in zip(tasks, result.adapters.to_state_dicts(), strict=True):
-        (folder / task).mkdir(parents=True)
-        write_adapter_files(folder / task, state, config)
 
 
 def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
@@ -110,6 +107,7 @@ def ray_trainable(
     worlds: Mapping[str, World],
     target: TrackingTarget,
     threads: int,
+    keep_adapters: bool,
 ) -> None:
     """The function that Ray Tune calls; `params["trial"]` is the trial's place in the study."""
     from ray import tune
@@ -118,9 +116,14 @@ def ray_trainable(
     trial: TrialSpec = trials[params["trial"]]
     world = worlds[trial.world.hash]
     tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
+    tags |= run_notes.note_tags(run_notes.trial_note(trial))
     tracker = TrialTracker.open(target, trial.id, trial.name, trial.config.as_dict(), tags)
     try:
-        metrics = run_trial(trial, world, tracker, lambda step, found: tune.report({"step": step, **found}))
+        run_notes.log_datasets(tracker.client, tracker.run_id, [world])
+        with run_notes.system_metrics(target.tracking_uri, tracker.run_id):
+            metrics = run_trial(
+                trial, world, tracker, lambda step, found: tune.report({"step": step, **found}), keep_adapters
+            )
     finally:
         tracker.close()
     tune.report({"step": trial.config.steps, "finished": True, **metrics})
