@@ -67,6 +67,13 @@ class World:
         nn.Module.to(self.base.model, device)
         return replace(self, data=self.data.to(device))
 
+    @property
+    def n_bytes(self) -> int:
+        """About how much memory its tensors take: the base, the teachers' weights and their deltas."""
+        tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
+        deltas = [tensor for table in tables for tensor in (table.base_APQD, table.delta_APQD)]
+        return sum(t.nbytes for t in (*self.base.model.parameters(), self.data.values_AV, *deltas))
+
 
 def base_key(config: WorldConfig) -> str:
     """The name of a world's base in the cache."""
