@@ -5,10 +5,10 @@ python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--s
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,110 +16,52 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from llgbm.baselines import evaluate_baselines
-from llgbm.runtime import UserError, exit_status, quiet_libraries, say
-from llgbm.world import World, build_world, describe_world
+from llgbm.runtime import exit_status, quiet_libraries, say
+from llgbm.world import World, build_world
 from tuning import registry
+from tuning.arguments import parse_arguments, points_of, study_of
+from tuning.plan import last_results, past_runs, show_plan
 from tuning.report import DeltaMap, result_json, write_report
-from tuning.studies import Study, StudyOptions, TrialSpec, make_study
-from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
+from tuning.search import PointSearch, make_scheduler, make_searcher, open_search, optuna_url
+from tuning.space import TrialSpec
+from tuning.studies import Study
+from tuning.sweep import Resources, check_resources, make_list_searcher, run_sweep, start_ray, terminate_as_interrupt
 from tuning.tracking import StudyTracker, TrialResult, read_trials
 
-VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. A wrong option ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what is run")
-    what.add_argument("--study", default="phase_4_5", metavar="NAME", help="a named study (default: phase_4_5)")
-    what.add_argument("--model-size", nargs="+", default=["nano"], metavar="SIZE", help="nano, micro (default: nano)")
-    what.add_argument("--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss")
-    what.add_argument("--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2)")
-    what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial")
-    what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
-    what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
-    what.add_argument(
-        "--metric",
-        default="val/accuracy",
-        metavar="NAME",
-        help=f"what the best generator is chosen by, on validation tasks: {' or '.join(VAL_METRICS)}",
-    )
-    what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
-    how = parser.add_argument_group("how it is run")
-    how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
-    how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
-    how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
-    how.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
-    how.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
-    how.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
-    how.add_argument("--dry-run", action="store_true", help="print the trials and what would be built, run nothing")
-    how.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(arguments)
-
-
-def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the arguments ask for. Raises UserError for a bad value."""
-    pairs = (("lambda_weight", arguments.lambda_weight), ("lambda_delta", arguments.lambda_delta))
-    if arguments.metric not in VAL_METRICS:
-        raise UserError(f"unknown metric {arguments.metric!r}; a generator is chosen by: {', '.join(VAL_METRICS)}")
-    given: dict[str, Any] = {name: tuple(values) for name, values in pairs if values is not None}
-    options = StudyOptions(
-        model_sizes=tuple(arguments.model_size),
-        seeds=tuple(arguments.seeds if arguments.seeds is not None else ((0,) if arguments.smoke else (0, 1, 2))),
-        steps=arguments.steps,
-        delta_probes=arguments.delta_probes,
-        encoder=arguments.encoder,
-        smoke=arguments.smoke,
-    )
-    return make_study(arguments.study, replace(options, **given))
-
-
-def show_plan(study: Study, cache: Path) -> None:
-    """Print the trial table and what of each world is already built."""
-    rows = [
-        (
-            t.id,
-            t.name,
-            t.config.model_size,
-            t.config.lambda_weight,
-            t.config.lambda_delta,
-            t.config.seed,
-            t.config.steps,
-        )
-        for t in study.trials
-    ]
-    print(tabulate(rows, ("trial", "configuration", "size", "λ_w", "λ_d", "seed", "steps"), disable_numparse=True))
-    for world in study.worlds:
-        print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
-        for part, built in describe_world(cache, world).items():
-            print(f"  {part}: {built}")
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Run the study that the arguments ask for; return the exit status."""
     study, root = study_of(arguments), Path.cwd()
     cache = Path(arguments.cache).expanduser().resolve()
-    if arguments.dry_run:
-        show_plan(study, cache)
-        return 0
     resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent)
+    scheduler = make_scheduler(arguments.scheduler, study)
+    storage, n_points = arguments.optuna_storage or optuna_url(arguments.tracking_uri, root), points_of(arguments)
+    if arguments.dry_run:
+        runs = past_runs(arguments.tracking_uri, root, arguments.experiment)
+        show_plan(study, cache, runs, resources.concurrent, storage, n_points)
+        return 0
     tracker = StudyTracker.open(arguments.tracking_uri, root, arguments.experiment)
     worlds = {world.hash: build_world(cache, world) for world in study.worlds}
     for world in worlds.values():
         say(describe_facts(world))
+    search = None
+    if study.space is not None:
+        runs = past_runs(tracker.tracking_uri, root, arguments.experiment)
+        search = PointSearch(study.space, open_search(study, storage), n_points, last_results(runs))
     target = tracker.begin(study.name, study.id, study_params(study, resources), study_tags(study, worlds))
     with status_on_exit(tracker):
         baselines = log_baselines(tracker, worlds)
-        say(f"{len(study.trials)} trials, {resources.describe()}")
+        say(f"{describe_size(study, n_points)}, {resources.describe()}")
         start_ray(resources)
-        run_sweep(study, worlds, target, tracker, resources)
+        searcher = make_searcher(search) if search else make_list_searcher(study.trials)
+        run_sweep(study, worlds, target, tracker, resources, searcher, scheduler)
+        if search:
+            study = replace(study, trials=search.trials())
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-        registered = register_best(study, worlds, results, tracker, arguments.metric)
-        summary = publish_report(study, worlds, results, baselines, tracker, arguments.metric)
+        registered = register_best(study, worlds, results, tracker, study.metric)
+        summary = publish_report(study, worlds, results, baselines, tracker, study.metric)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
 
@@ -148,9 +90,16 @@ def describe_facts(world: World) -> str:
     )
 
 
+def describe_size(study: Study, n_points: int) -> str:
+    """How much is run."""
+    if study.space is None:
+        return f"{len(study.trials)} trials"
+    return f"{n_points} points on {len(study.space.seeds)} seeds"
+
+
 def study_params(study: Study, resources: Resources) -> dict[str, Any]:
     """What the parent run says of the study."""
-    return {"study": study.name, "trials": len(study.trials), "resources": resources.describe()}
+    return {"study": study.name, "metric": study.metric, "trials": len(study.trials), "resources": resources.describe()}
 
 
 def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
@@ -261,7 +210,7 @@ def best_delta_map(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and translate errors: 2 for a user's mistake, 130 for an interrupt, 1 for failed trials."""
-    parsed = parse_arguments(arguments)
+    parsed = parse_arguments(arguments, __doc__)
     quiet_libraries()
     terminate_as_interrupt()
     return exit_status(lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED")

@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from llgbm.runtime import UserError, progress_bar
 from llgbm.world import World
-from tuning.studies import Study
+from tuning.studies import Study, TrialSpec
 from tuning.tracking import StudyTracker, TrackingTarget
 
 QUIET = {
@@ -96,9 +96,15 @@ def terminate_as_interrupt() -> None:
 
 
 def run_sweep(
-    study: Study, worlds: Mapping[str, World], target: TrackingTarget, tracker: StudyTracker, resources: Resources
+    study: Study,
+    worlds: Mapping[str, World],
+    target: TrackingTarget,
+    tracker: StudyTracker,
+    resources: Resources,
+    searcher: Any,
+    scheduler: Any = None,
 ) -> None:
-    """Run every trial of a study; each run's final status is set here, in the driver, whatever became of its worker.
+    """Run every trial that a searcher suggests; each run's final status is set here, in the driver.
 
     Raises KeyboardInterrupt after an interrupt, once Ray has stopped the trials.
     """
@@ -106,16 +112,19 @@ def run_sweep(
 
     from tuning.trainable import ray_trainable
 
-    watcher = make_watcher(study, tracker)
-    trainable = tune.with_parameters(
-        ray_trainable, trials=study.trials, worlds=dict(worlds), target=target, threads=resources.threads
-    )
+    watcher = make_watcher(tracker)
+    trainable = tune.with_parameters(ray_trainable, worlds=dict(worlds), target=target, threads=resources.threads)
     with tempfile.TemporaryDirectory() as storage:
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
-            param_space={"trial": tune.grid_search(list(range(len(study.trials))))},
             tune_config=tune.TuneConfig(
-                metric="val/accuracy", mode="max", reuse_actors=True, max_concurrent_trials=resources.concurrent
+                metric=study.metric,
+                mode="max",
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1,
+                reuse_actors=True,
+                max_concurrent_trials=resources.concurrent,
             ),
             run_config=tune.RunConfig(
                 name=study.id, storage_path=str(Path(storage).resolve()), verbose=0, callbacks=[watcher]
@@ -125,27 +134,51 @@ def run_sweep(
             tuner.fit()
         finally:
             watcher.close()
-    if watcher.ended < len(study.trials):
+    if watcher.ended < watcher.begun:
         raise KeyboardInterrupt
 
 
-def make_watcher(study: Study, tracker: StudyTracker) -> Any:
+def make_list_searcher(trials: Sequence[TrialSpec]) -> Any:
+    """A Ray Tune searcher that suggests a list of trials in its order."""
+    from ray.tune.search import Searcher
+
+    class ListSearcher(Searcher):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = list(trials)
+
+        def suggest(self, trial_id: str) -> Any:
+            return {"trial": self.left.pop(0)} if self.left else self.FINISHED
+
+        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+            """Nothing depends on it."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """MLflow says what has run."""
+
+    return ListSearcher()
+
+
+def make_watcher(tracker: StudyTracker) -> Any:
     """A Tune callback that shows progress and sets final statuses."""
     from ray import tune
-
-    steps = {index: trial.config.steps for index, trial in enumerate(study.trials)}
 
     class Watcher(tune.Callback):
         """Counts steps for the bar; FINISHED and FAILED are decided here."""
 
         def __init__(self) -> None:
-            self.bar = progress_bar("trials", sum(steps.values()))
-            self.seen: dict[int, int] = {}
+            self.bar = progress_bar("trials", 0)
+            self.seen: dict[str, int] = {}
+            self.begun = 0
             self.ended = 0
 
+        def on_trial_start(self, iteration, trials, trial, **info) -> None:
+            self.begun += 1
+            self.bar.total += trial.config["trial"].config.steps
+
         def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
-            index = result["config"]["trial"]
-            self.seen[index] = min(int(result.get("step", 0)), steps[index])
+            spec = trial.config["trial"]
+            self.seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
             self.bar.n = sum(self.seen.values())
             self.bar.refresh()
 
@@ -157,7 +190,7 @@ def make_watcher(study: Study, tracker: StudyTracker) -> Any:
 
         def _end(self, trial, status: str) -> None:
             self.ended += 1
-            tracker.finish_trial(study.trials[trial.config["trial"]].id, status)
+            tracker.finish_trial(trial.config["trial"].id, status)
 
         def close(self) -> None:
             self.bar.close()

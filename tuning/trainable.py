@@ -106,16 +106,15 @@ def peak_memory_mb() -> float:
 
 def ray_trainable(
     params: Mapping[str, Any],
-    trials: Sequence[TrialSpec],
     worlds: Mapping[str, World],
     target: TrackingTarget,
     threads: int,
 ) -> None:
-    """The function that Ray Tune calls; `params["trial"]` is the trial's place in the study."""
+    """The function that Ray Tune calls; `params["trial"]` is the trial."""
     from ray import tune
 
     torch.set_num_threads(threads)
-    trial: TrialSpec = trials[params["trial"]]
+    trial: TrialSpec = params["trial"]
     world = worlds[trial.world.hash]
     tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
     tracker = TrialTracker.open(target, trial.id, trial.name, trial.config.as_dict(), tags)
