@@ -15,11 +15,6 @@ from tuning.study_files import make_study
 SEARCHES = ("grid", *reversed(SAMPLERS))
 SCHEDULERS = ("none", "asha")
 POINTS = 20
-# What a study is made from: another run with the same values of these makes the same study.
-STUDY_ARGUMENTS = (
-    *("study", "model_size", "lambda_weight", "lambda_delta", "learning_rate", "generator", "seeds", "steps"),
-    *("batch_size", "delta_probes", "encoder", "metric", "smoke", "search", "num_samples", "objectives", "scheduler"),
-)
 
 
 def parse_arguments(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:

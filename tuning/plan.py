@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from tabulate import tabulate
 
 from llgbm.training import TrainingConfig
 from llgbm.world import describe_world
-from tuning.search import describe_search, drawn_trials, find_search
+from tuning.search import count_states, drawn_trials, find_search
 from tuning.space import TrialSpec
 from tuning.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
 from tuning.studies import Study
@@ -177,15 +176,14 @@ def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points
     space = study.space
     assert space is not None
     found = find_search(study, optuna_url)
-    points = describe_search(study, found)
-    states = Counter(point["state"] for point in points)
+    states = count_states(found)
     print(f"search {study.id} by {space.sampler}, for the mean of {' and '.join(space.objectives)} over seeds")
     print(tabulate([(name, *ends) for name, ends in space.ranges.items()], ("searched", "from", "to")))
     known = ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
     print(f"points: {n_points} wanted; in the Optuna study: {known}\n")
     trials = drawn_trials(space, found) if found else ()
-    missing = max(0, n_points - len(points))
-    return Plan(study, trials, missing * len(space.seeds), runs)
+    missing = max(0, n_points * len(space.seeds) - len(trials))
+    return Plan(study, trials, missing, runs)
 
 
 def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:

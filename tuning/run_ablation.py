@@ -24,7 +24,7 @@ from tuning import registry
 from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.plan import last_results, past_runs, show_plan
 from tuning.report import DeltaMap, result_json, write_report
-from tuning.search import PointSearch, make_scheduler, make_searcher, open_search, optuna_url
+from tuning.search import PointSearch, describe_best, make_scheduler, make_searcher, open_search, optuna_url
 from tuning.space import TrialSpec
 from tuning.studies import Study
 from tuning.sweep import Resources, check_resources, make_list_searcher, run_sweep, start_ray, terminate_as_interrupt
@@ -58,6 +58,7 @@ def run(arguments: Namespace) -> int:
         searcher = make_searcher(search) if search else make_list_searcher(study.trials)
         run_sweep(study, worlds, target, tracker, resources, searcher, scheduler)
         if search:
+            say(describe_best(search.space, search.study))
             study = replace(study, trials=search.trials())
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
         registered = register_best(study, worlds, results, tracker, study.metric)

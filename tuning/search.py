@@ -7,6 +7,7 @@ waits for stand in the storage alone: a driver that was killed finds the open po
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ class PointSearch:
         self.distributions: dict[str, BaseDistribution] = {
             name: FloatDistribution(low, high, log=True) for name, (low, high) in space.ranges.items()
         }
-        self.outcomes = {trial_id: self._outcome(result) for trial_id, result in (known or {}).items()}
+        self.results: dict[str, Result | None] = dict(known or {})
         self.running: set[str] = set()
         self._fail_half_asked()
 
@@ -132,7 +133,7 @@ class PointSearch:
     def tell(self, spec: TrialSpec, result: Result | None) -> None:
         """Take the last result of a trial; None or `failed` in it: the trial failed."""
         self.running.discard(spec.id)
-        self.outcomes[spec.id] = self._outcome(result)
+        self.results[spec.id] = result
         self._settle()
 
     def trials(self) -> tuple[TrialSpec, ...]:
@@ -145,15 +146,14 @@ class PointSearch:
         for point in failed:
             self.study.enqueue_trial(point.params, user_attrs={RETRY_OF: point.number})
             for spec in self.space.trials(point.params):
-                outcome = self.outcomes.get(spec.id)
-                if outcome is not None and outcome.values is None:
-                    del self.outcomes[spec.id]
+                if spec.id in self.results and self._outcome(self.results[spec.id]).values is None:
+                    del self.results[spec.id]
         return len(failed)
 
     def _waiting(self) -> Iterator[TrialSpec]:
         for point in self._points(TrialState.RUNNING):
             for spec in self.space.trials(point.params):
-                if spec.id not in self.outcomes and spec.id not in self.running:
+                if spec.id not in self.results and spec.id not in self.running:
                     yield spec
 
     def _ask_point(self) -> None:
@@ -166,9 +166,9 @@ class PointSearch:
     def _settle(self) -> None:
         """Tell every open point of which all seeds have ended."""
         for point in self._points(TrialState.RUNNING):
-            outcomes = [self.outcomes.get(spec.id) for spec in self.space.trials(point.params)]
-            if all(outcomes):
-                self._tell_point(point, [outcome for outcome in outcomes if outcome is not None])
+            ids = [spec.id for spec in self.space.trials(point.params)]
+            if all(trial_id in self.results for trial_id in ids):
+                self._tell_point(point, [self._outcome(self.results[trial_id]) for trial_id in ids])
 
     def _tell_point(self, point: FrozenTrial, outcomes: list[Outcome]) -> None:
         done = [outcome.values for outcome in outcomes if outcome.values is not None]
@@ -285,19 +285,39 @@ def make_scheduler(name: str, study: Study) -> Any:
             f"{shortest.eval_every} have none: raise --steps or leave --scheduler out"
         )
     grace = min(last, max(shortest.steps // 4, shortest.eval_every))
-    return ASHAScheduler(time_attr="step", max_t=last, grace_period=grace, reduction_factor=2, stop_last_trials=False)
+    return ASHAScheduler(
+        time_attr="step",
+        metric=study.metric,
+        mode="max",
+        max_t=last,
+        grace_period=grace,
+        reduction_factor=2,
+        stop_last_trials=False,
+    )
 
 
-def describe_search(study: Study, optuna_study: optuna.Study | None) -> list[dict[str, Any]]:
-    """The points that Optuna knows of a search, for people: number, state, parameters, values."""
+def count_states(optuna_study: optuna.Study | None) -> dict[str, int]:
+    """How many points of a search are in which state."""
     trials = optuna_study.get_trials(deepcopy=False) if optuna_study else []
-    return [
-        {
-            "point": t.number,
-            "state": t.state.name.lower(),
-            **t.params,
-            "values": t.values,
-            "stopped": t.user_attrs.get(STOPPED),
-        }
-        for t in trials
-    ]
+    return dict(Counter(trial.state.name.lower() for trial in trials))
+
+
+def describe_best(space: SearchSpace, optuna_study: optuna.Study) -> str:
+    """The best points that were run to their end: one of one objective, those that no other beats in all of several."""
+    whole = [t for t in optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    whole = [t for t in whole if STOPPED not in t.user_attrs]
+    best = [t for t in whole if not any(_beats(other, t) for other in whole)]
+    names = " and ".join(space.objectives)
+    if not best:
+        return f"no point of the search was run to its end: nothing to say of {names}"
+    shown = [f"{space.trials(t.params)[0].name} ({', '.join(f'{v:.3f}' for v in t.values)})" for t in best[:5]]
+    more = f" and {len(best) - 5} more" if len(best) > 5 else ""
+    return f"best of {len(whole)} points by mean {names} over {len(space.seeds)} seeds: {'; '.join(shown)}{more}"
+
+
+def _beats(one: FrozenTrial, other: FrozenTrial) -> bool:
+    """Whether one point is at least as good in every objective, and better in one; of equals the earlier."""
+    pairs = list(zip(one.values, other.values, strict=True))
+    if all(mine == yours for mine, yours in pairs):
+        return one.number < other.number
+    return all(mine >= yours for mine, yours in pairs)

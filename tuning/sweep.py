@@ -118,8 +118,6 @@ def run_sweep(
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
-                metric=study.metric,
-                mode="max",
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=-1,
