@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llgbm.runtime import UserError
+from tuning.run_notes import KEEP_ARTIFACTS
 from tuning.space import SAMPLERS, VAL_METRICS
 from tuning.studies import STUDIES, Study, StudyOptions
 from tuning.study_files import make_study
@@ -17,7 +18,7 @@ SCHEDULERS = ("none", "asha")
 POINTS = 20
 
 
-def parse_arguments(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """Read the command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_study(parser.add_argument_group("what is run"))
@@ -80,9 +81,17 @@ def _add_search(search: Any) -> None:
 
 
 def _add_execution(how: Any) -> None:
+    how.add_argument(
+        "--resume",
+        metavar="STUDY_ID",
+        help="go on with a study that was interrupted or killed: its id, or `latest`; what finished is not run again",
+    )
+    how.add_argument("--retry-failed", action="store_true", help="run the failed trials again, and no others")
+    how.add_argument("--fresh", action="store_true", help="run all trials anew, those that finished before too")
     how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
     how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
     how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
+    how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port")
     how.add_argument(
         "--dry-run",
         action="store_true",
@@ -95,6 +104,26 @@ def _add_stores(where: Any) -> None:
     where.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     where.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
     where.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
+    where.add_argument(
+        "--storage-path",
+        metavar="DIR",
+        help="where unfinished trials keep their state, a folder or s3://… that all machines reach "
+        "(default: CACHE/sweeps)",
+    )
+    where.add_argument("--keep-checkpoints", action="store_true", help="keep the state of finished trials too")
+    where.add_argument(
+        "--keep-artifacts",
+        choices=KEEP_ARTIFACTS,
+        default="all",
+        help="whose generated adapters are kept: of all trials, of the best, or none (default: all)",
+    )
+    where.add_argument(
+        "--keep-best",
+        type=int,
+        default=1,
+        metavar="K",
+        help="how many trials a size are the best, for --keep-artifacts best (default: 1)",
+    )
     where.add_argument(
         "--optuna-storage", metavar="URL", help="where a search is kept (default: optuna.db beside the MLflow store)"
     )

@@ -17,9 +17,8 @@ from tuning.search import count_states, drawn_trials, find_search
 from tuning.space import TrialSpec
 from tuning.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
 from tuning.studies import Study
-from tuning.tracking import TRIAL_TAG
+from tuning.tracking import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG
 
-STOPPED_TAG, SUPERSEDED_TAG = "llgbm.stopped_at_step", "llgbm.superseded"
 Kind = tuple[Any, ...]
 
 
@@ -177,8 +176,7 @@ def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points
     assert space is not None
     found = find_search(study, optuna_url)
     states = count_states(found)
-    print(f"search {study.id} by {space.sampler}, for the mean of {' and '.join(space.objectives)} over seeds")
-    print(tabulate([(name, *ends) for name, ends in space.ranges.items()], ("searched", "from", "to")))
+    print(f"{study.id}: {space.describe()}")
     known = ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
     print(f"points: {n_points} wanted; in the Optuna study: {known}\n")
     trials = drawn_trials(space, found) if found else ()

@@ -140,8 +140,26 @@ class PointSearch:
         """The trials of all points asked for so far, those of earlier runs too, each once."""
         return drawn_trials(self.space, self.study)
 
+    def is_done(self) -> bool:
+        """Whether no trial is left to ask for."""
+        self._settle()
+        return len(self._points()) >= self.n_points and next(self._waiting(), None) is None
+
+    def steps_left(self) -> int:
+        """Training steps of the trials that are still to be asked for, or run at present."""
+        trials = [spec for point in self._points() for spec in self.space.trials(point.params)]
+        missing = max(0, self.n_points - len(self._points())) * len(self.space.seeds)
+        left = sum(spec.id not in self.results for spec in trials) + missing
+        return left * self.space.base.config.steps
+
+    def describe(self) -> str:
+        """How far the search is."""
+        done = len([point for point in self._points() if point.state.is_finished()])
+        return f"{done} of {self.n_points} points done, {len(self.space.seeds)} seeds each"
+
     def retry_failed(self) -> int:
-        """Queue the points that were told as failed once more; returns how many."""
+        """Queue the points that were told as failed once more, and no others; returns how many."""
+        self.n_points = len(self._points())
         failed = [point for point in self._points() if point.state == TrialState.FAIL]
         for point in failed:
             self.study.enqueue_trial(point.params, user_attrs={RETRY_OF: point.number})
@@ -263,19 +281,12 @@ def make_searcher(search: PointSearch) -> Any:
     return PointSearcher()
 
 
-def make_scheduler(name: str, study: Study) -> Any:
-    """None, or ASHA on the study's validation metric.
+def rungs(study: Study) -> tuple[int, int]:
+    """First and last step at which ASHA may stop a trial: after a quarter of the steps, and before the end.
 
-    A rung is reached at an evaluation: the first after a quarter of the steps, the next at twice as many, and so on;
-    the lower half stops at each. No trial is stopped at its last step, since its final evaluation is still to come.
-    Raises UserError for another name, or where trials are evaluated at their end only.
+    A rung is reached at an evaluation. The last one before the end bounds them, since a trial that comes to its last
+    step must not be stopped: its final evaluation is still to come. Raises UserError where there is none.
     """
-    if name == "none":
-        return None
-    if name != "asha":
-        raise UserError(f"unknown scheduler {name!r}; there are: none, asha")
-    from ray.tune.schedulers import ASHAScheduler
-
     configs = [trial.config for trial in ((study.space.base,) if study.space else study.trials)]
     shortest = min(configs, key=lambda config: config.steps)
     last = (shortest.steps - 1) // shortest.eval_every * shortest.eval_every
@@ -284,13 +295,25 @@ def make_scheduler(name: str, study: Study) -> Any:
             f"asha judges trials at evaluations before their end, but {shortest.steps} steps with one every "
             f"{shortest.eval_every} have none: raise --steps or leave --scheduler out"
         )
-    grace = min(last, max(shortest.steps // 4, shortest.eval_every))
+    return min(last, max(shortest.steps // 4, shortest.eval_every)), last
+
+
+def make_scheduler(name: str, study: Study) -> Any:
+    """None, or ASHA on the study's validation metric: the lower half stops at each rung, each at twice the last steps.
+
+    Raises UserError as `rungs`.
+    """
+    if name == "none":
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    first, last = rungs(study)
     return ASHAScheduler(
         time_attr="step",
         metric=study.metric,
         mode="max",
         max_t=last,
-        grace_period=grace,
+        grace_period=first,
         reduction_factor=2,
         stop_last_trials=False,
     )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llgbm.runtime import UserError, content_hash
+from llgbm.training import VERSION as TRAINING_VERSION
 from llgbm.training import TrainingConfig
+from llgbm.world import VERSIONS as WORLD_VERSIONS
 from llgbm.world import WorldConfig
 
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
@@ -27,8 +29,8 @@ class TrialSpec:
 
     @property
     def id(self) -> str:
-        """hash(config, seed, data)."""
-        return content_hash("trial", self.config, self.world, length=12)
+        """hash(config, seed, data, version of the code that makes its numbers)."""
+        return content_hash("trial", TRAINING_VERSION, WORLD_VERSIONS, self.config, self.world, length=12)
 
     @property
     def label(self) -> str:
@@ -79,11 +81,19 @@ class SearchSpace:
         """What the numbers of a search depend on: not its notes."""
         return [self.base.id, self.seeds, self._fields, self.sampler, self.objectives]
 
+    def describe(self) -> str:
+        """One sentence on what is searched, how and for what."""
+        ranges = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in self.ranges.items())
+        return (
+            f"search by {self.sampler} over {ranges} (log scale), for the mean {' and '.join(self.objectives)} "
+            f"over seeds {', '.join(map(str, self.seeds))}."
+        )
+
     def trials(self, point: Mapping[str, float]) -> tuple[TrialSpec, ...]:
         """The trials of a point, one a seed. Values are rounded to six digits, so that the name says them in full."""
         values: dict[str, Any] = {name: float(f"{point.get(name, ends[0]):.6g}") for name, ends in self._fields.items()}
         name = "w={lambda_weight:g} d={lambda_delta:g} lr={learning_rate:g}".format(**values)
-        note = f"A point of the search over {', '.join(self.ranges)}. {self.base.note}".strip()
+        note = f"a point of the {self.describe()} {self.base.note}".strip()
         config = replace(self.base.config, **values)
         return tuple(replace(self.base, name=name, config=replace(config, seed=s), note=note) for s in self.seeds)
 

@@ -103,12 +103,6 @@ class Variant:
             ", ".join(filter(None, names)), {**self.changes, **other.changes}, " ".join(filter(None, reasons))
         )
 
-    @property
-    def note(self) -> str:
-        """For people: why, and what is changed."""
-        values = ", ".join(f"{key} = {getattr(value, 'name', value)}" for key, value in self.changes.items())
-        return " ".join(filter(None, (self.why, values and f"Sets {values}.")))
-
 
 def _lambdas(name: str, weight: float, delta: float) -> Variant:
     if weight and delta:
@@ -278,7 +272,7 @@ def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> Tri
     if unknown:
         raise UserError(f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig")
     config = replace(_config(options, size, seed), **variant.changes)
-    return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.note)
+    return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.why)
 
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
