@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
-from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.delta import DeltaTable, mean_over_probes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
+from llgbm.lora import LoraBatch
 from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
 from llgbm.models import SIZES
 from llgbm.runtime import UserError, content_hash, progress, seed_everything
@@ -311,10 +313,10 @@ def train(
 ) -> Outcome:
     """Train a generator; the one returned is the best on the validation tasks.
 
-    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy`; it ends the run by returning
-    False. `checkpoint` gets a state after those steps were reported, and whenever `checkpoint_seconds` have passed
-    since the last; `state` goes on from one. The same config, data and machine give the same numbers (float32 CPU: to
-    the last bit). Raises FloatingPointError when the loss is not finite.
+    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy` and `val/delta_cosine`; it ends
+    the run by returning False. `checkpoint` gets a state after those steps were reported, and whenever
+    `checkpoint_seconds` have passed since the last; `state` goes on from one. The same config, data and machine give
+    the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
     """
     trial = Trial(config, data, flora)
     if state is not None:
@@ -334,10 +336,24 @@ def train(
 
 
 def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
-    """`<part>/accuracy`: exact match on the evaluation examples of a part's tasks, from its evaluation prompts."""
+    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
+
+    `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
+    """
     rows = list(data.rows[part])
     batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    return {f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item()}
+    delta_AD = mean_delta(flora, batch, data.shared_deltas, rows)
+    cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
+    return {
+        f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item(),
+        f"{part}/delta_cosine": cosine_A.mean().item(),
+    }
+
+
+def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
+    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
+    probes = reference.probes.select(rows)
+    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
 
 
 def accuracy_per_adapter(
