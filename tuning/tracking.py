@@ -69,11 +69,12 @@ class TrialResult:
     params: Mapping[str, str]
     run_id: str
     stopped_at: int | None = None
+    superseded: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether it was trained to its end and evaluated: neither failed nor stopped early by a scheduler."""
-        return self.status == "FINISHED" and self.stopped_at is None
+        """Whether it was trained to its end and evaluated: neither failed nor stopped early nor obsolete."""
+        return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
 
 class StudyTracker:
@@ -381,6 +382,7 @@ def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | 
         params=dict(data.params),
         run_id=run.info.run_id,
         stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
+        superseded=not _is_live(run),
     )
 
 
