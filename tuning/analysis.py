@@ -1,13 +1,14 @@
 """Trials grouped, summarised and compared: means and spreads over seeds, paired tests with Holm's correction.
 
 Only finished trials count. Several trials of one seed are averaged first, so that a spread is always one over seeds.
+Two generators, say a new one and the registry's champion, are compared by `paired_comparison`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +20,99 @@ from tuning.tracking import TrialResult
 MAIN = "heldout/accuracy"
 REFERENCE = "weight-only"
 SEEDS_FOR_SPREAD = 3
+SIGNIFICANCE = 0.05
+FLIPS = 9999
+TASKS_FOR_TEST = 6  # 2 of 2^5 sign flips are still 0.06
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two generators on the same n tasks, new minus old.
+
+    `difference` is the mean over tasks, `interval` its 95 % interval by Student's t, `p` that of the two-sided
+    sign-flip test, `effect` the difference over its standard deviation over tasks (Cohen's d_z). What cannot be
+    computed (one task; no spread) is None. `verdict` says it in one sentence.
+    """
+
+    difference: float
+    interval: tuple[float, float] | None
+    p: float
+    effect: float | None
+    n: int
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the new one is better at the 5 % level, two-sided."""
+        return self.difference > 0 and self.p <= SIGNIFICANCE
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: better or not, by how much, how sure."""
+        low_high = f", 95 % interval {self.interval[0]:+.3f} to {self.interval[1]:+.3f}" if self.interval else ""
+        effect = f", effect size {self.effect:+.2f}" if self.effect is not None else ""
+        few = f"; below {TASKS_FOR_TEST} tasks nothing can be told" if self.n < TASKS_FOR_TEST else ""
+        numbers = f"{self.difference:+.3f} over {self.n} tasks{low_high}, p {number(self.p)}{effect}{few}"
+        return f"{'better' if self.is_better else 'not shown to be better'}: {numbers}"
+
+
+def paired_comparison(
+    new: Mapping[str, float | Sequence[float]], old: Mapping[str, float | Sequence[float]]
+) -> PairedTest:
+    """Compare two generators by their accuracy on the same tasks, given by task name; the task is the unit.
+
+    A task's value is its accuracy, or a list over its examples, which is averaged: examples of one task are no
+    independent evidence about tasks. The p-value is that of the sign-flip permutation test on the tasks' differences
+    (all 2^n flips up to 13 tasks, else 9999 random ones, always the same): it holds for any distribution that is
+    symmetric around 0 without an effect, ties and accuracies of exactly 0 or 1 included, and cannot fall to 0.05
+    below six tasks. Raises ValueError if there is no task, the tasks differ, or a value is missing or not finite.
+    """
+    if not new or set(new) != set(old):
+        odd = ", ".join(sorted(set(new) ^ set(old))[:5]) or "there is none"
+        raise ValueError(f"two generators are compared on the same tasks, at least one: {odd}")
+    differences = np.array([float(np.mean(new[task])) - float(np.mean(old[task])) for task in sorted(new)])
+    if not np.isfinite(differences).all():
+        raise ValueError("an accuracy of a task is missing or not finite: nothing can be compared")
+    return PairedTest(
+        float(differences.mean()),
+        student_interval(differences),
+        sign_flip_p(differences),
+        effect_size(differences),
+        len(differences),
+    )
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """p of the two-sided sign-flip permutation test of a mean of 0; 1 for a single value."""
+    if len(differences) < 2:
+        return 1.0
+    found = stats.permutation_test(
+        (differences,),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=FLIPS,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def student_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of the mean by Student's t; None below two values or where all are the same."""
+    if len(values) < 2 or _no_spread(values):
+        return None
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+def effect_size(differences: np.ndarray) -> float | None:
+    """Cohen's d_z: the mean over the standard deviation; None where there is no spread."""
+    if len(differences) < 2 or _no_spread(differences):
+        return None
+    return float(differences.mean() / differences.std(ddof=1))
+
+
+def _no_spread(values: np.ndarray) -> bool:
+    return math.isclose(float(values.std()), 0, abs_tol=1e-12)
 
 
 @dataclass(frozen=True)
