@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -32,7 +33,8 @@ from tuning.tracking import (
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> StudyTracker:
+def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
+    shutil.copytree(empty_store, tmp_path / "mlruns")
     tracker = StudyTracker.open(None, tmp_path, "ablation")
     tracker.begin("phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"})
     return tracker

