@@ -163,8 +163,11 @@ import os, sys
 from pathlib import Path
 from mlflow import MlflowClient
 from tuning.registry import register_generator
-uri, run_id, bundle = sys.argv[1:]
+uri, run_id, bundle, other = sys.argv[1:]
 calls = 0
+def register(uri, run_id, name):
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": name}
+    register_generator(uri, run_id, Path(bundle), name, tags, 0.5, "val/accuracy", {"a": 0.5, "b": 0.5})
 def dies(method, last):
     def call(*arguments, **named):
         global calls
@@ -179,12 +182,10 @@ def attempt(stage, last):
         for name in dir(MlflowClient):
             if name.startswith(verbs):
                 setattr(MlflowClient, name, dies(getattr(MlflowClient, name), last))
-        tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": f"t{stage}"}
-        register_generator(
-            uri, run_id, Path(bundle), f"model-{stage}", tags, 0.5, "val/accuracy", {"a": 0.5, "b": 0.5}
-        )
+        register(uri, run_id, f"model-{stage}")
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+register(other, MlflowClient(other).create_run("0").info.run_id, "imports-what-is-needed")
 stage, killed = 0, True
 while killed:
     stage += 1
@@ -194,10 +195,14 @@ print(stage - 1)
 """
 
 
-def test_a_registration_killed_at_any_point_is_finished_by_the_next(study: StudyTracker, bundle: Path) -> None:
+def test_a_registration_killed_at_any_point_is_finished_by_the_next(
+    study: StudyTracker, bundle: Path, empty_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(empty_store, tmp_path / "other")
     run_id = TrialTracker.open(study.target, "t", "multitask", {"seed": 0}, {}).run_id  # type: ignore[arg-type]
-    command = [sys.executable, "-c", _KILLED, study.tracking_uri, run_id, str(bundle)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    other = f"sqlite:///{tmp_path}/other/mlflow.db"
+    command = [sys.executable, "-c", _KILLED, study.tracking_uri, run_id, str(bundle), other]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stages = int(done.stdout)
     assert stages >= 10
