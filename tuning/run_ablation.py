@@ -261,10 +261,8 @@ def register_best(
 def register(
     study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker, metric: str
 ) -> registry.RegisteredVersion:
-    """Register one trial's generator: champion if it beats the champion on the same validation data."""
+    """Register one trial's generator: champion if it beats the champion on the same validation tasks."""
     name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
-    score = best.metrics[metric]
-    alias = registry.decide_alias(registry.current_champion(tracker.tracking_uri, name), score, world.data.hash, metric)
     tags = {
         "llgbm.study": study.name,
         "llgbm.study_id": study.id,
@@ -275,9 +273,11 @@ def register(
         "llgbm.val_data": world.data.hash,
     }
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(tracker.client.download_artifacts(best.run_id, "generator", folder))
+        bundle = Path(tracker.download_artifacts(best.run_id, "generator", folder))
+        figures = json.loads(Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text())
+        per_task = figures["val"][metric.removeprefix("val/")]
         return registry.register_generator(
-            tracker.tracking_uri, best.run_id, bundle, name, tags, score, metric, alias == "champion"
+            tracker.tracking_uri, best.run_id, bundle, name, tags, best.metrics[metric], metric, per_task
         )
 
 
