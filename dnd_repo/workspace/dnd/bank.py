@@ -46,8 +46,8 @@ class AdapterBank:
         if not found:
             raise DndError(
                 f"there is no bank at {folder}: train a LoRA a task with PEFT into {folder}/TASK/TASK_0/ "
-                f"({ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}, {PROMPTS}) or fetch a published one there, name it with --bank, "
-                "or take --smoke for the embedded one"
+                f"({ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}, {PROMPTS}) or fetch a published one there, name it with --bank, or "
+                "take --smoke for the embedded one"
             )
         odd = sorted(set(tasks) - by_task.keys())
         if odd:

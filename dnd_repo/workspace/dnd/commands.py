@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from dnd.bank import AdapterBank, task_texts
 from dnd.embedded import embedded_bank
@@ -85,7 +88,8 @@ def train_command(
         return None
     trained = train(settings, found, parsed.out, parsed.resume, lambda step, loss: say(f"step {step}: {loss:.6f}"))
     losses = {"first": trained.losses[0], "last": trained.losses[-1]}
-    print(json.dumps({"checkpoint": str(trained.checkpoint), "steps": len(trained.losses), "loss": losses}))
+    if is_first_process():
+        print(json.dumps({"checkpoint": str(trained.checkpoint), "steps": len(trained.losses), "loss": losses}))
     return trained
 
 
@@ -128,6 +132,8 @@ def _frozen(value: Any) -> Any:
 
 def exit_status(command: Callable[[], object]) -> int:
     """0, or 2 and one sentence for what the user can mend."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         command()
     except DndError as error:
@@ -138,7 +144,10 @@ def exit_status(command: Callable[[], object]) -> int:
 
 def say(text: str) -> None:
     """One line on standard error, by the first process of a launch alone."""
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
