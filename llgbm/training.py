@@ -186,7 +186,7 @@ class Trial:
         self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
         self.dataset = DeltaAugmentedDataset(
             data.conditions.train_ANC[rows],
-            standardiser.encode(data.values_AV[rows]),
+            generator.standardiser.encode(data.values_AV[rows]),
             data.loss_deltas.select(rows),
             config.n_prompts,
             config.n_probes,
