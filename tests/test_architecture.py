@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
-    "runtime cache lora batched encoding models suites probes delta teachers conditions dataset functional generator "
+    "runtime answers cache lora batched encoding models suites probes delta teachers conditions dataset functional generator "
     "losses training evaluation baselines world bundle __main__"
 ).split()
 SOURCES = sorted((ROOT / "llgbm").rglob("*.py"))
