@@ -139,7 +139,12 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
         suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4) if world.base is None else world.suite,
         pretrain=PretrainConfig(steps=60, batch_size=32),
         teachers=replace(
-            world.teachers, steps=15, examples=4, condition_train=8, condition_evaluation=4, trajectories=4
+            world.teachers,
+            steps=min(15, world.teachers.steps),
+            examples=4,
+            condition_train=8,
+            condition_evaluation=4,
+            trajectories=4,
         ),
         eval_examples=4,
     )
