@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from llgbm.models import SIZES
 from llgbm.runtime import UserError
+from tuning.real import add_real_arguments, own_worlds
 from tuning.run_notes import KEEP_ARTIFACTS
 from tuning.space import SAMPLERS, VAL_METRICS
 from tuning.studies import STUDIES, Study, StudyOptions
@@ -22,6 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None = N
     """Read the command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_study(parser.add_argument_group("what is run"))
+    add_real_arguments(parser)
     _add_search(parser.add_argument_group("search (how a study's trials are chosen, and stopped early)"))
     _add_execution(parser.add_argument_group("how it is run"))
     _add_stores(parser.add_argument_group("where things are kept"))
@@ -35,7 +38,7 @@ def _add_study(what: Any) -> None:
         help=f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
         "(default: phase_4_5, or optuna_lambda for a search)",
     )
-    what.add_argument("--model-size", nargs="+", metavar="SIZE", help="nano, micro (default: nano)")
+    what.add_argument("--model-size", nargs="+", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)")
     what.add_argument("--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss")
     what.add_argument("--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss")
     what.add_argument("--learning-rate", nargs="+", type=float, metavar="X", help="learning rates (default: 0.002)")
@@ -149,8 +152,10 @@ def _options(arguments: argparse.Namespace) -> StudyOptions:
     def several(values: list | None) -> tuple | None:
         return None if values is None else tuple(values)
 
+    worlds = own_worlds(arguments)
     return StudyOptions(
-        model_sizes=several(arguments.model_size),
+        model_sizes=tuple(world.size for world in worlds) or several(arguments.model_size),
+        own_worlds=worlds,
         lambda_weight=several(arguments.lambda_weight),
         lambda_delta=several(arguments.lambda_delta),
         learning_rates=several(arguments.learning_rate),

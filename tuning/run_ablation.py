@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llgbm.baselines import evaluate_baselines
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world
@@ -25,7 +23,7 @@ from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.checkpoints import TrialCheckpoints, study_lock
 from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
 from tuning.plan import last_results, past_runs, show_plan
-from tuning.report import DeltaMap, collect_baselines, result_json, write_report
+from tuning.report import collect_baselines, read_study, result_json, write_report
 from tuning.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -106,7 +104,7 @@ def run_study(
     tags = {ARGUMENTS_TAG: json.dumps(study_arguments(arguments)), "llgbm.resources": resources.describe()}
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with status_on_exit(tracker):
-        baselines = log_baselines(tracker, worlds)
+        log_baselines(tracker, worlds)
         run_notes.log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
         study = run_trials(study, arguments, worlds, storage, tracker, resources, search)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
@@ -115,7 +113,7 @@ def run_study(
             best = run_notes.best_trials(results, study.metric, arguments.keep_best)
             run_notes.keep_best_adapters(tracker.client, by_trial, best)
         registered = register_best(study, worlds, results, tracker, study.metric)
-        summary = publish_report(study, worlds, results, baselines, tracker, study.metric)
+        summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
 
@@ -227,10 +225,9 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     }
 
 
-def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> dict[str, dict[str, float]]:
-    """Baselines of every world by name, measured and logged on the parent run unless it has them."""
+def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> None:
+    """Measure the baselines of every world and log them on the parent run, unless it has them."""
     known = collect_baselines(tracker.metrics())
-    found: dict[str, dict[str, float]] = {}
     for world in worlds.values():
         size = world.config.size
         mine = {n.removesuffix(f"_{size}"): m for n, m in known.items() if len(worlds) == 1 or n.endswith(f"_{size}")}
@@ -239,8 +236,6 @@ def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> dict[st
             slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
             logged = {f"baseline/{slugs[n]}/{key}": v for n, values in mine.items() for key, v in values.items()}
             tracker.log_metrics({**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}})
-        found |= {name if len(worlds) == 1 else f"{name} ({size})": values for name, values in mine.items()}
-    return found
 
 
 def register_best(
@@ -266,10 +261,8 @@ def register_best(
 def register(
     study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker, metric: str
 ) -> registry.RegisteredVersion:
-    """Register one trial's generator: champion if it beats the champion on the same validation data."""
+    """Register one trial's generator: champion if it beats the champion on the same validation tasks."""
     name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
-    score = best.metrics[metric]
-    alias = registry.decide_alias(registry.current_champion(tracker.tracking_uri, name), score, world.data.hash, metric)
     tags = {
         "llgbm.study": study.name,
         "llgbm.study_id": study.id,
@@ -280,52 +273,21 @@ def register(
         "llgbm.val_data": world.data.hash,
     }
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(tracker.client.download_artifacts(best.run_id, "generator", folder))
+        bundle = Path(tracker.download_artifacts(best.run_id, "generator", folder))
+        figures = json.loads(Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text())
+        per_task = figures["val"][metric.removeprefix("val/")]
         return registry.register_generator(
-            tracker.tracking_uri, best.run_id, bundle, name, tags, score, metric, alias == "champion"
+            tracker.tracking_uri, best.run_id, bundle, name, tags, best.metrics[metric], metric, per_task
         )
 
 
-def publish_report(
-    study: Study,
-    worlds: Mapping[str, World],
-    results: Sequence[TrialResult],
-    baselines: Mapping[str, Mapping[str, float]],
-    tracker: StudyTracker,
-    metric: str,
-) -> dict[str, Any]:
+def publish_report(tracker: StudyTracker) -> dict[str, Any]:
     """Write the report to the parent run, print its table, return its numbers."""
+    record = read_study(tracker.tracking_uri, tracker.parent_run_id)
     with tempfile.TemporaryDirectory() as folder:
-        deltas = best_delta_map(worlds, study, results, tracker, Path(folder) / "deltas", metric)
-        out = Path(folder) / "report"
-        out.mkdir()
-        print(write_report(out, study.name, results, baselines, deltas))
-        tracker.log_artifacts(out)
-    return result_json(study.name, results, baselines)
-
-
-def best_delta_map(
-    worlds: Mapping[str, World],
-    study: Study,
-    results: Sequence[TrialResult],
-    tracker: StudyTracker,
-    folder: Path,
-    metric: str,
-) -> DeltaMap | None:
-    """Teacher and generated deltas of the test tasks, of the trial that is best by a validation metric."""
-    from safetensors.numpy import load_file
-
-    specs = {trial.id: trial for trial in study.trials}
-    done = [r for r in results if r.whole]
-    if not done:
-        return None
-    best = max(done, key=lambda r: r.metrics[metric])
-    spec = specs[best.trial_id]
-    folder.mkdir()
-    stored = load_file(Path(tracker.client.download_artifacts(best.run_id, "deltas", str(folder))) / "test.safetensors")
-    data = worlds[spec.world.hash].data
-    labels = tuple(f"{data.families[i]}/{data.tasks[i]}" for i in data.rows["test"])
-    return DeltaMap(np.asarray(stored["teacher"]), np.asarray(stored["predicted"]), labels, spec.name)
+        print(write_report(Path(folder), record))
+        tracker.log_artifacts(Path(folder))
+    return result_json(record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

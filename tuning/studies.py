@@ -13,15 +13,15 @@ from functools import reduce
 from typing import Any
 
 from llgbm.generator import GENERATORS, GeneratorConfig
-from llgbm.models import PretrainConfig
+from llgbm.models import FAMILIES, PretrainConfig
 from llgbm.runtime import UserError, content_hash
 from llgbm.suites import SyntheticSuite
-from llgbm.teachers import TeacherConfig
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 from tuning.space import SearchSpace, TrialSpec, check_metric
 
 SEEDS = (0, 1, 2)
+SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class StudyOptions:
     delta_probes: str = "trajectory"
     encoder: str = "minilm"
     smoke: bool = False
+    own_worlds: tuple[WorldConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> Tri
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     config = TrainingConfig(
-        seed=seed, use_small_model=size == "nano", model_size=size, delta_probes=options.delta_probes
+        seed=seed, use_small_model=size in SMALL_SIZES, model_size=size, delta_probes=options.delta_probes
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
@@ -286,7 +287,9 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
 
 
 def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
-    world = WorldConfig(size=size, encoder=options.encoder, delta_probes=delta_probes)
+    own = {world.size: world for world in options.own_worlds}
+    world = own[size] if own else WorldConfig(size=size)
+    world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
     return smoke_world(world) if options.smoke else world
 
 
@@ -295,8 +298,15 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4),
+        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4) if world.base is None else world.suite,
         pretrain=PretrainConfig(steps=60, batch_size=32),
-        teachers=TeacherConfig(steps=15, examples=4, condition_train=8, condition_evaluation=4, trajectories=4),
+        teachers=replace(
+            world.teachers,
+            steps=min(15, world.teachers.steps),
+            examples=4,
+            condition_train=8,
+            condition_evaluation=4,
+            trajectories=4,
+        ),
         eval_examples=4,
     )
