@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +99,10 @@ class StudyTracker:
             if not uri.startswith("sqlite"):
                 client = connect(uri)
                 return cls(client, uri, _experiment_id(client, experiment, None))
-            folder = sqlite_path(uri).parent
+            path = sqlite_path(uri)
+            folder = path.parent
             with FileLock(folder / ".mlflow.lock", timeout=60):
+                _make_database(path)
                 client = connect(uri)
                 artifacts = (folder / "artifacts").as_uri()
                 return cls(client, uri, _experiment_id(client, experiment, artifacts))
@@ -389,6 +392,16 @@ def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | 
 def _curve(history: Iterable[Any]) -> list[tuple[int, float]]:
     ordered = sorted(history, key=lambda metric: (metric.step, metric.timestamp))
     return sorted({metric.step: metric.value for metric in ordered}.items())
+
+
+def _make_database(path: Path) -> None:
+    """Make a new SQLite store aside and name it when it is whole: MLflow cannot go on with a half-made one."""
+    if path.exists() and path.stat().st_size:
+        return
+    aside = path.with_name(f".{path.name}.making")
+    aside.unlink(missing_ok=True)
+    connect(f"sqlite:///{aside}").search_experiments(max_results=1)
+    os.replace(aside, path)
 
 
 def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
