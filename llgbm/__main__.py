@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llgbm.commands import evaluate
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -33,12 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ask.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
     ask.set_defaults(do=fetch)
     _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
-    score = commands.add_parser("evaluate", help="score an adapter on a task of the synthetic suite")
-    score.add_argument("--adapter", required=True, type=Path, help="the folder of a PEFT adapter")
-    score.add_argument("--task", required=True, metavar="NAME", help="such as reverse-brackets")
-    score.add_argument("--base", metavar="FOLDER", help="the base model (default: the one that the adapter names)")
-    score.add_argument("--examples", type=int, default=256, metavar="N", help="evaluation examples (default: 256)")
-    score.set_defaults(do=evaluate)
+    evaluate.add_parser(commands)
     return parser.parse_args(arguments)
 
 
@@ -99,30 +95,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path} holds no prompt: write at least one unlabelled prompt of the task, one a line")
     return prompts
-
-
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Exact match of greedy decoding on fresh evaluation examples, with and without the adapter."""
-    if arguments.examples < 1:
-        raise UserError(f"--examples is {arguments.examples}; it must be at least 1")
-    from llgbm.lora import LoraBatch, LoraSpec, load_adapter, read_adapter_config
-    from llgbm.models import load_base
-    from llgbm.suites import SyntheticSuite
-    from llgbm.teachers import base_accuracy, exact_match
-
-    suite = SyntheticSuite()
-    examples = suite.examples(suite.task(arguments.task).name, "evaluation", arguments.examples, "evaluate")
-    config = read_adapter_config(arguments.adapter)
-    base = load_base(arguments.base or config["base_model_name_or_path"])
-    spec = LoraSpec.from_model(base.model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    batch = LoraBatch.from_state_dicts([load_adapter(arguments.adapter, spec)])
-    accuracy = exact_match(base, spec, batch, [examples]).item()
-    return {
-        "task": arguments.task,
-        "examples": arguments.examples,
-        "accuracy": round(accuracy, 4),
-        "base_accuracy": round(base_accuracy(base, examples), 4),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,6 +120,16 @@ def usable_uri(tracking_uri: str) -> str:
     raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
 
 
+def existing_uri(tracking_uri: str) -> str:
+    """`usable_uri` for readers: a SQLite file that is not there yet is refused, not made. Raises UserError."""
+    if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).is_file():
+        raise UserError(
+            f"there is no MLflow store at {sqlite_path(tracking_uri)} yet: run a study in this folder first "
+            "(`make ablation`), or give the address of another store."
+        )
+    return usable_uri(tracking_uri)
+
+
 def _probe_http(uri: str) -> None:
     import requests
 
