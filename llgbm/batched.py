@@ -73,7 +73,7 @@ def _block_checkpointed(block: nn.Module, hooks: Mapping[nn.Module, Hook]) -> It
         with _hooked(hooks):
             return plain(*args, **kwargs)
 
-    block.forward = partial(checkpoint, under_adapters, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, under_adapters, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:

@@ -97,8 +97,9 @@ def compute_delta_differentiable(
     n_probes = probes.positions_APQ.shape[1]
     if 0 < probe_chunk < n_probes:
         pieces = [probes.select(slice(None), slice(i, i + probe_chunk)) for i in range(0, n_probes, probe_chunk)]
-        keep_inputs = {"use_reentrant": False, "preserve_rng_state": False}
-        states_APQD = torch.cat([checkpoint(states, piece, **keep_inputs) for piece in pieces], dim=1)
+        states_APQD = torch.cat(
+            [checkpoint(states, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces], dim=1
+        )
     else:
         states_APQD = states(probes)
     if states_APQD.shape != base_APQD.shape:
