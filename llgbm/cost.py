@@ -91,15 +91,15 @@ class BaseShape:
         return 4.0 * positions * self.hidden * self.vocabulary
 
     def activation_bytes(self, texts: int, tokens: int, checkpointing: bool = False) -> float:
-        """What a backward pass finds in memory of S texts of T tokens; one block and all blocks' inputs if
-        `checkpointing`."""
-        kept = self._kept_in_a_block()
-        per_token = kept + self.layers * self.hidden * self.element if checkpointing else self.layers * kept
-        return texts * tokens * per_token
+        """What is held between the two passes of S texts of T tokens; with `checkpointing` all blocks' inputs and one
+        block, the one that is run again."""
+        blocks = self.layers * self.hidden * self.element + self.block_bytes if checkpointing else 0
+        return texts * tokens * ((blocks or self.layers * self.block_bytes) + 4 * self.hidden)
 
-    def _kept_in_a_block(self) -> float:
-        """Bytes a token: both norms' inputs in float32, both outputs, q, k, v, attention, four widths of the MLP, B A's
-        middle."""
+    @property
+    def block_bytes(self) -> float:
+        """What one block holds of a token: the inputs of its norms in float32, their outputs, q, k, v, attention, four
+        tensors as wide as the MLP, and the middles of B A."""
         in_element = 2 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
         return 2 * 4 * self.hidden + self.element * (in_element + self.low / self.layers)
 
