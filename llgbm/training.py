@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llgbm.batched import adapters_applied, chunks
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
 from llgbm.delta import DeltaTable, mean_over_probes
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
 from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
-from llgbm.models import SIZES
+from llgbm.models import OWN_PREFIX, SIZES, family_size
 from llgbm.runtime import UserError, content_hash, progress, seed_everything
 from llgbm.teachers import right_answers
 
@@ -97,6 +98,9 @@ def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tenso
 class TrainingConfig:
     """A run as a value: everything that its numbers depend on, but for the data.
 
+    `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
+    1.5B) where no `model_size` is named. A base that the user brought is a size of its own, called `base-…`.
+
     `activation_checkpointing` and `probe_chunk` (probes a pass, 0 for all) spend time to save memory; the gradients
     stay the same.
     """
@@ -105,6 +109,7 @@ class TrainingConfig:
     lambda_delta: float = 1.0
     seed: int = 0
     use_small_model: bool = True
+    model_family: str = "embedded"
     model_size: str | None = None
     steps: int = 600
     batch_size: int = 16
@@ -126,8 +131,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_lambdas(self.lambda_weight, self.lambda_delta)
         if self.model_size is None:
-            object.__setattr__(self, "model_size", "nano" if self.use_small_model else "micro")
-        _one_of("model size", str(self.model_size), tuple(SIZES))
+            object.__setattr__(self, "model_size", family_size(self.model_family, self.use_small_model))
+        if not str(self.model_size).startswith(OWN_PREFIX):
+            _one_of("model size", str(self.model_size), tuple(SIZES))
         _one_of("delta probes", self.delta_probes, DELTA_PROBES)
         _one_of("delta reading", self.delta_reading, DELTA_READINGS)
         _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
@@ -327,11 +333,8 @@ def accuracy_per_adapter(
     flora: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
 ) -> Tensor:
     """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
-    from llgbm.batched import adapters_applied
-
     pieces = []
-    for start in range(0, len(rows), chunk):
-        piece = slice(start, start + chunk)
+    for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
         with torch.no_grad(), adapters_applied(flora.model, batch.select(piece), flora.spec.scaling):
             right = right_answers(flora.model, data.examples_of(rows[piece]))
         pieces.append(right.view(-1, data.n_examples).float().mean(1))

@@ -19,9 +19,11 @@ import numpy as np
 from tabulate import tabulate
 
 from llgbm.baselines import evaluate_baselines
+from llgbm.models import SIZES
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world, describe_world
 from tuning import registry
+from tuning.real import add_real_arguments, own_worlds
 from tuning.report import DeltaMap, result_json, write_report
 from tuning.studies import Study, StudyOptions, TrialSpec, make_study
 from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
@@ -35,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is run")
     what.add_argument("--study", default="phase_4_5", metavar="NAME", help="a named study (default: phase_4_5)")
-    what.add_argument("--model-size", nargs="+", default=["nano"], metavar="SIZE", help="nano, micro (default: nano)")
+    what.add_argument(
+        "--model-size", nargs="+", default=["nano"], metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)"
+    )
     what.add_argument("--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss")
     what.add_argument("--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss")
     what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2)")
@@ -49,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"what the best generator is chosen by, on validation tasks: {' or '.join(VAL_METRICS)}",
     )
     what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
+    add_real_arguments(parser)
     how = parser.add_argument_group("how it is run")
     how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
     how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
@@ -67,8 +72,10 @@ def study_of(arguments: argparse.Namespace) -> Study:
     if arguments.metric not in VAL_METRICS:
         raise UserError(f"unknown metric {arguments.metric!r}; a generator is chosen by: {', '.join(VAL_METRICS)}")
     given: dict[str, Any] = {name: tuple(values) for name, values in pairs if values is not None}
+    worlds = own_worlds(arguments)
     options = StudyOptions(
-        model_sizes=tuple(arguments.model_size),
+        model_sizes=tuple(world.size for world in worlds) or tuple(arguments.model_size),
+        own_worlds=worlds,
         seeds=tuple(arguments.seeds if arguments.seeds is not None else ((0,) if arguments.smoke else (0, 1, 2))),
         steps=arguments.steps,
         delta_probes=arguments.delta_probes,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from llgbm.models import PretrainConfig
+from llgbm.models import FAMILIES, PretrainConfig
 from llgbm.runtime import UserError, content_hash
 from llgbm.suites import SyntheticSuite
-from llgbm.teachers import TeacherConfig
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 
+SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
 CONFIGURATIONS = {"multitask": (0.3, 1.0), "delta-only": (0.0, 1.0), "weight-only": (1.0, 0.0)}
 
 
@@ -66,6 +66,7 @@ class StudyOptions:
     encoder: str = "minilm"
     generator: str = "default"
     smoke: bool = False
+    own_worlds: tuple[WorldConfig, ...] = ()
 
 
 def phase_4_5(options: StudyOptions) -> Study:
@@ -113,7 +114,7 @@ def _config(options: StudyOptions, size: str, weights: tuple[float, float], seed
         lambda_weight=weights[0],
         lambda_delta=weights[1],
         seed=seed,
-        use_small_model=size == "nano",
+        use_small_model=size in SMALL_SIZES,
         model_size=size,
         delta_probes=options.delta_probes,
     )
@@ -124,7 +125,9 @@ def _config(options: StudyOptions, size: str, weights: tuple[float, float], seed
 
 
 def _world(options: StudyOptions, size: str) -> WorldConfig:
-    world = WorldConfig(size=size, encoder=options.encoder, delta_probes=options.delta_probes)
+    own = {world.size: world for world in options.own_worlds}
+    world = own[size] if own else WorldConfig(size=size)
+    world = replace(world, encoder=options.encoder, delta_probes=options.delta_probes)
     return smoke_world(world) if options.smoke else world
 
 
@@ -133,8 +136,10 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4),
+        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4) if world.base is None else world.suite,
         pretrain=PretrainConfig(steps=60, batch_size=32),
-        teachers=TeacherConfig(steps=15, examples=4, condition_train=8, condition_evaluation=4, trajectories=4),
+        teachers=replace(
+            world.teachers, steps=15, examples=4, condition_train=8, condition_evaluation=4, trajectories=4
+        ),
         eval_examples=4,
     )
