@@ -1,4 +1,4 @@
-"""Use a trained generator: `python -m llgbm generate` writes an adapter, `python -m llgbm evaluate` scores one."""
+"""What is done outside a sweep: make a bank of teachers or take one over, generate an adapter, evaluate one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llgbm.commands import bank, teachers
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -31,6 +32,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     score.add_argument("--base", metavar="FOLDER", help="the base model (default: the one that the adapter names)")
     score.add_argument("--examples", type=int, default=256, metavar="N", help="evaluation examples (default: 256)")
     score.set_defaults(do=evaluate)
+    for command in (teachers, bank):
+        command.add_parser(commands)
     return parser.parse_args(arguments)
 
 

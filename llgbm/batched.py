@@ -67,6 +67,16 @@ def _by_block(hooks: Mapping[str, Hook]) -> dict[str, dict[str, Hook]]:
 
 
 @contextmanager
+def blocks_checkpointed(base: nn.Module) -> Iterator[None]:
+    """Let every block of a model keep its inputs only, for a training of the model's own (or PEFT's) parameters."""
+    blocks = {found.group(): None for name, _ in base.named_modules() if (found := _BLOCK.match(f"{name}."))}
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_block_checkpointed(base.get_submodule(block), {}))
+        yield
+
+
+@contextmanager
 def _block_checkpointed(block: nn.Module, hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
     """Let `block` keep its inputs only. It is run again after the `with` block, so it puts its hooks on by itself."""
     plain = block.forward

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
-    "runtime answers cache lora batched encoding models cost suites probes delta teachers sft banks conditions dataset "
+    "runtime answers cache lora batched encoding models cost suites probes delta teachers banks sft conditions dataset "
     "functional generator losses training estimate evaluation baselines world bundle commands __main__"
 ).split()
 SOURCES = sorted((ROOT / "llgbm").rglob("*.py"))
