@@ -173,14 +173,17 @@ def adam_with_decay(
 def adapter_losses(model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs) -> Tensor:
     """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
     with adapters_applied(model, batch, spec.scaling):
-        hidden = final_hidden(model, texts.input_ids_ST)
+        losses_ST = token_losses(model, texts)
+    per_adapter = losses_ST.view(batch.n_adapters, -1).sum(1)
+    return per_adapter / (texts.targets_ST >= 0).view(batch.n_adapters, -1).sum(1)
+
+
+def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
+    """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
-    losses = nn.functional.cross_entropy(
-        head_logits(model, hidden[marked]).float(), texts.targets_ST[marked], reduction="none"
-    )
-    filled = torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
-    per_adapter = filled.view(batch.n_adapters, -1).sum(1)
-    return per_adapter / marked.view(batch.n_adapters, -1).sum(1)
+    states = final_hidden(model, texts.input_ids_ST)[marked]
+    losses = nn.functional.cross_entropy(head_logits(model, states).float(), texts.targets_ST[marked], reduction="none")
+    return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
 def greedy_answers(

@@ -160,23 +160,31 @@ def _distinct(rows: Sequence[Row], seen: set[Any], notes: list[str]) -> list[Row
 
 
 def _by_purpose(name: str, train: list[Row], kept: list[Row], limit: int | None) -> dict[Purpose, tuple[Row, ...]]:
-    """Rows to train on, to condition on and to score on; without rows `kept` from training, some of `train` are."""
+    """Rows to train on, to condition on and to score on; without rows `kept` from training, some of `train` are.
+
+    A limit shortens each purpose and moves no row to another, so that runs with different limits do not leak.
+    """
     rng = random.Random(stream_seed("rows of a file", name, VERSION))
     rng.shuffle(train)
     rng.shuffle(kept)
     if not kept:
-        train = train[:limit]
         n_kept = min(len(train) // 2, MOST_KEPT)
         train, kept = train[n_kept:], train[:n_kept]
-    elif limit is not None:
-        train, kept = train[: limit - limit // 2], kept[: limit // 2]
-    if min(len(train), len(kept)) < FEWEST_ROWS // 2:
-        raise UserError(
-            f"dataset {name} has {len(train)} rows to train on and {len(kept)} to evaluate on; "
-            f"it takes {FEWEST_ROWS // 2} of each: use more rows or another dataset"
-        )
     n_prompts = min(MOST_PROMPTS, len(kept) // 2)
-    return {"train": tuple(train), "prompts": tuple(kept[:n_prompts]), "evaluation": tuple(kept[n_prompts:])}
+    whole: dict[Purpose, list[Row]] = {"train": train, "prompts": kept[:n_prompts], "evaluation": kept[n_prompts:]}
+    shares = dict.fromkeys(whole, limit) if limit is None else _shares(limit)
+    rows = {purpose: tuple(found[: shares[purpose]]) for purpose, found in whole.items()}
+    if len(rows["train"]) < FEWEST_ROWS // 2 or min(map(len, rows.values())) < FEWEST_ROWS // 4:
+        raise UserError(
+            f"dataset {name} has {' + '.join(str(len(r)) for r in rows.values())} rows to train on, condition on and "
+            f"score on; it takes {FEWEST_ROWS} in all: use more rows or another dataset"
+        )
+    return rows
+
+
+def _shares(limit: int) -> dict[Purpose, int | None]:
+    """Half of the rows to train on, a quarter to condition on, a quarter to score on."""
+    return {"train": limit - limit // 2, "prompts": limit // 4, "evaluation": limit // 2 - limit // 4}
 
 
 @dataclass(frozen=True)
