@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from llgbm.teachers import right_answers
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
+VERSION = 1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
 
@@ -147,7 +148,10 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `train` gives back: the best generator by validation accuracy, and the step that it is from."""
+    """What `train` gives back: the best generator by validation accuracy, and the step that it is from.
+
+    `steps_run` and `seconds` count all lives of a resumed run.
+    """
 
     generator: LoraGenerator
     best_step: int
@@ -188,6 +192,12 @@ class Trial:
         )
         self.step, self.best_step, self.risen_step, self.best_score = 0, 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
+        self.spent, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds trained so far, those before a resume included."""
+        return self.spent + time.perf_counter() - self._since
 
     def _rate(self, step: int) -> float:
         """Linear warm-up over a twentieth of the steps, then cosine decay to a twentieth of the rate."""
@@ -255,6 +265,7 @@ class Trial:
             "best_step": self.best_step,
             "risen_step": self.risen_step,
             "best_score": self.best_score,
+            "seconds": self.seconds,
         }
 
     def restore(self, state: State) -> None:
@@ -263,14 +274,30 @@ class Trial:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_step, self.risen_step = state["step"], state["best_step"], state["risen_step"]
-        self.best_score = state["best_score"]
-        self.best = state["best"]
+        self.best_score, self.best = state["best_score"], state["best"]
+        self.spent, self._since = state["seconds"], time.perf_counter()
 
     @property
     def stale(self) -> bool:
         """Whether validation accuracy has not risen for `patience` evaluations."""
         waited = (self.step - self.risen_step) // self.config.eval_every
         return self.config.patience > 0 and waited >= self.config.patience
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether `state` says all: in the middle of an accumulation, gradients would be lost."""
+        return self.step % self.config.gradient_accumulation == 0
+
+    def remaining(self) -> Iterator[dict[str, float]]:
+        """Train step by step to the last or until stale; yield each step's losses, with `val/accuracy` when due."""
+        config = self.config
+        batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
+        while self.step < config.steps and not self.stale:
+            metrics = self.advance(next(batches))
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                metrics |= evaluate(self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val")
+                self.keep_if_best(metrics["val/accuracy"])
+            yield metrics
 
 
 def train(
@@ -280,31 +307,30 @@ def train(
     report: Report = lambda step, metrics: True,
     checkpoint: Callable[[State], None] = lambda state: None,
     state: State | None = None,
+    checkpoint_seconds: float = math.inf,
 ) -> Outcome:
     """Train a generator; the one returned is the best on the validation tasks.
 
     `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy`; it ends the run by returning
-    False. `checkpoint` gets a state at those steps; `state` goes on from one. The same config, data and machine give
-    the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
+    False. `checkpoint` gets a state after those steps were reported, and whenever `checkpoint_seconds` have passed
+    since the last; `state` goes on from one. The same config, data and machine give the same numbers (float32 CPU: to
+    the last bit). Raises FloatingPointError when the loss is not finite.
     """
     trial = Trial(config, data, flora)
     if state is not None:
         trial.restore(state)
-    started, first = time.perf_counter(), trial.step
-    for batch in progress(trial.batches(), "generator", total=config.steps - first):
-        metrics = trial.advance(batch)
-        if trial.step % config.eval_every == 0 or trial.step == config.steps:
-            metrics |= evaluate(trial.accelerator.unwrap_model(trial.generator), data, flora, "val")
-            trial.keep_if_best(metrics["val/accuracy"])
-            checkpoint(trial.state())
-        if not report(trial.step, metrics) or trial.stale:
+    kept = time.perf_counter()
+    for metrics in trial.remaining():
+        if not report(trial.step, metrics):
             break
+        due = "val/accuracy" in metrics or time.perf_counter() - kept >= checkpoint_seconds
+        if due and trial.can_be_kept:
+            checkpoint(trial.state())
+            kept = time.perf_counter()
     generator = trial.accelerator.unwrap_model(trial.generator)
     if trial.best:
         generator.load_state_dict(trial.best)
-    return Outcome(
-        generator.eval(), trial.best_step, trial.best_score, trial.step - first, time.perf_counter() - started
-    )
+    return Outcome(generator.eval(), trial.best_step, trial.best_score, trial.step, trial.seconds)
 
 
 def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:

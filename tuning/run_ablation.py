@@ -21,10 +21,20 @@ from tabulate import tabulate
 from llgbm.baselines import evaluate_baselines
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world, describe_world
-from tuning import registry
-from tuning.report import DeltaMap, result_json, write_report
+from tuning import registry, run_notes
+from tuning.checkpoints import TrialCheckpoints, study_lock
+from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
+from tuning.report import DeltaMap, collect_baselines, result_json, write_report
+from tuning.resume import (
+    ARGUMENTS_TAG,
+    adopt_finished,
+    begin_anew,
+    check_same_study,
+    recorded_arguments,
+    study_arguments,
+    trials_to_run,
+)
 from tuning.studies import Study, StudyOptions, TrialSpec, make_study
-from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
 from tuning.tracking import StudyTracker, TrialResult, read_trials
 
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
@@ -50,11 +60,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
     how = parser.add_argument_group("how it is run")
+    how.add_argument(
+        "--resume",
+        metavar="STUDY_ID",
+        help="go on with a study that was interrupted or killed: its id, or `latest`; what finished is not run again",
+    )
+    how.add_argument("--retry-failed", action="store_true", help="run the failed trials again, and no others")
+    how.add_argument("--fresh", action="store_true", help="run all trials anew, those that finished before too")
     how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
     how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
     how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
+    how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port")
+    how.add_argument(
+        "--storage-path",
+        metavar="DIR",
+        help="where unfinished trials keep their state, a folder or s3://… that all machines reach "
+        "(default: CACHE/sweeps)",
+    )
+    how.add_argument("--keep-checkpoints", action="store_true", help="keep the state of finished trials too")
     how.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     how.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
+    how.add_argument(
+        "--keep-artifacts",
+        choices=run_notes.KEEP_ARTIFACTS,
+        default="all",
+        help="whose generated adapters are kept: of all trials, of the best, or none (default: all)",
+    )
+    how.add_argument(
+        "--keep-best",
+        type=int,
+        default=1,
+        metavar="K",
+        help="how many trials a size are the best, for --keep-artifacts best (default: 1)",
+    )
     how.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
     how.add_argument("--dry-run", action="store_true", help="print the trials and what would be built, run nothing")
     how.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -101,27 +139,107 @@ def show_plan(study: Study, cache: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the study that the arguments ask for; return the exit status."""
-    study, root = study_of(arguments), Path.cwd()
+    if arguments.fresh and (arguments.resume or arguments.retry_failed):
+        raise UserError("--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh")
+    run_notes.check_policy(arguments.keep_artifacts, arguments.keep_best)
+    study = None if arguments.resume else study_of(arguments)
     cache = Path(arguments.cache).expanduser().resolve()
+    if arguments.dry_run and study:
+        show_plan(study, cache)
+        return 0
+    nodes = connect_ray(arguments.address) if arguments.address else None
+    resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent, nodes)
+    tracker = open_store(arguments)
+    if study is None:
+        arguments, recorded = recorded_arguments(arguments, parse_arguments([]), tracker)
+        study = study_of(arguments)
+        check_same_study(study, recorded)
     if arguments.dry_run:
         show_plan(study, cache)
         return 0
-    resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent)
-    tracker = StudyTracker.open(arguments.tracking_uri, root, arguments.experiment)
+    storage = arguments.storage_path or str(cache / "sweeps")
+    storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
+    with study_lock(storage, study.id):
+        return run_study(study, arguments, cache, storage, tracker, resources)
+
+
+def open_store(arguments: argparse.Namespace) -> StudyTracker:
+    """The MLflow store. Raises UserError if it cannot be used, or not from all machines of the cluster."""
+    local = not arguments.tracking_uri or arguments.tracking_uri.startswith("sqlite")
+    if arguments.address and local and is_spread():
+        raise UserError(
+            "trials on several machines cannot write into one SQLite file: start `mlflow server` and give its "
+            "address as --tracking-uri http://host:port"
+        )
+    return StudyTracker.open(arguments.tracking_uri, Path.cwd(), arguments.experiment)
+
+
+def run_study(
+    study: Study,
+    arguments: argparse.Namespace,
+    cache: Path,
+    storage: str,
+    tracker: StudyTracker,
+    resources: Resources,
+) -> int:
+    """Build what a study needs, run what is left of it, register the best and report; return the exit status."""
     worlds = {world.hash: build_world(cache, world) for world in study.worlds}
     for world in worlds.values():
         say(describe_facts(world))
-    target = tracker.begin(study.name, study.id, study_params(study, resources), study_tags(study, worlds))
+    if arguments.fresh:
+        begin_anew(study, tracker, storage)
+    tags = {ARGUMENTS_TAG: json.dumps(study_arguments(arguments)), "llgbm.resources": resources.describe()}
+    tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with status_on_exit(tracker):
         baselines = log_baselines(tracker, worlds)
-        say(f"{len(study.trials)} trials, {resources.describe()}")
-        start_ray(resources)
-        run_sweep(study, worlds, target, tracker, resources)
+        run_notes.log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
+        run_trials(study, arguments, worlds, storage, tracker, resources)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
+        if arguments.keep_artifacts == "best":
+            by_trial = {trial.id: worlds[trial.world.hash] for trial in study.trials}
+            best = run_notes.best_trials(results, arguments.metric, arguments.keep_best)
+            run_notes.keep_best_adapters(tracker.client, by_trial, best)
         registered = register_best(study, worlds, results, tracker, arguments.metric)
         summary = publish_report(study, worlds, results, baselines, tracker, arguments.metric)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
+
+
+def run_trials(
+    study: Study,
+    arguments: argparse.Namespace,
+    worlds: Mapping[str, World],
+    storage: str,
+    tracker: StudyTracker,
+    resources: Resources,
+) -> None:
+    """Run those trials of a study that are left to run, if any, under Ray."""
+    runs = tracker.live_runs()
+    for trial in adopt_finished(study.trials, runs, tracker):
+        if not arguments.keep_checkpoints:
+            TrialCheckpoints(storage, trial.id).remove()
+    trials = trials_to_run(study.trials, runs, bool(arguments.resume), arguments.retry_failed)
+    say(f"{len(trials)} of {len(study.trials)} trials to run, {resources.describe()}")
+    if not trials:
+        return
+    shared = {key: world.to("cpu") for key, world in worlds.items()}
+    start_ray(resources, sum(world.n_bytes for world in shared.values()))
+    # Ray takes two seconds to import and must find its settings made.
+    from tuning.sweep import ListSearcher, run_sweep
+
+    assert tracker.target is not None
+    run_sweep(
+        study,
+        shared,
+        tracker.target,
+        tracker,
+        resources,
+        ListSearcher(trials),
+        storage=storage,
+        total_steps=sum(trial.config.steps for trial in trials),
+        keep_adapters=arguments.keep_artifacts == "all",
+        keep_checkpoints=arguments.keep_checkpoints,
+    )
 
 
 @contextmanager
@@ -148,9 +266,9 @@ def describe_facts(world: World) -> str:
     )
 
 
-def study_params(study: Study, resources: Resources) -> dict[str, Any]:
+def study_params(study: Study) -> dict[str, Any]:
     """What the parent run says of the study."""
-    return {"study": study.name, "trials": len(study.trials), "resources": resources.describe()}
+    return {"study": study.name, "trials": len(study.trials)}
 
 
 def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
@@ -158,19 +276,23 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     return {
         "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
         "llgbm.base": ",".join(world.base.hash for world in worlds.values()),
+        **run_notes.note_tags(run_notes.study_note(study.name, study.trials)),
     }
 
 
 def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> dict[str, dict[str, float]]:
-    """Measure the baselines of every world; log them on the parent run and return them by name."""
+    """Baselines of every world by name, measured and logged on the parent run unless it has them."""
+    known = collect_baselines(tracker.metrics())
     found: dict[str, dict[str, float]] = {}
     for world in worlds.values():
-        for name, result in evaluate_baselines(world.data, world.flora).items():
-            label = name if len(worlds) == 1 else f"{name} ({world.config.size})"
-            found[label] = dict(result.metrics)
-            slug = name if len(worlds) == 1 else f"{name}_{world.config.size}"
-            tracker.log_metrics({f"baseline/{slug}/{key}": value for key, value in result.metrics.items()})
-        tracker.log_metrics({f"world/{world.config.size}/{key}": value for key, value in world.bank.facts.items()})
+        size = world.config.size
+        mine = {n.removesuffix(f"_{size}"): m for n, m in known.items() if len(worlds) == 1 or n.endswith(f"_{size}")}
+        if not mine:
+            mine = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+            slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
+            logged = {f"baseline/{slugs[n]}/{key}": v for n, values in mine.items() for key, v in values.items()}
+            tracker.log_metrics({**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}})
+        found |= {name if len(worlds) == 1 else f"{name} ({size})": values for name, values in mine.items()}
     return found
 
 
@@ -181,7 +303,7 @@ def register_best(
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        done = [r for r in results if r.status == "FINISHED" and specs[r.trial_id].world.size == size]
+        done = [r for r in results if r.whole and specs[r.trial_id].world.size == size]
         if done:
             best = max(done, key=lambda r: r.metrics[metric])
             spec = specs[best.trial_id]
@@ -247,7 +369,7 @@ def best_delta_map(
     from safetensors.numpy import load_file
 
     specs = {trial.id: trial for trial in study.trials}
-    done = [r for r in results if r.status == "FINISHED"]
+    done = [r for r in results if r.whole]
     if not done:
         return None
     best = max(done, key=lambda r: r.metrics[metric])

@@ -9,7 +9,9 @@ from llgbm.models import PretrainConfig
 from llgbm.runtime import UserError, content_hash
 from llgbm.suites import SyntheticSuite
 from llgbm.teachers import TeacherConfig
+from llgbm.training import VERSION as TRAINING_VERSION
 from llgbm.training import TrainingConfig
+from llgbm.world import VERSIONS as WORLD_VERSIONS
 from llgbm.world import WorldConfig
 
 CONFIGURATIONS = {"multitask": (0.3, 1.0), "delta-only": (0.0, 1.0), "weight-only": (1.0, 0.0)}
@@ -25,8 +27,8 @@ class TrialSpec:
 
     @property
     def id(self) -> str:
-        """hash(config, seed, data)."""
-        return content_hash("trial", self.config, self.world, length=12)
+        """hash(config, seed, data, version of the code that makes its numbers)."""
+        return content_hash("trial", TRAINING_VERSION, WORLD_VERSIONS, self.config, self.world, length=12)
 
 
 @dataclass(frozen=True)
