@@ -1,4 +1,6 @@
-"""Use a trained generator: `python -m llgbm generate` writes an adapter, `python -m llgbm evaluate` scores one."""
+"""Use trained generators: `generate` writes an adapter, `fetch` asks a served generator for one, `evaluate` scores one,
+`models` says which generators are registered and which is the champion.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llgbm.commands import evaluate
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -25,13 +28,47 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     make.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
     make.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     make.set_defaults(do=generate)
-    score = commands.add_parser("evaluate", help="score an adapter on a task of the synthetic suite")
-    score.add_argument("--adapter", required=True, type=Path, help="the folder of a PEFT adapter")
-    score.add_argument("--task", required=True, metavar="NAME", help="such as reverse-brackets")
-    score.add_argument("--base", metavar="FOLDER", help="the base model (default: the one that the adapter names)")
-    score.add_argument("--examples", type=int, default=256, metavar="N", help="evaluation examples (default: 256)")
-    score.set_defaults(do=evaluate)
+    ask = commands.add_parser("fetch", help="ask a served generator (`mlflow models serve`) for an adapter")
+    ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
+    ask.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
+    ask.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
+    ask.set_defaults(do=fetch)
+    _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
+    evaluate.add_parser(commands)
     return parser.parse_args(arguments)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    """The four commands about registered generators."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, target, text in (
+        ("list", "NAME", "every version, the newest first (of the model NAME, if given)"),
+        ("show", "NAME[/VERSION]", "all that is known of a version (default: the champion)"),
+        ("promote", "NAME/VERSION", "make a version the champion, whatever the comparison said"),
+        ("rollback", "NAME", "go back to the champion before"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("target", metavar=target, nargs="?" if name == "list" else None)
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+        action.set_defaults(do=models)
+
+
+def models(arguments: argparse.Namespace) -> Any:
+    """What a command about registered generators answers: a text, or what JSON is made of with `--json`."""
+    from tuning import model_commands
+
+    answer = model_commands.COMMANDS[arguments.action](arguments.tracking_uri, arguments.target)
+    return answer if arguments.json else model_commands.as_text(answer)
+
+
+def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ask a served generator; return where the adapter is."""
+    from llgbm.client import fetch_adapter
+
+    prompts = read_prompts(arguments.prompts)
+    fetch_adapter(arguments.url, prompts, arguments.out)
+    return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,40 +97,16 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Exact match of greedy decoding on fresh evaluation examples, with and without the adapter."""
-    if arguments.examples < 1:
-        raise UserError(f"--examples is {arguments.examples}; it must be at least 1")
-    from llgbm.lora import LoraBatch, LoraSpec, load_adapter, read_adapter_config
-    from llgbm.models import load_base
-    from llgbm.suites import SyntheticSuite
-    from llgbm.teachers import base_accuracy, exact_match
-
-    suite = SyntheticSuite()
-    examples = suite.examples(suite.task(arguments.task).name, "evaluation", arguments.examples, "evaluate")
-    config = read_adapter_config(arguments.adapter)
-    base = load_base(arguments.base or config["base_model_name_or_path"])
-    spec = LoraSpec.from_model(base.model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    batch = LoraBatch.from_state_dicts([load_adapter(arguments.adapter, spec)])
-    accuracy = exact_match(base, spec, batch, [examples]).item()
-    return {
-        "task": arguments.task,
-        "examples": arguments.examples,
-        "accuracy": round(accuracy, 4),
-        "base_accuracy": round(base_accuracy(base, examples), 4),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and print its result as one JSON object; 2 for a user's mistake, 130 for an interrupt."""
+    """Run a command and print its result, JSON or a text; 2 for a user's mistake, 130 for an interrupt."""
     parsed = parse_arguments(arguments)
     quiet_libraries()
     return exit_status(lambda: print_result(parsed.do(parsed)), parsed.debug)
 
 
-def print_result(result: dict[str, Any]) -> int:
-    """Print one JSON object; return status 0."""
-    print(json.dumps(result))
+def print_result(result: Any) -> int:
+    """Print a text as it is and anything else as JSON; return status 0."""
+    print(result if isinstance(result, str) else json.dumps(result))
     return 0
 
 

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from llgbm.lora import LoraBatch
 
+# What one pass without gradient may hold: tokens through the layers, and logits (tokens times vocabulary).
+PASS_TOKENS, PASS_LOGITS = 2**16, 2**26
+
 
 @contextmanager
 def adapters_applied(base: PreTrainedModel, batch: LoraBatch, scaling: float) -> Iterator[None]:
@@ -65,3 +68,9 @@ def final_hidden(base: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 def head_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """LM-head logits of hidden states [..., D]."""
     return base.get_output_embeddings()(hidden)
+
+
+def chunks(n_rows: int, tokens_a_row: int, at_most: int = 48) -> list[slice]:
+    """Slices of rows that are run in one pass: as many as keep it within `PASS_TOKENS`, and at least one."""
+    size = max(1, min(at_most, PASS_TOKENS // max(1, tokens_a_row)))
+    return [slice(start, start + size) for start in range(0, n_rows, size)]

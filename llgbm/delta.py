@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llgbm.batched import adapters_applied, final_hidden
+from llgbm.batched import adapters_applied, chunks, final_hidden
 from llgbm.cache import build_entry
 from llgbm.encoding import encode_pairs, encode_prompts
 from llgbm.lora import LoraBatch, LoraSpec, StateDict
@@ -94,9 +94,9 @@ def _encode_probes(tokenizer: Any, probes: Sequence[Probe]) -> tuple[Tensor, Ten
 def marked_states(
     model: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, mask_ST: Tensor | None = None
 ) -> Tensor:
-    """Last-layer states [S, Q, D] at the marked positions of S texts, under whatever adapters are applied."""
+    """Last-layer states [S, Q, D], float32, at the marked positions of S texts, under whatever adapters are applied."""
     hidden_STD = final_hidden(model, ids_ST, mask_ST)
-    return hidden_STD.gather(1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1]))
+    return hidden_STD.gather(1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1])).float()
 
 
 def read_states(model: PreTrainedModel, probes: EncodedProbes) -> Tensor:
@@ -175,8 +175,7 @@ def measure_deltas(
     with torch.no_grad():
         if shared:
             base_pieces = [read_states(model, probes.select(slice(0, 1))).expand(batch.n_adapters, -1, -1, -1)]
-        for start in progress(range(0, batch.n_adapters, chunk), "deltas"):
-            rows = slice(start, start + chunk)
+        for rows in progress(chunks(batch.n_adapters, probes.ids_APT[0].numel(), chunk), "deltas"):
             mine = probes.select(rows)
             base_states = base_pieces[0][rows] if shared else read_states(model, mine)
             with adapters_applied(model, batch.select(rows), spec.scaling):

@@ -29,8 +29,31 @@ class EncodedPairs:
     def to(self, device: str | torch.device) -> EncodedPairs:
         return EncodedPairs(self.input_ids_ST.to(device), self.targets_ST.to(device))
 
+    def select(self, rows: slice) -> EncodedPairs:
+        """Some of the texts, cut to the longest of them."""
+        ids, targets = self.input_ids_ST[rows], self.targets_ST[rows]
+        width = int((targets >= 0).any(0).nonzero().max()) + 1
+        return EncodedPairs(ids[:, :width], targets[:, :width])
+
     def __len__(self) -> int:
         return self.input_ids_ST.shape[0]
+
+
+def chat_prompt(tokenizer: Any, prompt: str, system: str | None = None, shots: Sequence[tuple[str, str]] = ()) -> str:
+    """The text that a model reads before it answers, in the chat template of its tokenizer.
+
+    `system` None marks a bare text, which no template touches; an empty one leaves the choice to the template. `shots`
+    are solved (prompt, answer) pairs that go before, as earlier turns. A tokenizer without a template gets lines.
+    """
+    turns = [turn for pair in shots for turn in zip(("user", "assistant"), pair, strict=True)] + [("user", prompt)]
+    if system is None:
+        return "".join(text for _, text in turns)
+    if system:
+        turns.insert(0, ("system", system))
+    if not tokenizer.chat_template:
+        return "".join(f"{text}\n" for _, text in turns)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:

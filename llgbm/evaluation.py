@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llgbm.dataset import ExperimentData
-from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import LoraGenerator
 from llgbm.lora import LoraBatch
 from llgbm.losses import delta_w_error, delta_w_inner
-from llgbm.training import accuracy_per_adapter
+from llgbm.training import accuracy_per_adapter, mean_delta
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
@@ -41,7 +40,7 @@ def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: Fu
     conditions = data.conditions.evaluation_ANC[rows]
     adapters = generator.generate(conditions)
     result = evaluate_adapters(adapters, data, flora, rows)
-    shuffled = generator.generate(conditions[other_task(data, rows)])
+    shuffled = generator.generate(data.conditions.evaluation_ANC[other_task(data, rows)])
     nonsense = generator.generate(data.conditions.nonsense_NC[None].expand(len(rows), -1, -1))
     controls = {
         "accuracy_shuffled_prompts": accuracy_per_adapter(flora, shuffled, data, rows).mean().item(),
@@ -79,20 +78,20 @@ def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: Function
     return PartResult(metrics, by_task[0], by_task[1], adapters, delta_AD, teacher_AD)
 
 
-def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
-    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
-    probes = reference.probes.select(rows)
-    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
-
-
 def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
-    """For each row, the place in `rows` of a task that shares neither operation nor format, as near as there is one."""
-    names = [set(data.tasks[i].split("-")) for i in rows]
-    n = len(rows)
-    return [
-        min((j for j in range(n) if j != i), key=lambda j: (len(names[i] & names[j]), (j - i) % n), default=i)
-        for i in range(n)
-    ]
+    """For each row, one of another task, of the same part where that has one: one that shares neither operation nor
+    format, as near as there is. Raises ValueError for data of a single task."""
+    names = [set(task.split("-")) for task in data.tasks]
+
+    def others(i: int, among: list[int]) -> list[int]:
+        return [j for j in among if data.tasks[j] != data.tasks[i]]
+
+    def nearest(i: int) -> int:
+        among = rows if others(i, rows) else list(range(len(names)))
+        place = among.index(i)
+        return min(others(i, among), key=lambda j: (len(names[i] & names[j]), (among.index(j) - place) % len(among)))
+
+    return [nearest(i) for i in rows]
 
 
 def nearest_teacher_distance(adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA) -> Tensor:

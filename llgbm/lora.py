@@ -173,6 +173,9 @@ class LoraBatch:
         """The adapters at `index`, as a batch."""
         return LoraBatch({n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()})
 
+    def to(self, device: str | torch.device) -> LoraBatch:
+        return LoraBatch({n: t.to(device) for n, t in self.a.items()}, {n: t.to(device) for n, t in self.b.items()})
+
     def check(self, spec: LoraSpec) -> None:
         """Raise ValueError unless modules and shapes are those of `spec`."""
         wanted = {m.name for m in spec.modules}

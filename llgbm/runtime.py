@@ -10,7 +10,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,19 +26,31 @@ class UserError(ValueError):
 
 
 def content_hash(*parts: Any, length: int = 16) -> str:
-    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits."""
+    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits.
+
+    A field that takes no part in comparisons (`compare=False`, such as where a file lies) takes none in the hash.
+    """
     text = json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **asdict(value)}
+        return {"type": type(value).__name__, **_compared(value)}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
+
+
+def _compared(value: Any) -> Any:
+    """A value with its dataclasses, at any depth, turned into dictionaries of the fields that are compared."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _compared(getattr(value, f.name)) for f in fields(value) if f.compare}
+    if isinstance(value, (list, tuple)):
+        return [_compared(item) for item in value]
+    return {key: _compared(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def stream_seed(*parts: Any) -> int:

@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llgbm.batched import adapters_applied, final_hidden, head_logits
+from llgbm.batched import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
 from llgbm.cache import build_entry
-from llgbm.encoding import EncodedPairs, encode_pairs
+from llgbm.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.lora import LoraBatch, LoraSpec, adapter_config, load_adapter, write_adapter_files
 from llgbm.models import Base
 from llgbm.probes import Probe, ProbeSet
@@ -110,9 +111,10 @@ def example_source(
     suite: Suite, base: Base, tasks: Sequence[str], streams: Sequence[str], config: TeacherConfig
 ) -> Callable[[int], EncodedPairs]:
     """Encoded training examples of every adapter at a step, adapter-major: [A * B] texts."""
+    count, n = config.steps * config.examples, config.per_task
     pools = [
-        suite.examples(task, "train", config.steps * config.examples, stream)
-        for task, stream in zip(tasks, streams, strict=True)
+        suite.examples(task, "train", count, stream, (index % n, n))
+        for index, (task, stream) in enumerate(zip(tasks, streams, strict=True))
     ]
 
     def at(step: int) -> EncodedPairs:
@@ -123,8 +125,9 @@ def example_source(
 
 
 def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
-    """Encode examples for a base, on its device."""
-    return encode_pairs(base.tokenizer, [(e.prompt, e.answer) for e in examples]).to(base.model.device)
+    """Encode examples for a base, on its device; those that are turns of a chat in the base's own template."""
+    pairs = [(chat_prompt(base.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+    return encode_pairs(base.tokenizer, pairs).to(base.model.device)
 
 
 def shared_initial_a(spec: LoraSpec, seed: int) -> dict[str, Tensor]:
@@ -163,14 +166,17 @@ def train_teachers(
 def adapter_losses(model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs) -> Tensor:
     """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
     with adapters_applied(model, batch, spec.scaling):
-        hidden = final_hidden(model, texts.input_ids_ST)
+        losses_ST = token_losses(model, texts)
+    per_adapter = losses_ST.view(batch.n_adapters, -1).sum(1)
+    return per_adapter / (texts.targets_ST >= 0).view(batch.n_adapters, -1).sum(1)
+
+
+def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
+    """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
-    losses = nn.functional.cross_entropy(
-        head_logits(model, hidden[marked]).float(), texts.targets_ST[marked], reduction="none"
-    )
-    filled = torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
-    per_adapter = filled.view(batch.n_adapters, -1).sum(1)
-    return per_adapter / marked.view(batch.n_adapters, -1).sum(1)
+    states = final_hidden(model, texts.input_ids_ST)[marked]
+    losses = nn.functional.cross_entropy(head_logits(model, states).float(), texts.targets_ST[marked], reduction="none")
+    return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
 def greedy_answers(
@@ -182,33 +188,24 @@ def greedy_answers(
     """
     if len(prompts) != batch.n_adapters or len({len(own) for own in prompts}) != 1 or not prompts[0]:
         raise ValueError(f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long")
-    tokenizer = base.tokenizer
-    rows = tokenizer([p for own in prompts for p in own], add_special_tokens=False)["input_ids"]
-    lengths = torch.tensor([len(r) for r in rows])
-    ids = torch.full((len(rows), int(lengths.max()) + max_tokens), tokenizer.pad_token_id)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-    with torch.no_grad(), adapters_applied(base.model, batch, spec.scaling):
-        ends = _extend_greedily(base, ids, lengths, max_tokens)
-    texts = [tokenizer.decode(row[a:b], skip_special_tokens=True) for row, a, b in zip(ids, lengths, ends, strict=True)]
-    sizes = [len(own) for own in prompts]
-    return [texts[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    longest = max(len(ids) for own in prompts for ids in base.tokenizer(list(own))["input_ids"])
+    answers: list[list[str]] = []
+    for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
+        flat = [prompt for own in prompts[rows] for prompt in own]
+        with adapters_applied(base.model, batch.select(rows), spec.scaling):
+            texts = iter(continue_texts(base, flat, max_tokens))
+        answers += [[next(texts) for _ in own] for own in prompts[rows]]
+    return answers
 
 
-def _extend_greedily(base: Base, ids: Tensor, lengths: Tensor, max_tokens: int) -> Tensor:
-    """Fill the right-padded `ids` in place; return where each answer ends."""
-    ends, open_rows = lengths.clone(), torch.ones(len(ids), dtype=torch.bool)
-    everyone = torch.arange(len(ids))
-    for _ in range(max_tokens):
-        width = int(ends.max())
-        hidden = final_hidden(base.model, ids[:, :width].to(base.model.device))
-        chosen = head_logits(base.model, hidden[everyone, ends - 1]).argmax(-1).cpu()
-        open_rows &= chosen != base.tokenizer.eos_token_id
-        if not open_rows.any():
-            break
-        ids[everyone[open_rows], ends[open_rows]] = chosen[open_rows]
-        ends += open_rows
-    return ends
+def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
+    encoded = base.tokenizer(
+        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    ).to(base.model.device)
+    with torch.no_grad():
+        ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+    return base.tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def exact_match(
@@ -223,27 +220,34 @@ def exact_match(
         raise ValueError(
             f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
         )
+    texts, n = encode_examples(base, [e for own in examples for e in own]), len(examples[0])
     pieces = []
-    for start in range(0, batch.n_adapters, chunk):
-        rows = slice(start, start + chunk)
-        texts = encode_examples(base, [e for own in examples[rows] for e in own])
+    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], chunk):
+        own = texts.select(slice(rows.start * n, rows.stop * n))
         with torch.no_grad(), adapters_applied(base.model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(base.model, texts).view(-1, len(examples[0])).float().mean(1))
+            pieces.append(right_answers(base.model, own).view(-1, n).float().mean(1))
     return torch.cat(pieces)
 
 
 def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
-    right = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked]).argmax(-1) == texts.targets_ST[marked]
+    states = final_hidden(model, texts.input_ids_ST)[marked]
+    pieces = states.split(max(1, PASS_LOGITS // model.config.vocab_size))
+    right = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces]) == texts.targets_ST[marked]
     wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(marked, ~right)
     return ~wrong.any(1)
 
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
     """Exact-match accuracy of the base without any adapter."""
+    texts = encode_examples(base, examples)
     with torch.no_grad():
-        return right_answers(base.model, encode_examples(base, examples)).float().mean().item()
+        pieces = [
+            right_answers(base.model, texts.select(rows))
+            for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
+        ]
+    return torch.cat(pieces).float().mean().item()
 
 
 def _write_bank(
@@ -257,12 +261,13 @@ def _write_bank(
 ) -> None:
     ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
     settings = adapter_config(spec, base.path)
-    for adapter_id, task, state in zip(ids, tasks, batch.to_state_dicts(), strict=True):
+    for index, (adapter_id, task, state) in enumerate(zip(ids, tasks, batch.to_state_dicts(), strict=True)):
         own = folder / "checkpoints" / task / adapter_id
         own.mkdir(parents=True)
         write_adapter_files(own, state, settings)
-        (own / "prompts.json").write_text(json.dumps(_condition_prompts(suite, task, config)))
-    examples = [suite.examples(task, "evaluation", 32, "teacher accuracy") for task in tasks]
+        (own / "prompts.json").write_text(json.dumps(_condition_prompts(suite, task, config, index)))
+    n_examples = min(32, suite.available("evaluation"))
+    examples = [suite.examples(task, "evaluation", n_examples, "teacher accuracy") for task in tasks]
     accuracy_A = exact_match(base, spec, batch, examples)
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
@@ -270,19 +275,20 @@ def _write_bank(
         "base_accuracy": base_accuracy(base, [e for own in examples for e in own]),
     }
     (folder / "trajectories.json").write_text(json.dumps(_own_answers(base, suite, config, batch, spec)))
-    index = {
+    listing = {
         "adapters": dict(zip(ids, tasks, strict=True)),
         "facts": facts,
         "accuracy": dict(zip(ids, accuracy_A.tolist(), strict=True)),
     }
-    (folder / "bank.json").write_text(json.dumps(index, indent=1))
+    (folder / "bank.json").write_text(json.dumps(listing, indent=1))
 
 
-def _condition_prompts(suite: Suite, task: str, config: TeacherConfig) -> dict[str, list[str]]:
-    return {
-        "train": [e.prompt for e in suite.examples(task, "train", config.condition_train, "condition")],
-        "evaluation": [e.prompt for e in suite.examples(task, "evaluation", config.condition_evaluation, "condition")],
-    }
+def _condition_prompts(suite: Suite, task: str, config: TeacherConfig, index: int) -> dict[str, list[str]]:
+    """Prompts of what the teacher was trained on, and others to condition on at evaluation."""
+    share = (index % config.per_task, config.per_task)
+    known = suite.examples(task, "train", config.condition_train, "condition", share)
+    others = suite.examples(task, "prompts", config.condition_evaluation, "condition")
+    return {"train": [e.prompt for e in known], "evaluation": [e.prompt for e in others]}
 
 
 def _own_answers(
@@ -291,6 +297,8 @@ def _own_answers(
     """Prompts of each task with its first teacher's greedy answers."""
     firsts = batch.select(slice(0, None, config.per_task))
     tasks = suite.split.tasks
-    prompts = [[e.prompt for e in suite.examples(t, "train", config.trajectories, "trajectory")] for t in tasks]
+    share = (0, config.per_task)
+    own = [suite.examples(t, "train", config.trajectories, "trajectory", share) for t in tasks]
+    prompts = [[chat_prompt(base.tokenizer, e.prompt, e.system) for e in examples] for examples in own]
     answers = greedy_answers(base, spec, firsts, prompts)
     return {t: list(zip(p, a, strict=True)) for t, p, a in zip(tasks, prompts, answers, strict=True)}

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from llgbm.batched import adapters_applied, chunks
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
-from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.delta import DeltaTable, mean_over_probes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
+from llgbm.lora import LoraBatch
 from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
-from llgbm.models import SIZES
+from llgbm.models import OWN_PREFIX, SIZES, family_size
 from llgbm.runtime import UserError, content_hash, progress, seed_everything
 from llgbm.teachers import right_answers
 
@@ -96,12 +99,17 @@ def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A run as a value: everything that its numbers depend on, but for the data."""
+    """A run as a value: everything that its numbers depend on, but for the data.
+
+    `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
+    1.5B) where no `model_size` is named. A base that the user brought is a size of its own, called `base-…`.
+    """
 
     lambda_weight: float = 0.3
     lambda_delta: float = 1.0
     seed: int = 0
     use_small_model: bool = True
+    model_family: str = "embedded"
     model_size: str | None = None
     steps: int = 600
     batch_size: int = 16
@@ -121,8 +129,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_lambdas(self.lambda_weight, self.lambda_delta)
         if self.model_size is None:
-            object.__setattr__(self, "model_size", "nano" if self.use_small_model else "micro")
-        _one_of("model size", str(self.model_size), tuple(SIZES))
+            object.__setattr__(self, "model_size", family_size(self.model_family, self.use_small_model))
+        if not str(self.model_size).startswith(OWN_PREFIX):
+            _one_of("model size", str(self.model_size), tuple(SIZES))
         _one_of("delta probes", self.delta_probes, DELTA_PROBES)
         _one_of("delta reading", self.delta_reading, DELTA_READINGS)
         _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
@@ -184,7 +193,7 @@ class Trial:
         self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
         self.dataset = DeltaAugmentedDataset(
             data.conditions.train_ANC[rows],
-            standardiser.encode(data.values_AV[rows]),
+            generator.standardiser.encode(data.values_AV[rows]),
             data.loss_deltas.select(rows),
             config.n_prompts,
             config.n_probes,
@@ -311,10 +320,10 @@ def train(
 ) -> Outcome:
     """Train a generator; the one returned is the best on the validation tasks.
 
-    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy`; it ends the run by returning
-    False. `checkpoint` gets a state after those steps were reported, and whenever `checkpoint_seconds` have passed
-    since the last; `state` goes on from one. The same config, data and machine give the same numbers (float32 CPU: to
-    the last bit). Raises FloatingPointError when the loss is not finite.
+    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy` and `val/delta_cosine`; it ends
+    the run by returning False. `checkpoint` gets a state after those steps were reported, and whenever
+    `checkpoint_seconds` have passed since the last; `state` goes on from one. The same config, data and machine give
+    the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
     """
     trial = Trial(config, data, flora)
     if state is not None:
@@ -334,21 +343,32 @@ def train(
 
 
 def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
-    """`<part>/accuracy`: exact match on the evaluation examples of a part's tasks, from its evaluation prompts."""
+    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
+
+    `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
+    """
     rows = list(data.rows[part])
     batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    return {f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item()}
+    delta_AD = mean_delta(flora, batch, data.shared_deltas, rows)
+    cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
+    return {
+        f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item(),
+        f"{part}/delta_cosine": cosine_A.mean().item(),
+    }
+
+
+def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
+    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
+    probes = reference.probes.select(rows)
+    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
 
 
 def accuracy_per_adapter(
     flora: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
 ) -> Tensor:
     """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
-    from llgbm.batched import adapters_applied
-
     pieces = []
-    for start in range(0, len(rows), chunk):
-        piece = slice(start, start + chunk)
+    for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
         with torch.no_grad(), adapters_applied(flora.model, batch.select(piece), flora.spec.scaling):
             right = right_answers(flora.model, data.examples_of(rows[piece]))
         pieces.append(right.view(-1, data.n_examples).float().mean(1))

@@ -1,4 +1,4 @@
-"""A world: base, bank, conditions and deltas of one model size, built once and found again by content."""
+"""A world: base, bank, conditions and deltas of one model, built once and found again by content."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from llgbm.conditions import build_conditions, make_encoder
 from llgbm.dataset import ExperimentData
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable
-from llgbm.encoding import EncodedPairs, encode_pairs
+from llgbm.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.functional import FunctionalLoRA
 from llgbm.models import VERSION as MODEL_VERSION
-from llgbm.models import Base, PretrainConfig, base_hash, load_base, make_tokenizer, model_size, new_model, pretrain
+from llgbm.models import (
+    Base,
+    BaseSource,
+    PretrainConfig,
+    PublishedSize,
+    base_hash,
+    load_base,
+    make_tokenizer,
+    model_size,
+    new_model,
+    pretrain,
+)
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
-from llgbm.runtime import content_hash, pick_device, stream_seed
-from llgbm.suites import SyntheticSuite
+from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
+from llgbm.suites import Suite, SyntheticSuite
 from llgbm.suites.synthetic import VERSION as SUITE_VERSION
 from llgbm.teachers import VERSION as TEACHERS_VERSION
 from llgbm.teachers import Bank, TeacherConfig, bank_key, build_bank, encode_examples
@@ -36,16 +47,24 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Everything that a world depends on."""
+    """Everything that a world depends on.
+
+    Without a `base` the embedded one of this size is built for the suite; with one, `size` is what it is called.
+    """
 
     size: str = "nano"
-    suite: SyntheticSuite = SyntheticSuite()
+    suite: Suite = SyntheticSuite()
     pretrain: PretrainConfig = PretrainConfig()
     teachers: TeacherConfig = TeacherConfig()
     encoder: str = "minilm"
     delta_probes: str = "trajectory"
     eval_examples: int = 24
     smoke: bool = False
+    base: BaseSource | None = None
+
+    def __post_init__(self) -> None:
+        if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
+            raise UserError(f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}")
 
     @property
     def hash(self) -> str:
@@ -76,32 +95,41 @@ class World:
 
 
 def base_key(config: WorldConfig) -> str:
-    """The name of a world's base in the cache."""
+    """The name of a world's own base in the cache."""
     return content_hash("base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain)
 
 
 def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
     """What of a world is in the cache and what would be built, part by part; nothing is loaded or written."""
-    base = cache / "bases" / base_key(config)
-    if not entry_is_whole(base):
-        return dict.fromkeys(("base", "teachers", "deltas", "conditions"), "would be built")
-    bank_entry = cache / "banks" / bank_key(base_hash(base), config.suite, config.teachers)
+    if config.base is not None:
+        base, found = config.base.path, config.base.hash
+    else:
+        folder = cache / "bases" / base_key(config)
+        if not entry_is_whole(folder):
+            return dict.fromkeys(("base", "teachers", "deltas", "conditions"), "would be built")
+        base, found = "cached", base_hash(folder)
+    bank_entry = cache / "banks" / bank_key(found, config.suite, config.teachers)
     bank = "cached" if entry_is_whole(bank_entry) else "would be built"
     rest = "found again by content where cached" if bank == "cached" else "would be built"
-    return {"base": "cached", "teachers": bank, "deltas": rest, "conditions": rest}
+    return {"base": base, "teachers": bank, "deltas": rest, "conditions": rest}
 
 
 def build_base(cache: Path, config: WorldConfig, device: str) -> Base:
-    """Pretrain the base of a world, or find it: named by size, suite, settings and the version of this code."""
-    size = model_size(config.size)
+    """The base of a world: loaded where one is named, else pretrained or found by size, suite, settings and version.
+
+    Raises UserError for a suite that no base can be built for.
+    """
+    if config.base is not None:
+        return config.base.load(device)
+    size, suite, vocabulary = model_size(config.size), config.suite, config.suite.vocabulary
 
     def write(folder: Path) -> None:
-        tokenizer = make_tokenizer(config.suite.vocabulary)
+        tokenizer = make_tokenizer(vocabulary)
         model = new_model(size, tokenizer, config.pretrain.seed)
         rng = random.Random(stream_seed("pretraining", config.pretrain.seed))
 
         def next_batch(count: int, bare: bool) -> EncodedPairs:
-            examples = [config.suite.pretraining_example(rng, bare) for _ in range(count)]
+            examples = [suite.pretraining_example(rng, bare) for _ in range(count)]
             return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
 
         pretrain(model, config.pretrain, next_batch, device)
@@ -129,7 +157,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
     batch = bank.load()
     tasks = tuple(bank.adapters.values())
     suite, encoder = config.suite, make_encoder(config.encoder, base)
-    sets = delta_probe_sets(suite, bank)
+    sets = delta_probe_sets(suite, bank, base)
 
     def table(probe_set: ProbeSet) -> DeltaTable:
         store = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
@@ -155,16 +183,17 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
     return data.to(base.model.device)
 
 
-def delta_probe_sets(suite: SyntheticSuite, bank: Bank) -> dict[str, ProbeSet]:
-    """The probe sets that `--delta-probes` picks from."""
+def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
+    """The probe sets that `--delta-probes` picks from; the suite's own prompts as the base reads them."""
+    domain = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in suite.probe_examples]
     return {
         "generic": create_generic_probes(),
-        "domain": create_domain_probes(suite.name, suite.probe_prompts),
+        "domain": create_domain_probes(suite.name, domain),
         "trajectory": bank.trajectories(),
     }
 
 
-def rows_by_part(suite: SyntheticSuite, bank: Bank) -> dict[str, tuple[int, ...]]:
+def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
     """Rows of each part: all teachers of a training task, the first teacher of a held-out one."""
     part_of = {task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)}
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -16,10 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
+from servers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
-from tuning.registry import current_champion, fetch_bundle, register_generator
+from tuning.registry import fetch_bundle, register_generator
 from tuning.store import connect, shown
 from tuning.tracking import (
     FLUSH_ENTRIES,
@@ -32,7 +33,8 @@ from tuning.tracking import (
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> StudyTracker:
+def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
+    shutil.copytree(empty_store, tmp_path / "mlruns")
     tracker = StudyTracker.open(None, tmp_path, "ablation")
     tracker.begin("phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"})
     return tracker
@@ -228,12 +230,6 @@ def test_curves_can_be_limited(study: StudyTracker) -> None:
     assert result.curves == {"a": [(1, 1.0)]} and result.metrics == {"a": 1.0, "b": 2.0}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and ". " not in text
@@ -374,29 +370,9 @@ def test_two_drivers_can_make_the_store_at_once_and_in_silence(tmp_path: Path) -
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    port, store = free_port(), tmp_path / "server"
-    store.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    options = ["--backend-store-uri", f"sqlite:///{store}/db", "--artifacts-destination", f"{store}/artifacts"]
-    with (store / "log").open("w") as log:
-        process = subprocess.Popen([*command, *options, "--workers", "1"], stdout=log, stderr=log)
-        try:
-            uri = f"http://127.0.0.1:{port}"
-            _wait_for(uri, store / "log")
-            yield uri
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _wait_for(uri: str, log: Path) -> None:
-    for _ in range(240):
-        try:
-            if requests.get(f"{uri}/health", timeout=1).ok:
-                return
-        except requests.exceptions.RequestException:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")
+    command = mlflow_server(sys.executable, f"sqlite:///{tmp_path}/server.db", tmp_path)
+    with serving(command, tmp_path / "log", "health") as url:
+        yield url
 
 
 def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_path: Path) -> None:
@@ -423,8 +399,10 @@ def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_p
 def _register_and_fetch(server: str, run_id: str, folder: Path) -> Path:
     (folder / "bundle").mkdir()
     (folder / "bundle/generator.json").write_text(json.dumps({"size": "tiny"}))
-    tags = {"llgbm.val_data": "val1"}
-    register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", True)
-    champion = current_champion(server, "generator")
-    assert champion is not None and champion.run_id == run_id
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t1"}
+    made = [
+        register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", {"a": 0.5})
+        for _ in range(2)
+    ]
+    assert made[0] == made[1] and made[0].alias == "champion"
     return fetch_bundle("models:/generator@champion", server) / "generator.json"

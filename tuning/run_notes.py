@@ -167,13 +167,10 @@ def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[
 def keep_best_adapters(client: MlflowClient, worlds: Mapping[str, World], results: Sequence[TrialResult]) -> None:
     """Generate again, from the generator that a trial kept, the adapters of each of these trials; log them there.
 
-    `worlds` by trial id. What is there already is left alone, so that a second call costs nothing. Raises UserError
-    if the store fails.
+    `worlds` by trial id. A second call writes the same files again. Raises UserError if the store fails.
     """
     for result in results:
         with explained(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
-            if any(item.path == "adapters" for item in client.list_artifacts(result.run_id)):
-                continue
             _generate_adapters(client, worlds[result.trial_id], result.run_id, Path(folder))
             client.log_artifacts(result.run_id, str(Path(folder) / "adapters"), "adapters")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llgbm.runtime import UserError
-from tuning.store import connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
+from tuning.store import all_pages, connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,11 +69,12 @@ class TrialResult:
     params: Mapping[str, str]
     run_id: str
     stopped_at: int | None = None
+    superseded: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether it was trained to its end and evaluated: neither failed nor stopped early by a scheduler."""
-        return self.status == "FINISHED" and self.stopped_at is None
+        """Whether it was trained to its end and evaluated: neither failed nor stopped early nor obsolete."""
+        return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
 
 class StudyTracker:
@@ -381,6 +382,7 @@ def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | 
         params=dict(data.params),
         run_id=run.info.run_id,
         stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
+        superseded=not _is_live(run),
     )
 
 
@@ -412,15 +414,11 @@ def _trial_run(client: MlflowClient, experiment_id: str, trial_id: str) -> Run |
 def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str | None]) -> Iterator[Run]:
     """Runs with these tags, oldest first; None stands for any value."""
     where = " and ".join(f"tags.`{k}` LIKE '%'" if v is None else f"tags.`{k}` = '{v}'" for k, v in tags.items())
-    token: str | None = None
-    while True:
-        page = client.search_runs(
+    return all_pages(
+        lambda token: client.search_runs(
             [experiment_id], where, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
         )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    )
 
 
 def _open_run(client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]) -> str:

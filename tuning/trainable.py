@@ -167,7 +167,7 @@ def run_tracked(
 ) -> dict[str, float]:
     """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
     tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
-    tags |= run_notes.note_tags(run_notes.trial_note(trial))
+    tags |= run_notes.note_tags(run_notes.trial_note(trial, trial.note))
     tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
     try:

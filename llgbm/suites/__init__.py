@@ -1,9 +1,10 @@
 """Tasks, their examples and their split into train, validation and test. Knows texts; knows no model."""
 
 from llgbm.suites.base import Example, Split, Suite, Task
+from llgbm.suites.files import FileSuite
 from llgbm.suites.synthetic import SyntheticSuite
 
-__all__ = ["Example", "Split", "Suite", "SyntheticSuite", "Task", "make_suite"]
+__all__ = ["Example", "FileSuite", "Split", "Suite", "SyntheticSuite", "Task", "make_suite"]
 
 
 def make_suite(name: str) -> Suite:

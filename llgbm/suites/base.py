@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 from llgbm.runtime import UserError
 
-Purpose = Literal["train", "evaluation"]
+# What examples are for: to train on, to condition a generator at evaluation (prompts only), to score on.
+Purpose = Literal["train", "prompts", "evaluation"]
+WHOLE = (0, 1)
+NO_BASE_OF_ITS_OWN = "no base is built for the suite {!r}: name a base model (--base) or a size with published weights"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that the task wants; the two follow each other without anything between."""
+    """A prompt and the answer that the task wants.
+
+    Without a `system` text the two follow each other with nothing between. With one, an empty one too, they are turns
+    of a chat, put into the chat template of whatever model reads them.
+    """
 
     prompt: str
     answer: str
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Split:
 class Suite(ABC):
     """A family of tasks over one kind of text.
 
-    Examples for `train` and for `evaluation` never share an input, whatever the seeds.
+    Examples for `train` never share an input with those of other purposes, whatever the seeds. A suite is a value:
+    equal suites give equal examples, and `fingerprint` tells unequal ones apart.
     """
 
     name: str
@@ -64,8 +74,18 @@ class Suite(ABC):
         """The split by task."""
 
     @abstractmethod
-    def examples(self, task: str, purpose: Purpose, count: int, stream: str) -> list[Example]:
-        """`count` examples of a task; the same stream name gives the same examples. Raises UserError: unknown task."""
+    def examples(
+        self, task: str, purpose: Purpose, count: int, stream: str, share: tuple[int, int] = WHOLE
+    ) -> list[Example]:
+        """`count` examples of a task; the same stream name gives the same examples.
+
+        `share` (k, n) asks for the k-th of n parts of the training examples, which do not overlap. Raises UserError
+        for an unknown task, or more examples than there are to condition or score on.
+        """
+
+    @abstractmethod
+    def available(self, purpose: Purpose) -> int:
+        """How many different examples for a purpose every task has at least."""
 
     @property
     @abstractmethod
@@ -78,9 +98,23 @@ class Suite(ABC):
         """A few in-domain prompts, the suite's own domain probe."""
 
     @property
+    def probe_examples(self) -> tuple[Example, ...]:
+        """The same prompts as examples without an answer, with the system text that goes with each."""
+        return tuple(Example(prompt, "") for prompt in self.probe_prompts)
+
+    @property
     @abstractmethod
     def nonsense_prompts(self) -> tuple[str, ...]:
         """Prompts in the suite's vocabulary that name no task."""
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word that a tokenizer built for this suite needs. Raises UserError: only some suites build a base."""
+        raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
+
+    def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
+        """An example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
+        raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
     def task(self, name: str) -> Task:
         """Find a task. Raises UserError with the nearest names for an unknown one."""

@@ -8,13 +8,14 @@ training, so that zero-shot means composing what was seen apart.
 from __future__ import annotations
 
 import random
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from llgbm.runtime import content_hash, stream_seed
-from llgbm.suites.base import Example, Purpose, Split, Suite, Task
+from llgbm.suites.base import WHOLE, Example, Purpose, Split, Suite, Task
 
 Words = list[str]
 VERSION = 1
@@ -131,10 +132,17 @@ class SyntheticSuite(Suite):
         same_form = sum(h.split("-")[1] == form for h in held)
         return same_op < self.n_formats // 2 and same_form < self.n_operations // 2
 
-    def examples(self, task: str, purpose: Purpose, count: int, stream: str) -> list[Example]:
+    def examples(
+        self, task: str, purpose: Purpose, count: int, stream: str, share: tuple[int, int] = WHOLE
+    ) -> list[Example]:
+        """Examples are drawn without end, so every stream is a share of its own."""
         self.task(task)
-        rng = random.Random(stream_seed("examples", task, purpose, stream, VERSION))
-        return [self._example(task, draw_words(rng, purpose), rng) for _ in range(count)]
+        drawn: Purpose = "train" if purpose == "train" else "evaluation"
+        rng = random.Random(stream_seed("examples", task, drawn, stream, VERSION))
+        return [self._example(task, draw_words(rng, drawn), rng) for _ in range(count)]
+
+    def available(self, purpose: Purpose) -> int:
+        return sys.maxsize
 
     @staticmethod
     def _example(task: str, words: Words, rng: random.Random) -> Example:

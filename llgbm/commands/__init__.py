@@ -1,0 +1,1 @@
+"""Commands of `python -m llgbm`, a module each: `add_parser(commands)` registers one."""
