@@ -67,8 +67,7 @@ def test_it_runs_top_to_bottom(
 ) -> None:
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("LLGBM_SMOKE", "1")
-    monkeypatch.setenv("LLGBM_CACHE", str(cache))
+    monkeypatch.setenv("LLGBM_OPTIONS", f"--smoke --cache {cache}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if path.stem == "phase_4_5_ablations":
         folder, _ = request.getfixturevalue("finished")
