@@ -51,7 +51,7 @@ class Watcher(tune.Callback):
         self._tracker, self._storage = tracker, storage
         self._bar = progress_bar("trials", total_steps)
         self._seen: dict[str, int] = {}
-        self._unsaid: list[Callable[[], None]] = []
+        self._unsaid: list[Callable[[], object]] = []
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """Move the bar."""
@@ -87,7 +87,7 @@ class Watcher(tune.Callback):
         if self._storage:
             TrialCheckpoints(self._storage, trial_id).remove()
 
-    def _tell(self, saying: Callable[[], None]) -> None:
+    def _tell(self, saying: Callable[[], object]) -> None:
         self._unsaid.append(saying)
         try:
             self._say_all()
