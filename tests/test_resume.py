@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
-from tuning import studies
+from tuning import space
+from tuning.arguments import parse_arguments
 from tuning.checkpoints import KEPT, TrialCheckpoints, open_storage, study_lock, trial_lock
-from tuning.cluster import Node, check_resources, memory_fraction
 from tuning.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -30,8 +28,10 @@ from tuning.resume import (
     recorded_arguments,
     trials_to_run,
 )
-from tuning.run_ablation import main, parse_arguments
-from tuning.studies import Study, StudyOptions, TrialSpec, make_study
+from tuning.run_ablation import main
+from tuning.space import TrialSpec
+from tuning.studies import Study, StudyOptions
+from tuning.study_files import make_study
 from tuning.tracking import StudyTracker, TrialTracker, finished_metrics, read_trials
 
 SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
@@ -139,7 +139,7 @@ def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> No
 def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = SMOKE.id
     check_same_study(SMOKE, before)
-    monkeypatch.setattr(studies, "TRAINING_VERSION", 99)
+    monkeypatch.setattr(space, "TRAINING_VERSION", 99)
     with pytest.raises(UserError, match=f"study {before} cannot be resumed.*changed with the code"):
         check_same_study(SMOKE, before)
 
@@ -231,48 +231,9 @@ def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Pa
     assert not list((tmp_path / "mlruns").glob("*.making"))
 
 
-class _Died:
-    """A stand-in for Ray's record of a trial: only its last error is asked for."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def get_error(self) -> Exception:
-        return RuntimeError(self.message)
-
-
-def test_a_death_is_told_in_one_line() -> None:
-    from tuning.sweep import death_of
-
-    assert death_of(_Died("Task was killed due to the node running low on memory.\nMemory on the node: 23 GB")) == (
-        "Task was killed due to the node running low on memory."
-    )
-    assert death_of(_Died("")) == "RuntimeError"
-
-
 def test_an_unknown_kind_of_store_is_refused() -> None:
     with pytest.raises(UserError, match="magic"):
         open_storage("magic://x")
-
-
-def test_four_quarters_of_a_gpu_run_side_by_side_on_each_machine() -> None:
-    found = check_resources(1, 0.25, None, [Node(8, 1), Node(2, 1)])
-    assert found.concurrent == 6 and found.describe() == "6 at a time on 2 machines, 1 CPUs and 0.25 GPUs each"
-    assert check_resources(1, 0.25, None, [Node(16, 1)]).concurrent == 4
-    assert check_resources(None, None, None, [Node(16, 1)]).gpus == 0.25
-    with pytest.raises(UserError, match="the largest of 2 machines has 1"):
-        check_resources(1, 2, None, [Node(8, 1), Node(2, 1)])
-    with pytest.raises(UserError, match="no machine has 4 CPUs and 1 GPUs together"):
-        check_resources(4, 1, None, [Node(8, 0), Node(2, 1)])
-
-
-@given(parts=st.integers(2, 16), gigabytes=st.integers(16, 192))
-def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(parts: int, gigabytes: int) -> None:
-    total = gigabytes * 2**30
-    each = memory_fraction(1 / parts, total)
-    assert 0 < each < 1 / parts
-    assert parts * (each * total + 600 * 2**20) <= total or each == 0.01
-    assert memory_fraction(1.0, total) == memory_fraction(0.0, total) == memory_fraction(2.0, total) == 1.0
 
 
 def test_a_trial_id_depends_on_all_that_its_numbers_depend_on() -> None:
