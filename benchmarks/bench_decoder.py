@@ -3,10 +3,10 @@
     python benchmarks/bench_decoder.py                          # embedded and reduced sizes, on the CPU
     python benchmarks/bench_decoder.py --device cuda --shapes paper-0.5B --dtype bfloat16
 
-The two are timed in turn, forward and forward with backward: on the CPU one thread in seconds of CPU time, which other
-work on the machine moves least; on a GPU in seconds by the clock. Medians and their ratio are printed, and the last line
-of standard output is one JSON object. It is written to `benchmarks/results/decoder_<device>_<yyyymm>.json`, or, where the
-working tree differs from its commit, to the ignored folder `scratch/` there.
+The two are timed in turn, forward and forward with backward: on the CPU one thread in seconds of CPU time, which
+other work on the machine moves least; on a GPU in seconds by the clock. Medians and their ratio are printed, and the
+last line of standard output is one JSON object. It is written to `benchmarks/results/decoder_<device>_<yyyymm>.json`,
+or, where the working tree differs from its commit, to the ignored folder `scratch/` there.
 """
 
 from __future__ import annotations
@@ -133,12 +133,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
-    rows = []
+    facts, rows = environment(options.device), []
     for shapes in options.shapes:
         rows.append(compare(shapes, options.device, dtype, options.repeats, options.batch))
         print(f"{shapes}: {json.dumps(rows[-1])}", file=sys.stderr)
     now = datetime.now(UTC)
-    facts = environment(options.device)
     result = {"benchmark": "decoder", "config": vars(options), "environment": facts, "results": rows}
     folder = RESULTS if facts["clean"] else RESULTS / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
