@@ -1,4 +1,6 @@
-"""Use a trained generator: `python -m llgbm generate` writes an adapter, `python -m llgbm evaluate` scores some."""
+"""What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch` asks
+a served generator for one, `evaluate` scores one; `models` says which generators are registered and which is champion.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import evaluate
+from llgbm.commands import bank, evaluate, teachers
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -26,8 +28,48 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     make.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
     make.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     make.set_defaults(do=generate)
-    evaluate.add_parser(commands)
+    ask = commands.add_parser("fetch", help="ask a served generator (`mlflow models serve`) for an adapter")
+    ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
+    ask.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
+    ask.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
+    ask.set_defaults(do=fetch)
+    _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
+    for command in (evaluate, teachers, bank):
+        command.add_parser(commands)
     return parser.parse_args(arguments)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    """The four commands about registered generators."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, target, text in (
+        ("list", "NAME", "every version, the newest first (of the model NAME, if given)"),
+        ("show", "NAME[/VERSION]", "all that is known of a version (default: the champion)"),
+        ("promote", "NAME/VERSION", "make a version the champion, whatever the comparison said"),
+        ("rollback", "NAME", "go back to the champion before"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("target", metavar=target, nargs="?" if name == "list" else None)
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+        action.set_defaults(do=models)
+
+
+def models(arguments: argparse.Namespace) -> Any:
+    """What a command about registered generators answers: a text, or what JSON is made of with `--json`."""
+    from tuning import model_commands
+
+    answer = model_commands.COMMANDS[arguments.action](arguments.tracking_uri, arguments.target)
+    return answer if arguments.json else model_commands.as_text(answer)
+
+
+def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ask a served generator; return where the adapter is."""
+    from llgbm.client import fetch_adapter
+
+    prompts = read_prompts(arguments.prompts)
+    fetch_adapter(arguments.url, prompts, arguments.out)
+    return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,15 +99,15 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and print its result as one JSON object; 2 for a user's mistake, 130 for an interrupt."""
+    """Run a command and print its result, JSON or a text; 2 for a user's mistake, 130 for an interrupt."""
     parsed = parse_arguments(arguments)
     quiet_libraries()
     return exit_status(lambda: print_result(parsed.do(parsed)), parsed.debug)
 
 
-def print_result(result: dict[str, Any]) -> int:
-    """Print one JSON object; return status 0."""
-    print(json.dumps(result))
+def print_result(result: Any) -> int:
+    """Print a text as it is and anything else as JSON; return status 0."""
+    print(result if isinstance(result, str) else json.dumps(result))
     return 0
 
 

@@ -22,6 +22,7 @@ from llgbm.models import Base
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
 from llgbm.teachers import Bank
+from llgbm.tokens import TokenStandardiser
 
 PARTS = ("train", "val", "test")
 
@@ -100,27 +101,27 @@ class Draw(NamedTuple):
 
 
 class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
-    """Training samples: N fresh prompts, the teacher's standardised weights, K of its probes with their deltas.
+    """Training samples: N fresh prompts, the teacher's tokens [A, ...], K of its probes with their deltas.
 
     What a `Draw` gives depends on seed, step and row alone, so a resumed run sees what an unbroken one would have seen.
     """
 
     def __init__(
-        self, conditions_ANC: Tensor, tokens_AV: Tensor, deltas: DeltaTable, n_prompts: int, n_probes: int, seed: int
+        self, conditions_ANC: Tensor, tokens: Tensor, deltas: DeltaTable, n_prompts: int, n_probes: int, seed: int
     ) -> None:
-        if not len(conditions_ANC) == len(tokens_AV) == len(deltas.delta_APQD):
+        if not len(conditions_ANC) == len(tokens) == len(deltas.delta_APQD):
             raise ValueError(
-                f"{len(conditions_ANC)} conditions, {len(tokens_AV)} adapters and {len(deltas.delta_APQD)} deltas: "
+                f"{len(conditions_ANC)} conditions, {len(tokens)} adapters and {len(deltas.delta_APQD)} deltas: "
                 "each row needs one of each"
             )
         if n_prompts > conditions_ANC.shape[1]:
             raise UserError(f"{n_prompts} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}")
-        self._conditions_ANC, self._tokens_AV, self._deltas = conditions_ANC, tokens_AV, deltas
+        self._conditions_ANC, self._tokens, self._deltas = conditions_ANC, tokens, deltas
         self._n_prompts, self._seed = n_prompts, seed
         self._n_probes = min(n_probes, deltas.delta_APQD.shape[1])
 
     def __len__(self) -> int:
-        return len(self._tokens_AV)
+        return len(self._tokens)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(stream_seed("sample", self._seed, draw.step, draw.row))
@@ -129,7 +130,7 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         own = self._deltas.probes
         return {
             "condition": self._conditions_ANC[draw.row, prompts],
-            "tokens": self._tokens_AV[draw.row],
+            "tokens": self._tokens[draw.row],
             "probe_ids": own.ids_APT[draw.row, probes],
             "positions": own.positions_APQ[draw.row, probes],
             "valid": own.valid_APQ[draw.row, probes],
@@ -139,7 +140,7 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
 
 
 class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
-    """The same samples read from a bank on disk: encoded prompts, weights, and the deltas of a probe set."""
+    """The same samples read from a bank on disk: encoded prompts, DnD's tokens, and the deltas of a probe set."""
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
         values_AV = batch.flatten(bank.spec)[rows]
         pools = build_conditions(cache, encoder, bank, ["nonsense"])
         deltas = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
-        self.standardiser = Standardiser.fit(values_AV)
+        self.standardiser = TokenStandardiser(bank.spec)
         tokens = self.standardiser.encode(values_AV)
         table = deltas.table(base, probe_set).select(rows)
         super().__init__(pools.train_ANC[rows], tokens, table, n_prompts, n_probes, seed)

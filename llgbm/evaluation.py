@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llgbm.dataset import ExperimentData
-from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import LoraGenerator
 from llgbm.lora import LoraBatch
 from llgbm.losses import delta_w_error, delta_w_inner
-from llgbm.training import accuracy_per_adapter
+from llgbm.training import accuracy_per_adapter, mean_delta
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
@@ -77,12 +76,6 @@ def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: Function
     names = [data.tasks[i] for i in rows]
     by_task = [dict(zip(names, values.tolist(), strict=True)) for values in (accuracy_A, cosine_A)]
     return PartResult(metrics, by_task[0], by_task[1], adapters, delta_AD, teacher_AD)
-
-
-def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
-    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
-    probes = reference.probes.select(rows)
-    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
 
 
 def other_task(data: ExperimentData, rows: list[int]) -> list[int]:

@@ -1,11 +1,13 @@
 """Generators: condition to adapters. One abstract class; its implementations are final.
 
-Letters: A adapters, N prompts, C condition width, M adapted modules, H hidden width, V values of an adapter, R rank.
+Letters: A adapters, N prompts, C condition width, M adapted modules, H hidden width, V values of an adapter, R rank;
+T tokens, X and Y their height and width.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dnd.model import HyperConvDecoder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,11 +23,12 @@ from torch import Tensor, nn
 from llgbm.dataset import Standardiser
 from llgbm.lora import LinearShape, LoraBatch, LoraSpec
 from llgbm.runtime import UserError, stream_seed
+from llgbm.tokens import TokenStandardiser
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Which generator, and its widths."""
+    """Which generator, and its widths: `blocks` residual blocks of width `hidden` read the prompts."""
 
     name: str = "default"
     hidden: int = 320
@@ -37,7 +41,7 @@ class GeneratorConfig:
 
 
 class LoraGenerator(nn.Module, ABC):
-    """Reads N prompt embeddings of each task and predicts its whole adapter in the standardised space."""
+    """Reads N prompt embeddings of each task and predicts its whole adapter as tokens, in a space that it names."""
 
     mean_V: Tensor
     scale_V: Tensor
@@ -53,13 +57,23 @@ class LoraGenerator(nn.Module, ABC):
         self.register_buffer("mean_V", standardiser.mean_V.clone())
         self.register_buffer("scale_V", standardiser.scale_V.clone())
 
+    @property
+    @abstractmethod
+    def standardiser(self) -> Standardiser | TokenStandardiser:
+        """The map between flat adapters [A, V] and the tokens [A, ...] that are predicted."""
+
     @abstractmethod
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        """Standardised adapters [A, V] for prompt embeddings [A, N, C]."""
+        """Tokens [A, ...] for prompt embeddings [A, N, C]."""
 
-    def to_lora(self, tokens_AV: Tensor) -> LoraBatch:
+    @property
+    def statistics(self) -> Standardiser:
+        """Mean and scale of every value of the training adapters."""
+        return Standardiser(self.mean_V, self.scale_V)
+
+    def to_lora(self, tokens: Tensor) -> LoraBatch:
         """Undo the standardisation; differentiable."""
-        return LoraBatch.unflatten(self.spec, tokens_AV * self.scale_V + self.mean_V)
+        return LoraBatch.unflatten(self.spec, self.standardiser.decode(tokens))
 
     def generate(self, condition_ANC: Tensor) -> LoraBatch:
         """Adapters for prompt embeddings, without gradient, in eval mode.
@@ -104,6 +118,10 @@ class ModuleCodeGenerator(LoraGenerator):
         shapes = {m.kind: m for m in spec.modules}
         self.heads = nn.ModuleDict({kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()})
 
+    @property
+    def standardiser(self) -> Standardiser:
+        return self.statistics
+
     def forward(self, condition_ANC: Tensor) -> Tensor:
         state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
         for block in self.trunk:
@@ -111,6 +129,64 @@ class ModuleCodeGenerator(LoraGenerator):
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
         written = [self.heads[m.kind](codes_AMH[:, i]) for i, m in enumerate(self.spec.modules)]
         return torch.cat(written, dim=1)
+
+
+KERNEL_SIZE = 3
+
+
+class HyperConvGenerator(LoraGenerator):
+    """The decoder of Drag-and-Drop LLMs (`dnd`), which writes all tokens of an adapter at once.
+
+    The decoder reads features of a fixed number of prompts and writes tokens of whatever scale; here it is framed by
+    two things. The pooled prompts are laid out as its features by a residual trunk and one linear, so that any number
+    of prompts in any order will do. And what it writes is counted from the mean token of the training adapters in
+    units of the spread there, so that training starts from the mean adapter, as it does for the default.
+    """
+
+    start_TXY: Tensor
+    spread_TXY: Tensor
+
+    def __init__(
+        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        self._tokens = TokenStandardiser(spec)
+        features = hyperconv_features(*self._tokens.shape)
+        self.norm = nn.LayerNorm(condition_width)
+        self.inlet = nn.Linear(condition_width, config.hidden)
+        self.trunk = nn.ModuleList(ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks))
+        self.layout = nn.Linear(config.hidden, math.prod(features[0]))
+        self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
+        start, spread = token_statistics(self._tokens, standardiser)
+        self.register_buffer("start_TXY", start)
+        self.register_buffer("spread_TXY", spread)
+
+    @property
+    def standardiser(self) -> TokenStandardiser:
+        return self._tokens
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        for block in self.trunk:
+            state_AH = block(state_AH)
+        features_ANLC = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)
+        return self.start_TXY + self.spread_TXY * self.decoder(features_ANLC)
+
+
+def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int, int, int]]:
+    """Feature shapes of the decoder for tokens [T, X, Y]: a quarter of the tokens in their own size, then all."""
+    return [(max(4, n_tokens // 4), height, width), (n_tokens, height, width)]
+
+
+def token_statistics(tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64) -> tuple[Tensor, Tensor]:
+    """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
+    padding."""
+    noise_AV = torch.randn(n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0))
+    drawn = tokens.encode(statistics.decode(noise_AV.to(statistics.mean_V)))
+    fitted = Standardiser.fit(drawn.flatten(1).nan_to_num())
+    real = ~drawn[0].isnan()
+    start, spread = (part.view(tokens.shape) for part in (fitted.mean_V, fitted.scale_V))
+    return torch.where(real, start, 0.0), torch.where(real, spread, 1.0)
 
 
 class ResidualBlock(nn.Module):
@@ -136,7 +212,7 @@ def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
 
 
 Maker = Callable[[LoraSpec, int, Standardiser, GeneratorConfig], LoraGenerator]
-GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator}
+GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator, "hyperconv": HyperConvGenerator}
 
 
 def make_generator(

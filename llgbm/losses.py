@@ -66,19 +66,23 @@ DELTA_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def delta_loss(kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
     """The named loss, averaged over all vectors, or over those where `valid` [...] is true.
 
-    Raises UserError for an unknown name, ValueError for other shapes, an empty batch, NaN, or nothing valid.
+    Raises UserError for an unknown name, ValueError for other shapes, an empty batch, NaN, nothing valid, and for a
+    teacher delta of length zero, which has no direction to follow.
     """
     if kind not in DELTA_LOSSES:
         raise UserError(f"unknown delta loss {kind!r}; there are: {', '.join(DELTA_LOSSES)}")
     _check_pair("delta", delta_pred, delta_teacher)
-    if valid is not None and valid.shape != delta_pred.shape[:-1]:
-        raise ValueError(f"`valid` has shape {tuple(valid.shape)}, needed: {tuple(delta_pred.shape[:-1])}")
+    if valid is not None and (valid.shape != delta_pred.shape[:-1] or valid.dtype != torch.bool):
+        needed = f"{tuple(delta_pred.shape[:-1])} of bool"
+        raise ValueError(f"`valid` has shape {tuple(valid.shape)} of {valid.dtype}, needed: {needed}")
     if valid is not None and not valid.any():
         raise ValueError("no marked position is valid: every probe is padding; check the probe set")
     chosen = (delta_pred, delta_teacher) if valid is None else (delta_pred[valid], delta_teacher[valid])
     for name, values in zip(("predicted", "teacher's"), chosen, strict=True):
         if not torch.isfinite(values).all():
             raise ValueError(f"the {name} delta holds NaN or infinite values: check the adapters and the learning rate")
+    if kind != "mse_raw" and (chosen[1] == 0).all(-1).any():
+        raise ValueError("a teacher's delta is zero: an adapter that changes nothing has no direction; leave it out")
     return DELTA_LOSSES[kind](*chosen).mean()
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from llgbm.batched import adapters_applied, chunks
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
-from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.delta import DeltaTable, mean_over_probes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
+from llgbm.lora import LoraBatch
 from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
 from llgbm.models import OWN_PREFIX, SIZES, family_size
 from llgbm.runtime import UserError, content_hash, progress, seed_everything
@@ -27,6 +29,7 @@ from llgbm.teachers import right_answers
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
+VERSION = 1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
 
@@ -100,6 +103,9 @@ class TrainingConfig:
 
     `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
     1.5B) where no `model_size` is named. A base that the user brought is a size of its own, called `base-…`.
+
+    `activation_checkpointing` and `probe_chunk` (probes a pass, 0 for all) spend time to save memory; the gradients
+    stay the same.
     """
 
     lambda_weight: float = 0.3
@@ -119,6 +125,8 @@ class TrainingConfig:
     delta_reading: str = "per_probe"
     gradient_accumulation: int = 1
     mixed_precision: str = "no"
+    activation_checkpointing: bool = False
+    probe_chunk: int = 0
     eval_every: int = 100
     patience: int = 0
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -135,6 +143,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "n_prompts", "n_probes", "gradient_accumulation", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.probe_chunk < 0:
+            raise UserError(f"probe_chunk is {self.probe_chunk}; it must be 0 (all probes in one pass) or above")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
 
@@ -154,7 +164,10 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `train` gives back: the best generator by validation accuracy, and the step that it is from."""
+    """What `train` gives back: the best generator by validation accuracy, and the step that it is from.
+
+    `steps_run` and `seconds` count all lives of a resumed run.
+    """
 
     generator: LoraGenerator
     best_step: int
@@ -187,7 +200,7 @@ class Trial:
         self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
         self.dataset = DeltaAugmentedDataset(
             data.conditions.train_ANC[rows],
-            standardiser.encode(data.values_AV[rows]),
+            generator.standardiser.encode(data.values_AV[rows]),
             data.loss_deltas.select(rows),
             config.n_prompts,
             config.n_probes,
@@ -195,6 +208,12 @@ class Trial:
         )
         self.step, self.best_step, self.risen_step, self.best_score = 0, 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
+        self.spent, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds trained so far, those before a resume included."""
+        return self.spent + time.perf_counter() - self._since
 
     def _rate(self, step: int) -> float:
         """Linear warm-up over a twentieth of the steps, then cosine decay to a twentieth of the rate."""
@@ -232,7 +251,8 @@ class Trial:
 
     def _read_deltas(self, tokens: Tensor, teacher: DeltaTable) -> tuple[Tensor, Tensor, Tensor | None]:
         batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
-        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD)
+        savers = (self.config.probe_chunk, self.config.activation_checkpointing)
+        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD, *savers)
         if self.config.delta_reading == "mean":
             return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
         return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ
@@ -262,6 +282,7 @@ class Trial:
             "best_step": self.best_step,
             "risen_step": self.risen_step,
             "best_score": self.best_score,
+            "seconds": self.seconds,
         }
 
     def restore(self, state: State) -> None:
@@ -270,14 +291,30 @@ class Trial:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_step, self.risen_step = state["step"], state["best_step"], state["risen_step"]
-        self.best_score = state["best_score"]
-        self.best = state["best"]
+        self.best_score, self.best = state["best_score"], state["best"]
+        self.spent, self._since = state["seconds"], time.perf_counter()
 
     @property
     def stale(self) -> bool:
         """Whether validation accuracy has not risen for `patience` evaluations."""
         waited = (self.step - self.risen_step) // self.config.eval_every
         return self.config.patience > 0 and waited >= self.config.patience
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether `state` says all: in the middle of an accumulation, gradients would be lost."""
+        return self.step % self.config.gradient_accumulation == 0
+
+    def remaining(self) -> Iterator[dict[str, float]]:
+        """Train step by step to the last or until stale; yield each step's losses, with `val/accuracy` when due."""
+        config = self.config
+        batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
+        while self.step < config.steps and not self.stale:
+            metrics = self.advance(next(batches))
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                metrics |= evaluate(self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val")
+                self.keep_if_best(metrics["val/accuracy"])
+            yield metrics
 
 
 def train(
@@ -287,38 +324,51 @@ def train(
     report: Report = lambda step, metrics: True,
     checkpoint: Callable[[State], None] = lambda state: None,
     state: State | None = None,
+    checkpoint_seconds: float = math.inf,
 ) -> Outcome:
     """Train a generator; the one returned is the best on the validation tasks.
 
-    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy`; it ends the run by returning
-    False. `checkpoint` gets a state at those steps; `state` goes on from one. The same config, data and machine give
+    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy` and `val/delta_cosine`; it ends
+    the run by returning False. `checkpoint` gets a state after those steps were reported, and whenever
+    `checkpoint_seconds` have passed since the last; `state` goes on from one. The same config, data and machine give
     the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
     """
     trial = Trial(config, data, flora)
     if state is not None:
         trial.restore(state)
-    started, first = time.perf_counter(), trial.step
-    for batch in progress(trial.batches(), "generator", total=config.steps - first):
-        metrics = trial.advance(batch)
-        if trial.step % config.eval_every == 0 or trial.step == config.steps:
-            metrics |= evaluate(trial.accelerator.unwrap_model(trial.generator), data, flora, "val")
-            trial.keep_if_best(metrics["val/accuracy"])
-            checkpoint(trial.state())
-        if not report(trial.step, metrics) or trial.stale:
+    kept = time.perf_counter()
+    for metrics in trial.remaining():
+        if not report(trial.step, metrics):
             break
+        due = "val/accuracy" in metrics or time.perf_counter() - kept >= checkpoint_seconds
+        if due and trial.can_be_kept:
+            checkpoint(trial.state())
+            kept = time.perf_counter()
     generator = trial.accelerator.unwrap_model(trial.generator)
     if trial.best:
         generator.load_state_dict(trial.best)
-    return Outcome(
-        generator.eval(), trial.best_step, trial.best_score, trial.step - first, time.perf_counter() - started
-    )
+    return Outcome(generator.eval(), trial.best_step, trial.best_score, trial.step, trial.seconds)
 
 
 def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
-    """`<part>/accuracy`: exact match on the evaluation examples of a part's tasks, from its evaluation prompts."""
+    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
+
+    `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
+    """
     rows = list(data.rows[part])
     batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    return {f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item()}
+    delta_AD = mean_delta(flora, batch, data.shared_deltas, rows)
+    cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
+    return {
+        f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item(),
+        f"{part}/delta_cosine": cosine_A.mean().item(),
+    }
+
+
+def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
+    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
+    probes = reference.probes.select(rows)
+    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
 
 
 def accuracy_per_adapter(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from llgbm.cache import build_entry, entry_is_whole
+from llgbm.conditions import VERSION as CONDITIONS_VERSION
 from llgbm.conditions import build_conditions, make_encoder
 from llgbm.dataset import ExperimentData
+from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable
 from llgbm.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.functional import FunctionalLoRA
@@ -28,7 +32,17 @@ from llgbm.models import (
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
 from llgbm.suites import Suite, SyntheticSuite
+from llgbm.suites.synthetic import VERSION as SUITE_VERSION
+from llgbm.teachers import VERSION as TEACHERS_VERSION
 from llgbm.teachers import Bank, TeacherConfig, bank_key, build_bank, encode_examples
+
+VERSIONS = {
+    "suite": SUITE_VERSION,
+    "models": MODEL_VERSION,
+    "teachers": TEACHERS_VERSION,
+    "delta": DELTA_VERSION,
+    "conditions": CONDITIONS_VERSION,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,18 @@ class World:
     bank: Bank
     data: ExperimentData
     flora: FunctionalLoRA
+
+    def to(self, device: str) -> World:
+        """The same world on a device. The base model is moved in place; the data is copied where it must be."""
+        nn.Module.to(self.base.model, device)
+        return replace(self, data=self.data.to(device))
+
+    @property
+    def n_bytes(self) -> int:
+        """About how much memory its tensors take: the base, the teachers' weights and their deltas."""
+        tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
+        deltas = [tensor for table in tables for tensor in (table.base_APQD, table.delta_APQD)]
+        return sum(t.nbytes for t in (*self.base.model.parameters(), self.data.values_AV, *deltas))
 
 
 def base_key(config: WorldConfig) -> str:

@@ -20,6 +20,7 @@ from llgbm.models import Base, ModelSize, load_base, make_tokenizer, new_model
 from llgbm.suites import SyntheticSuite
 from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig, build_world
+from tuning.store import connect, local_tracking_uri
 from tuning.studies import smoke_world
 
 pytest.register_assert_rewrite("contracts")
@@ -45,6 +46,17 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the toy world is cached in."""
     return shared_folder(tmp_path_factory, "cache")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLflow store that holds nothing: to be copied, as making the tables takes a second."""
+    folder = shared_folder(tmp_path_factory, "empty-store")
+    with FileLock(folder / ".lock"):
+        if not (folder / "mlruns").exists():
+            connect(local_tracking_uri(folder / "new")).search_experiments()
+            (folder / "new" / "mlruns").rename(folder / "mlruns")
+    return folder / "mlruns"
 
 
 @pytest.fixture(scope="session")

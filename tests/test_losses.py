@@ -43,6 +43,18 @@ class TestDeltaLosses(LossContract):
         with pytest.raises(ValueError, match="`valid` has shape"):
             loss(*random_pair((2, 3, 4), seed=0), torch.ones(shape, dtype=torch.bool))
 
+    def test_refuses_a_mask_of_numbers_which_would_index(self, loss: Callable[..., Tensor]) -> None:
+        with pytest.raises(ValueError, match="of torch.int64, needed: .* of bool"):
+            loss(*random_pair((2, 3, 4), seed=0), torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", sorted(set(DELTA_LOSSES) - {"mse_raw"}))
+def test_a_teacher_that_changes_nothing_has_no_direction(kind: str) -> None:
+    pred, teacher = random_pair((2, 3, 4), seed=0)
+    teacher[1, 2] = 0
+    with pytest.raises(ValueError, match="teacher's delta is zero"):
+        delta_loss(kind, pred, teacher)
+
 
 class TestWeightLoss(LossContract):
     @pytest.fixture

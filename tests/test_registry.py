@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -13,17 +17,13 @@ import torch
 from safetensors.torch import load, save_file
 
 from llgbm.runtime import UserError
-from tuning.registry import (
-    Champion,
-    RegisteredVersion,
-    current_champion,
-    decide_alias,
-    fetch_bundle,
-    register_generator,
-)
+from tuning.champions import Measured, champion_history, decide_alias, promote, rollback
+from tuning.model_store import aliases_of
+from tuning.registry import RegisteredVersion, fetch_bundle, register_generator
 from tuning.tracking import StudyTracker, TrialTracker
 
 NAME = "llgbm-generator"
+TASKS = [f"task-{index}" for index in range(8)]
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyTracker:
+def study(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> StudyTracker:
+    shutil.copytree(empty_store, tmp_path / "mlruns")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     tracker = StudyTracker.open(None, tmp_path, "ablation")
@@ -45,43 +46,59 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyTracker:
     return tracker
 
 
+def accuracies(mean: float) -> dict[str, float]:
+    """Validation tasks with a spread of their own, around a mean."""
+    return {task: mean + 0.01 * (index % 3 - 1) for index, task in enumerate(TASKS)}
+
+
 def register(
-    study: StudyTracker, bundle: Path, score: float = 0.5, data: str = "val1", name: str = NAME
+    study: StudyTracker, bundle: Path, score: float = 0.5, data: str = "val1", name: str = NAME, **changed: object
 ) -> RegisteredVersion:
     assert study.target is not None
     run_id = TrialTracker.open(study.target, f"t{score}", "multitask", {"seed": 0}, {}).run_id
-    beaten = decide_alias(current_champion(study.tracking_uri, name), score, data, "val/accuracy") == "champion"
-    tags = {"llgbm.study": "study", "llgbm.val_data": data}
-    return register_generator(study.tracking_uri, run_id, bundle, name, tags, score, "val/accuracy", beaten)
+    tags = {"llgbm.study": "study", "llgbm.val_data": data, "llgbm.study_id": "id", "llgbm.trial_id": f"t{score}"}
+    given: dict = {"metric": "val/accuracy", "per_task": accuracies(score), **changed}
+    return register_generator(study.tracking_uri, run_id, bundle, name, tags, score, **given)
 
 
-def champion(score: str = "0.5", data: str = "val1") -> Champion:
-    return Champion("3", "run", {"llgbm.val_score": score, "llgbm.val_data": data, "llgbm.val_metric": "val/accuracy"})
+def champion(study: StudyTracker, alias: str = "champion") -> str:
+    return str(study.client.get_model_version_by_alias(NAME, alias).version)
+
+
+def measured(mean: float = 0.5, data: str = "val1", metric: str = "val/accuracy", **kept: dict) -> Measured:
+    return Measured("3", mean, metric, data, kept.get("per_task", accuracies(mean)))
 
 
 @pytest.mark.parametrize(
-    ("old", "score", "data", "alias"),
+    ("old", "new", "alias", "reason"),
     [
-        (None, 0.0, "val1", "champion"),
-        (champion("0.5"), 0.6, "val1", "champion"),
-        (champion("0.5"), 0.5, "val1", "challenger"),
-        (champion("0.5"), 0.4, "val1", "challenger"),
-        (champion("0.5"), 0.9, "val2", "challenger"),
-        (Champion("3", "run", {"llgbm.val_data": "val1"}), 0.9, "val1", "challenger"),
-        (Champion("3", "run", {}), 0.9, "", "challenger"),
+        (None, measured(0.0), "champion", "no champion before"),
+        (measured(0.5), measured(0.6), "champion", "version 3, had val/accuracy = 0.5000; this one is better"),
+        (measured(0.5), measured(0.5), "challenger", "not shown to be better"),
+        (measured(0.5), measured(0.4), "challenger", "not shown to be better"),
+        (
+            measured(0.5),
+            measured(0.9, "val2"),
+            "challenger",
+            "data .val1.: the two cannot be compared",
+        ),
+        (measured(0.5), measured(0.9, metric="val/delta_cosine"), "challenger", "another metric .val/accuracy."),
+        (measured(0.5, per_task={}), measured(0.9), "challenger", "no figures of the same validation tasks"),
+        (measured(0.5, per_task={"other": 1.0}), measured(0.9), "challenger", "no figures of the same"),
+        (Measured("3", float("nan"), "", ""), measured(0.9), "challenger", "other validation data .unknown."),
     ],
 )
-def test_the_alias_is_decided_on_the_same_data(old: Champion | None, score: float, data: str, alias: str) -> None:
-    assert decide_alias(old, score, data, "val/accuracy") == alias
+def test_only_what_a_paired_test_calls_better_becomes_champion(
+    old: Measured | None, new: Measured, alias: str, reason: str
+) -> None:
+    decision = decide_alias(old, new)
+    assert decision.alias == alias and re.search(reason, decision.reason)
 
 
-def test_a_champion_by_another_metric_stays() -> None:
-    assert decide_alias(champion("0.5"), 0.9, "val1", "val/delta_cosine") == "challenger"
-
-
-def test_a_score_that_is_no_number_ranks_nothing() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        decide_alias(None, float("nan"), "val1", "val/accuracy")
+def test_a_higher_mean_that_one_task_makes_is_not_enough() -> None:
+    lucky = {**accuracies(0.5), "task-0": 1.0}
+    assert sum(lucky.values()) > sum(accuracies(0.5).values())
+    assert decide_alias(measured(0.5), measured(0.56, per_task=lucky)).alias == "challenger"
 
 
 def test_a_version_names_where_it_came_from(study: StudyTracker, bundle: Path) -> None:
@@ -91,6 +108,8 @@ def test_a_version_names_where_it_came_from(study: StudyTracker, bundle: Path) -
     wanted = {"llgbm.size": "tiny", "llgbm.base_hash": "base1", "llgbm.bank_hash": "bank1"}
     wanted |= {"llgbm.encoder": "minilm", "llgbm.study": "study", "llgbm.run_id": str(found.run_id)}
     wanted |= {"llgbm.val_score": "0.5", "llgbm.val_metric": "val/accuracy", "llgbm.val_data": "val1"}
+    wanted |= {"llgbm.study_id": "id", "llgbm.trial_id": "t0.5", "llgbm.registered_as": "champion"}
+    assert json.loads(found.tags.pop("llgbm.val_per_task")) == pytest.approx(accuracies(0.5))
     assert found.tags == wanted
     for part in ("study", found.run_id, "base1", "bank1", "val/accuracy = 0.5000", "val1"):
         assert part in (found.description or "")
@@ -106,8 +125,8 @@ def test_the_run_keeps_its_status_and_nothing_becomes_active(study: StudyTracker
     trial = TrialTracker.open(study.target, "t0.5", "multitask", {"seed": 0}, {})
     study.finish_trial("t0.5", "KILLED")
     before = study.client.get_run(trial.run_id).info
-    tags = {"llgbm.val_data": "val1"}
-    register_generator(study.tracking_uri, trial.run_id, bundle, NAME, tags, 0.5, "val/accuracy", True)
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t0.5"}
+    register_generator(study.tracking_uri, trial.run_id, bundle, NAME, tags, 0.5, "val/accuracy", accuracies(0.5))
     after = study.client.get_run(trial.run_id).info
     assert (after.status, after.end_time) == ("KILLED", before.end_time)
     assert mlflow.active_run() is None
@@ -116,18 +135,133 @@ def test_the_run_keeps_its_status_and_nothing_becomes_active(study: StudyTracker
 
 
 def test_champions_follow_one_another_only_when_beaten(study: StudyTracker, bundle: Path) -> None:
-    assert current_champion(study.tracking_uri, NAME) is None
     assert register(study, bundle, 0.5).alias == "champion"
     assert register(study, bundle, 0.4).alias == "challenger"
     assert register(study, bundle, 0.9, "val2").alias == "challenger"
-    first = current_champion(study.tracking_uri, NAME)
-    assert first is not None and (first.version, first.score, first.val_data) == ("1", 0.5, "val1")
-    unlike = study.client.get_model_version_by_alias(NAME, "challenger").description or ""
-    assert "cannot be compared" in unlike and "val1" in unlike and "val2" in unlike
+    assert champion(study) == "1" and champion(study, "challenger") == "3"
+    study.client.delete_run(study.client.get_model_version(NAME, "1").run_id)
     assert register(study, bundle, 0.6).alias == "champion"
-    last = current_champion(study.tracking_uri, NAME)
-    assert last is not None and last.version == "4" and last.run_id != first.run_id
-    assert "version 1, had 0.5" in (study.client.get_model_version(NAME, "4").description or "")
+    assert champion(study) == "4" and champion_history(study.client, NAME) == ["1", "4"]
+    texts = [study.client.get_model_version(NAME, number).description or "" for number in "1234"]
+    assert "Registered as champion. There was no champion before." in texts[0]
+    assert "Registered as challenger" in texts[1] and "not shown to be better: -0.100 over 8 tasks" in texts[1]
+    assert "other validation data (val1)" in texts[2] and "val2" in texts[2]
+    assert "version 1, had val/accuracy = 0.5000; this one is better: +0.100 over 8 tasks" in texts[3]
+
+
+def test_the_same_trial_is_registered_once(study: StudyTracker, bundle: Path) -> None:
+    first = register(study, bundle, 0.5)
+    register(study, bundle, 0.6)
+    assert register(study, bundle, 0.5) == first and champion(study) == "2"
+    assert len(study.client.search_model_versions(f"name = '{NAME}'")) == 2
+    assert len(study.client.search_logged_models([study.experiment_id])) == 2
+
+
+# Every call that changes the store is a place to die: before call k the process ends as if killed.
+_KILLED = """
+import os, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from tuning.registry import register_generator
+uri, run_id, bundle, other = sys.argv[1:]
+calls = 0
+def register(uri, run_id, name):
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": name}
+    register_generator(uri, run_id, Path(bundle), name, tags, 0.5, "val/accuracy", {"a": 0.5, "b": 0.5})
+def dies(method, last):
+    def call(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == last:
+            os._exit(9)
+        return method(*arguments, **named)
+    return call
+def attempt(stage, last):
+    if not (pid := os.fork()):
+        verbs = ("create_", "log_model_artifacts", "finalize_", "log_outputs", "set_", "update_", "delete_")
+        for name in dir(MlflowClient):
+            if name.startswith(verbs):
+                setattr(MlflowClient, name, dies(getattr(MlflowClient, name), last))
+        register(uri, run_id, f"model-{stage}")
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+register(other, MlflowClient(other).create_run("0").info.run_id, "imports-what-is-needed")
+stage, killed = 0, True
+while killed:
+    stage += 1
+    killed = attempt(stage, stage) == 9
+    assert attempt(stage, None) == 0, stage
+print(stage - 1)
+"""
+
+
+def test_a_registration_killed_at_any_point_is_finished_by_the_next(
+    study: StudyTracker, bundle: Path, empty_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(empty_store, tmp_path / "other")
+    run_id = TrialTracker.open(study.target, "t", "multitask", {"seed": 0}, {}).run_id  # type: ignore[arg-type]
+    other = f"sqlite:///{tmp_path}/other/mlflow.db"
+    command = [sys.executable, "-c", _KILLED, study.tracking_uri, run_id, str(bundle), other]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stages = int(done.stdout)
+    assert stages >= 10
+    models = study.client.search_logged_models([study.experiment_id])
+    outputs = [output.model_id for output in study.client.get_run(run_id).outputs.model_outputs]
+    assert len(models) == len(set(outputs)) == len(outputs) == stages + 1
+    for stage in range(1, stages + 2):
+        (version,) = study.client.search_model_versions(f"name = 'model-{stage}'")
+        registered = study.client.get_registered_model(f"model-{stage}")
+        assert aliases_of(study.client, registered.name) == {"champion": str(version.version)}
+        assert registered.tags["llgbm.champions"] == '["1"]'
+        assert version.status == "READY" and version.tags["llgbm.registered_as"] == "champion"
+        (model,) = [model for model in models if model.name == f"model-{stage}"]
+        assert model.status == "READY" and model.artifact_location == version.source
+        assert (fetch_bundle(f"models:/model-{stage}@champion", study.tracking_uri) / "generator.safetensors").is_file()
+
+
+def test_a_failed_upload_is_not_used_and_leaves_nothing(
+    study: StudyTracker, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(study.client), "log_model_artifacts", _no_space)
+        with pytest.raises(UserError, match="free some disk space"):
+            register(study, bundle)
+    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == ["FAILED"]
+    assert register(study, bundle).alias == "champion"
+    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == ["READY"]
+
+
+def _no_space(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_promotion_by_hand_and_back(study: StudyTracker, bundle: Path) -> None:
+    for score in (0.5, 0.4, 0.7):
+        register(study, bundle, score)
+    assert champion(study) == "3" and champion_history(study.client, NAME) == ["1", "3"]
+    assert promote(study.client, f"{NAME}@challenger").version == "2" and champion(study) == "2"
+    assert aliases_of(study.client, NAME) == {"champion": "2"}
+    assert rollback(study.client, NAME).version == "3"
+    assert rollback(study.client, NAME).version == "1" and champion(study) == "1"
+    with pytest.raises(UserError, match="no earlier champion"):
+        rollback(study.client, NAME)
+    with pytest.raises(UserError, match="version 1 .* champion already"):
+        promote(study.client, f"{NAME}/1")
+    with pytest.raises(UserError, match="no model 'nobody'"):
+        rollback(study.client, "nobody")
+    assert promote(study.client, f"models:/{NAME}/3").version == "3" and champion_history(study.client, NAME)[-1] == "3"
+
+
+def test_rollback_passes_over_what_is_gone_and_mends_a_history_that_a_kill_left(
+    study: StudyTracker, bundle: Path
+) -> None:
+    for score in (0.4, 0.5, 0.6):
+        register(study, bundle, score)
+    study.client.delete_model_version(NAME, "2")
+    study.client.set_registered_model_tag(NAME, "llgbm.champions", '["1", "2", "3", "9"]')
+    assert champion_history(study.client, NAME) == ["1", "2", "3"]
+    assert rollback(study.client, NAME).version == "1"
 
 
 def test_the_model_carries_its_code_pins_and_signature(study: StudyTracker, bundle: Path) -> None:
@@ -202,6 +336,9 @@ def test_what_cannot_be_registered_is_refused_before_anything_is_stored(
         register(study, bundle, name="a/b")
     with pytest.raises(ValueError, match="llgbm.val_data"):
         register(study, bundle, data="")
+    for per_task in ({}, {"a": float("nan")}):
+        with pytest.raises(ValueError, match="finite score"):
+            register(study, bundle, per_task=per_task)
     assert not study.client.search_registered_models()
     assert not study.client.search_logged_models([study.experiment_id])
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -16,10 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
+from servers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
-from tuning.registry import current_champion, fetch_bundle, register_generator
+from tuning.registry import fetch_bundle, register_generator
 from tuning.store import connect, shown
 from tuning.tracking import (
     FLUSH_ENTRIES,
@@ -32,7 +33,8 @@ from tuning.tracking import (
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> StudyTracker:
+def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
+    shutil.copytree(empty_store, tmp_path / "mlruns")
     tracker = StudyTracker.open(None, tmp_path, "ablation")
     tracker.begin("phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"})
     return tracker
@@ -92,12 +94,13 @@ def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(s
     study.finish_trial("t1", "FINISHED")
     (result,) = read_trials(study.tracking_uri, study.parent_run_id)
     assert second.run_id == first.run_id == result.run_id
-    assert result.curves["loss/total"] == [(s, 100.0 + s if s < 5 else float(s)) for s in range(12)]
+    assert result.curves["loss/total"] == [(s, 100.0 + s if s < 8 else float(s)) for s in range(12)]
+    assert len(study.client.get_metric_history(result.run_id, "loss/total")) == 12
     assert (result.status, result.seed, result.config) == ("FINISHED", 3, "weight-only")
     assert result.metrics == {"loss/total": 11.0}
 
 
-def test_an_unfinished_study_is_continued_and_a_finished_one_is_not_touched(tmp_path: Path) -> None:
+def test_a_study_is_continued_under_the_run_that_it_has(tmp_path: Path) -> None:
     first = StudyTracker.open(None, tmp_path, "ablation").begin("study", "id", {"steps": 5}, {})
     study = StudyTracker.open(None, tmp_path, "ablation")
     assert study.begin("study", "id", {"steps": 5}, {}) == first
@@ -108,6 +111,8 @@ def test_an_unfinished_study_is_continued_and_a_finished_one_is_not_touched(tmp_
     assert study.begin("study", "id", {"steps": 6}, {}) != first
     study.begin("study", "id", {"steps": 5}, {})
     study.finish("FINISHED")
+    assert study.begin("study", "id", {"steps": 5}, {}) == first
+    study.supersede("id", ())
     assert study.begin("study", "id", {"steps": 5}, {}) != first
 
 
@@ -172,7 +177,7 @@ def test_a_study_that_ends_well_leaves_its_children_alone(study: StudyTracker) -
 def test_only_children_of_this_study_are_killed(study: StudyTracker, tmp_path: Path) -> None:
     other = StudyTracker.open(None, tmp_path, "ablation")
     other.begin("other", "id-2", {}, {})
-    bystander = open_trial(other)
+    bystander = open_trial(other, "t2")
     assert bystander.run_id != open_trial(study).run_id
     study.finish("KILLED")
     assert other.client.get_run(bystander.run_id).info.status == "RUNNING"
@@ -226,12 +231,6 @@ def test_curves_can_be_limited(study: StudyTracker) -> None:
     trial.close()
     (result,) = read_trials(study.tracking_uri, study.parent_run_id, curve_keys=("a",))
     assert result.curves == {"a": [(1, 1.0)]} and result.metrics == {"a": 1.0, "b": 2.0}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -374,29 +373,9 @@ def test_two_drivers_can_make_the_store_at_once_and_in_silence(tmp_path: Path) -
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    port, store = free_port(), tmp_path / "server"
-    store.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    options = ["--backend-store-uri", f"sqlite:///{store}/db", "--artifacts-destination", f"{store}/artifacts"]
-    with (store / "log").open("w") as log:
-        process = subprocess.Popen([*command, *options, "--workers", "1"], stdout=log, stderr=log)
-        try:
-            uri = f"http://127.0.0.1:{port}"
-            _wait_for(uri, store / "log")
-            yield uri
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _wait_for(uri: str, log: Path) -> None:
-    for _ in range(240):
-        try:
-            if requests.get(f"{uri}/health", timeout=1).ok:
-                return
-        except requests.exceptions.RequestException:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")
+    command = mlflow_server(sys.executable, f"sqlite:///{tmp_path}/server.db", tmp_path)
+    with serving(command, tmp_path / "log", "health") as url:
+        yield url
 
 
 def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_path: Path) -> None:
@@ -423,8 +402,10 @@ def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_p
 def _register_and_fetch(server: str, run_id: str, folder: Path) -> Path:
     (folder / "bundle").mkdir()
     (folder / "bundle/generator.json").write_text(json.dumps({"size": "tiny"}))
-    tags = {"llgbm.val_data": "val1"}
-    register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", True)
-    champion = current_champion(server, "generator")
-    assert champion is not None and champion.run_id == run_id
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t1"}
+    made = [
+        register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", {"a": 0.5})
+        for _ in range(2)
+    ]
+    assert made[0] == made[1] and made[0].alias == "champion"
     return fetch_bundle("models:/generator@champion", server) / "generator.json"

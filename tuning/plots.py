@@ -6,6 +6,7 @@ both chosen to be told apart by colour-blind readers; no picture relies on colou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,19 @@ STROKES = ("-", "--", ":", "-.")
 BASELINE_STROKES = ((0, ()), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (10, 4)))
 CURVES = {"loss/total": "training loss (weighted sum)", "val/accuracy": "validation accuracy (exact match)"}
 OUTCOMES = {"accuracy": "held-out accuracy (exact match)", "delta_cosine": "held-out delta cosine"}
+MEMORISATION = {
+    "accuracy: training, held out": {"training": "train/accuracy", "held out": "heldout/accuracy"},
+    "held-out accuracy by prompts": {
+        "own": "heldout/accuracy",
+        "another task's": "heldout/accuracy_shuffled_prompts",
+        "nonsense": "heldout/accuracy_nonsense_prompts",
+    },
+    "nearest teacher's distance": {"distance": "heldout/nearest_teacher_distance"},
+    "diversity": {"diversity": "heldout/diversity"},
+}
+MARKERS = ("o", "D", "x")
 POINTS_PER_CURVE = 120
+DPI = 120
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class DeltaMap:
     generated_TD: np.ndarray
     tasks: tuple[str, ...]
     config: str
+    size: str = ""
 
     def __post_init__(self) -> None:
         shapes = (self.teacher_TD.shape, self.generated_TD.shape)
@@ -76,7 +90,7 @@ def plot_curves(path: Path, groups: Sequence[Group]) -> str:
     if "val/accuracy" in present:
         axes[-1].set_ylim(bottom=0)
     _legend(figure, axes)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     return (
         "Learning curves: mean over seeds and the range from the lowest to the highest seed, as far as every seed ran. "
         "Losses of different λ are different sums: compare their shapes, not their heights."
@@ -121,7 +135,7 @@ def plot_outcomes(path: Path, groups: Sequence[Group], baselines: Mapping[str, M
             _draw_baselines(ax, key, size, baselines)
             _finish_axis(ax, "", OUTCOMES[key])
             ax.set_title(size if len(sizes) > 1 else "", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     return "Held-out results: one dot per seed, a bar at their mean; lines are baselines, the value in brackets."
 
 
@@ -152,39 +166,54 @@ def _draw_baselines(ax: Axes, key: str, size: str, baselines: Mapping[str, Mappi
         ax.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
 
-def plot_delta_map(path: Path, deltas: DeltaMap) -> str:
-    """Draw teacher and generated deltas in their two main directions; return the caption, or "" for under 3 tasks."""
-    if len(deltas.tasks) < 3:
-        return ""
-    from sklearn.decomposition import PCA
+def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
+    """Draw teacher and generated deltas of one model size, a panel per configuration, in the same two main directions.
 
-    pca = PCA(n_components=2, svd_solver="full")
-    both_ND = np.concatenate([deltas.teacher_TD, deltas.generated_TD]).astype(np.float64)
-    teacher_T2, generated_T2 = np.split(pca.fit_transform(both_ND), 2)
-    figure = Figure(figsize=(8.2, 5.6), layout="constrained")
-    ax = figure.subplots()
-    families = list(dict.fromkeys(deltas.families))
-    for place, family in enumerate(families):
-        rows = [row for row, name in enumerate(deltas.families) if name == family]
-        colour = FAMILY_COLOURS[place % len(FAMILY_COLOURS)]
-        _draw_family(ax, teacher_T2[rows], generated_T2[rows], colour)
-        ax.annotate(family, teacher_T2[rows[0]], (6, 6), textcoords="offset points", fontsize=8, color=colour)
-    shares = pca.explained_variance_ratio_ * 100
-    _finish_axis(ax, *(f"direction {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares)))
+    Return the caption, or "" for under 3 tasks. Raises ValueError if the maps are of different widths.
+    """
+    drawn = [one for one in deltas if len(one.tasks) >= 3]
+    if not drawn:
+        return ""
+    places, shares = _two_directions(drawn)
+    families = list(dict.fromkeys(family for one in drawn for family in one.families))
+    columns = min(2, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(5.4 * columns + 2, 4.6 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for ax, one, (teacher_T2, generated_T2) in zip(axes, drawn, places, strict=False):
+        for place, family in enumerate(families):
+            own = [row for row, name in enumerate(one.families) if name == family]
+            _draw_family(ax, teacher_T2[own], generated_T2[own], FAMILY_COLOURS[place % len(FAMILY_COLOURS)], family)
+        _finish_axis(ax, *(f"direction {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares)))
+        ax.set_title(one.config, fontsize=10)
+        ax.margins(0.08)
+    for ax in axes[len(drawn) :]:
+        ax.set_axis_off()
     _family_legend(figure, families)
-    ax.margins(0.08)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     return (
-        f"Deltas of held-out tasks ({deltas.config}), PCA of teachers and generated together: a circle is a teacher, a "
+        "Deltas of held-out tasks, PCA of teachers and generated together, one trial each: a circle is a teacher, a "
         "cross its generated adapter, the line between them is what was missed; colour is the operation."
     )
 
 
-def _draw_family(ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str) -> None:
+def _two_directions(deltas: Sequence[DeltaMap]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    from sklearn.decomposition import PCA
+
+    pca = PCA(n_components=2, svd_solver="full")
+    pca.fit(np.concatenate([part for one in deltas for part in (one.teacher_TD, one.generated_TD)]).astype(np.float64))
+    placed = [(pca.transform(one.teacher_TD), pca.transform(one.generated_TD)) for one in deltas]
+    return placed, pca.explained_variance_ratio_ * 100
+
+
+def _draw_family(ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str, family: str) -> None:
+    if not len(teacher_T2):
+        return
     for start, end in zip(teacher_T2, generated_T2, strict=True):
         ax.plot(*zip(start, end, strict=True), color=colour, linewidth=0.8, alpha=0.5, zorder=1)
     ax.plot(*teacher_T2.T, "o", color=colour, fillstyle="none", markersize=7, markeredgewidth=1.6, zorder=2)
     ax.plot(*generated_T2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
+    ax.annotate(family, teacher_T2[0], (6, 6), textcoords="offset points", fontsize=8, color=colour)
 
 
 def _family_legend(figure: Figure, families: Sequence[str]) -> None:
@@ -197,6 +226,102 @@ def _family_legend(figure: Figure, families: Sequence[str]) -> None:
         for place, family in enumerate(families)
     ]
     figure.legend(handles=[*shapes, *colours], loc="outside right center", frameon=False, fontsize=9)
+
+
+def plot_heat_map(path: Path, groups: Sequence[Group]) -> str:
+    """Draw held-out accuracy and delta cosine over λ_w and λ_d, a row per model size; "" where the λ make no grid."""
+    sizes = dict.fromkeys(group.size for group in groups)
+    grids = {size: grid for size in sizes if (grid := _grid(groups, size))}
+    if not grids:
+        return ""
+    widest = max(len(grid[1]) for grid in grids.values())
+    figure = Figure(figsize=(2 * (1.1 * widest + 2.6), 4.0 * len(grids)), layout="constrained")
+    rows = figure.subplots(len(grids), 2, squeeze=False)
+    for row, (size, grid) in zip(rows, grids.items(), strict=True):
+        for ax, (key, label) in zip(row, OUTCOMES.items(), strict=True):
+            _draw_grid(figure, ax, f"heldout/{key}", *grid)
+            ax.set_title(f"{label}, {size}" if len(grids) > 1 else label, fontsize=10)
+    figure.savefig(path, dpi=DPI)
+    return "Held-out results over λ_w and λ_d, mean over seeds; several configurations of one pair are averaged."
+
+
+Grid = tuple[list[float], list[float], dict[tuple[float, float], list[Group]]]
+
+
+def _grid(groups: Sequence[Group], size: str) -> Grid | None:
+    """λ_w and λ_d in order with the configurations at each pair; None under 2 × 2 or with half the pairs missing."""
+    cells: dict[tuple[float, float], list[Group]] = {}
+    for group in groups:
+        params = group.trials[0].params
+        if group.size == size and "lambda_weight" in params and "lambda_delta" in params:
+            cells.setdefault((float(params["lambda_weight"]), float(params["lambda_delta"])), []).append(group)
+    weights, deltas = (sorted({pair[axis] for pair in cells}) for axis in (0, 1))
+    is_grid = len(weights) > 1 and len(deltas) > 1 and 2 * len(cells) > len(weights) * len(deltas) and len(cells) > 3
+    return (weights, deltas, cells) if is_grid else None
+
+
+def _draw_grid(
+    figure: Figure,
+    ax: Axes,
+    metric: str,
+    weights: Sequence[float],
+    deltas: Sequence[float],
+    cells: Mapping[tuple[float, float], Sequence[Group]],
+) -> None:
+    values_WD = np.full((len(weights), len(deltas)), np.nan)
+    for (weight, delta), groups in cells.items():
+        means = [cell.mean for group in groups if (cell := group.cell(metric))]
+        values_WD[weights.index(weight), deltas.index(delta)] = np.mean(means) if means else np.nan
+    image = ax.imshow(np.ma.masked_invalid(values_WD), cmap="cividis", aspect="auto", origin="lower")
+    middle = float(np.nanmean([np.nanmin(values_WD), np.nanmax(values_WD)])) if np.isfinite(values_WD).any() else 0.0
+    for row, column in np.ndindex(values_WD.shape):
+        value = values_WD[row, column]
+        text = f"{value:.2f}" if np.isfinite(value) else "–"
+        colour = "black" if not np.isfinite(value) or value > middle else "white"
+        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    ax.set_xticks(range(len(deltas)), [f"{value:g}" for value in deltas])
+    ax.set_yticks(range(len(weights)), [f"{value:g}" for value in weights])
+    ax.set_xlabel("λ_d, weight of the delta loss")
+    ax.set_ylabel("λ_w, weight of the weight loss")
+    figure.colorbar(image, ax=ax)
+
+
+def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
+    """Draw what tells a generator that learned from one that memorised, a panel each; "" if nothing was measured."""
+    present = {
+        title: keys
+        for title, keys in MEMORISATION.items()
+        if any(group.cell(key) for group in groups for key in keys.values())
+    }
+    if not present:
+        return ""
+    figure = Figure(figsize=(3.4 * len(present) + 1, 1.2 + 0.45 * len(groups) + 1.2), layout="constrained")
+    for ax, (title, keys) in zip(figure.subplots(1, len(present), squeeze=False)[0], present.items(), strict=True):
+        for place, (label, key) in enumerate(keys.items()):
+            _draw_dots(ax, groups, key, label, COLOURS[place], MARKERS[place])
+        ax.set_yticks(
+            range(len(groups)), [group.label for group in groups] if ax.get_subplotspec().colspan.start == 0 else []
+        )
+        ax.set_ylim(len(groups) - 0.5, -0.5)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(keys) > 1:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=8, ncols=len(keys))
+    figure.savefig(path, dpi=DPI)
+    return (
+        "Memorisation: accuracy on training beside held-out tasks; held-out accuracy with the task's own prompts, "
+        "those of another task and nonsense; distance to the nearest training teacher (0 = a copy); diversity of the "
+        "adapters (0 = one for all). A mark is the mean over seeds."
+    )
+
+
+def _draw_dots(ax: Axes, groups: Sequence[Group], key: str, label: str, colour: str, marker: str) -> None:
+    points = [(cell.mean, row) for row, group in enumerate(groups) if (cell := group.cell(key))]
+    if points:
+        ax.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=label, alpha=0.9, zorder=3)
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:

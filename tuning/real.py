@@ -29,7 +29,7 @@ def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)")
     base.add_argument("--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)")
     data = parser.add_argument_group("datasets of your own (default: the synthetic suite)")
-    data.add_argument("--data", type=Path, metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
+    data.add_argument("--data", metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on")
     data.add_argument("--held-out", nargs="+", metavar="NAME", help="datasets that only the report sees")
     data.add_argument("--validation", nargs="+", metavar="NAME", help="which of --tasks choose (default: one, named)")
@@ -42,13 +42,14 @@ def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
 
     Raises UserError for options that do not go together and for what cannot be found.
     """
-    sizes = [name for name in arguments.model_size if isinstance(SIZES.get(name), PublishedSize)]
+    named = arguments.model_size or []
+    sizes = [name for name in named if isinstance(SIZES.get(name), PublishedSize)]
     if arguments.data is None and (unused := [n for n in NEEDS_DATA if getattr(arguments, n)]):
         raise UserError(f"--{unused[0].replace('_', '-')} is about datasets in files: name their folder with --data")
     if arguments.base is None and not sizes:
         _refuse_without_base(arguments)
         return ()
-    if len(sizes) < len(arguments.model_size) and arguments.model_size != ["nano"]:
+    if len(sizes) < len(named):
         raise UserError("embedded sizes and published ones cannot be mixed in one run: name sizes of one kind")
     if arguments.base is not None and len(sizes) > 1:
         raise UserError("--base is one model, several sizes were named: leave --model-size out or name one")
@@ -75,8 +76,9 @@ def _suite(arguments: argparse.Namespace) -> Suite:
     if arguments.rows is not None and arguments.rows < 1:
         raise UserError(f"--rows is {arguments.rows}; it must be at least 1")
     tasks, held_out = arguments.tasks or (), arguments.held_out or ()
-    split = plan_split(arguments.data, tasks, held_out, arguments.validation, arguments.skip_bad_rows)
-    return FileSuite.open(arguments.data, split.train, split.val, split.test, arguments.rows, arguments.skip_bad_rows)
+    folder = Path(arguments.data).expanduser()
+    split = plan_split(folder, tasks, held_out, arguments.validation, arguments.skip_bad_rows)
+    return FileSuite.open(folder, split.train, split.val, split.test, arguments.rows, arguments.skip_bad_rows)
 
 
 def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> WorldConfig:

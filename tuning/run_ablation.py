@@ -5,130 +5,178 @@ python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--s
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tabulate import tabulate
-
 from llgbm.baselines import evaluate_baselines
-from llgbm.models import SIZES
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
-from llgbm.world import World, build_world, describe_world
-from tuning import registry
-from tuning.real import add_real_arguments, own_worlds
-from tuning.report import DeltaMap, result_json, write_report
-from tuning.studies import Study, StudyOptions, TrialSpec, make_study
-from tuning.sweep import Resources, check_resources, run_sweep, start_ray, terminate_as_interrupt
+from llgbm.world import World, build_world
+from tuning import registry, run_notes
+from tuning.arguments import parse_arguments, points_of, study_of
+from tuning.checkpoints import TrialCheckpoints, study_lock
+from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
+from tuning.plan import last_results, past_runs, show_plan
+from tuning.report import collect_baselines, read_study, result_json, write_report
+from tuning.resume import (
+    ARGUMENTS_TAG,
+    adopt_finished,
+    begin_anew,
+    check_same_study,
+    recorded_arguments,
+    study_arguments,
+    trials_to_run,
+)
+from tuning.search import PointSearch, describe_best, make_scheduler, make_searcher, open_search, optuna_url, rungs
+from tuning.space import TrialSpec
+from tuning.studies import Study
 from tuning.tracking import StudyTracker, TrialResult, read_trials
 
-VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. A wrong option ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what is run")
-    what.add_argument("--study", default="phase_4_5", metavar="NAME", help="a named study (default: phase_4_5)")
-    what.add_argument(
-        "--model-size", nargs="+", default=["nano"], metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)"
-    )
-    what.add_argument("--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss")
-    what.add_argument("--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2)")
-    what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial")
-    what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
-    what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
-    what.add_argument(
-        "--metric",
-        default="val/accuracy",
-        metavar="NAME",
-        help=f"what the best generator is chosen by, on validation tasks: {' or '.join(VAL_METRICS)}",
-    )
-    what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
-    add_real_arguments(parser)
-    how = parser.add_argument_group("how it is run")
-    how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
-    how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
-    how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
-    how.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
-    how.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
-    how.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
-    how.add_argument("--dry-run", action="store_true", help="print the trials and what would be built, run nothing")
-    how.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(arguments)
-
-
-def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the arguments ask for. Raises UserError for a bad value."""
-    pairs = (("lambda_weight", arguments.lambda_weight), ("lambda_delta", arguments.lambda_delta))
-    if arguments.metric not in VAL_METRICS:
-        raise UserError(f"unknown metric {arguments.metric!r}; a generator is chosen by: {', '.join(VAL_METRICS)}")
-    given: dict[str, Any] = {name: tuple(values) for name, values in pairs if values is not None}
-    worlds = own_worlds(arguments)
-    options = StudyOptions(
-        model_sizes=tuple(world.size for world in worlds) or tuple(arguments.model_size),
-        own_worlds=worlds,
-        seeds=tuple(arguments.seeds if arguments.seeds is not None else ((0,) if arguments.smoke else (0, 1, 2))),
-        steps=arguments.steps,
-        delta_probes=arguments.delta_probes,
-        encoder=arguments.encoder,
-        smoke=arguments.smoke,
-    )
-    return make_study(arguments.study, replace(options, **given))
-
-
-def show_plan(study: Study, cache: Path) -> None:
-    """Print the trial table and what of each world is already built."""
-    rows = [
-        (
-            t.id,
-            t.name,
-            t.config.model_size,
-            t.config.lambda_weight,
-            t.config.lambda_delta,
-            t.config.seed,
-            t.config.steps,
-        )
-        for t in study.trials
-    ]
-    print(tabulate(rows, ("trial", "configuration", "size", "λ_w", "λ_d", "seed", "steps"), disable_numparse=True))
-    for world in study.worlds:
-        print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
-        for part, built in describe_world(cache, world).items():
-            print(f"  {part}: {built}")
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Run the study that the arguments ask for; return the exit status."""
-    study, root = study_of(arguments), Path.cwd()
-    cache = Path(arguments.cache).expanduser().resolve()
+    if arguments.fresh and (arguments.resume or arguments.retry_failed):
+        raise UserError("--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh")
+    run_notes.check_policy(arguments.keep_artifacts, arguments.keep_best)
+    study = None if arguments.resume else study_of(arguments)
+    nodes = connect_ray(arguments.address) if arguments.address else None
+    resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent, nodes)
+    if study is None:
+        arguments, recorded = recorded_arguments(arguments, parse_arguments([]), open_store(arguments))
+        study = study_of(arguments)
+        check_same_study(study, recorded)
+    if arguments.scheduler != "none":
+        rungs(study)
     if arguments.dry_run:
-        show_plan(study, cache)
+        runs = past_runs(arguments.tracking_uri, Path.cwd(), arguments.experiment)
+        show_plan(
+            study, cache_of(arguments), runs, resources.concurrent, optuna_storage(arguments), points_of(arguments)
+        )
         return 0
-    resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent)
-    tracker = StudyTracker.open(arguments.tracking_uri, root, arguments.experiment)
-    worlds = {world.hash: build_world(cache, world) for world in study.worlds}
+    tracker = open_store(arguments)
+    storage = arguments.storage_path or str(cache_of(arguments) / "sweeps")
+    storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
+    with study_lock(storage, study.id):
+        return run_study(study, arguments, storage, tracker, resources)
+
+
+def cache_of(arguments: Namespace) -> Path:
+    """Where worlds are kept."""
+    return Path(arguments.cache).expanduser().resolve()
+
+
+def optuna_storage(arguments: Namespace) -> str:
+    """Where a search is kept."""
+    return arguments.optuna_storage or optuna_url(arguments.tracking_uri, Path.cwd())
+
+
+def open_store(arguments: Namespace) -> StudyTracker:
+    """The MLflow store. Raises UserError if it cannot be used, or not from all machines of the cluster."""
+    local = not arguments.tracking_uri or arguments.tracking_uri.startswith("sqlite")
+    if arguments.address and local and is_spread():
+        raise UserError(
+            "trials on several machines cannot write into one SQLite file: start `mlflow server` and give its "
+            "address as --tracking-uri http://host:port"
+        )
+    return StudyTracker.open(arguments.tracking_uri, Path.cwd(), arguments.experiment)
+
+
+def run_study(
+    study: Study,
+    arguments: Namespace,
+    storage: str,
+    tracker: StudyTracker,
+    resources: Resources,
+) -> int:
+    """Build what a study needs, run what is left of it, register the best and report; return the exit status."""
+    worlds = {world.hash: build_world(cache_of(arguments), world) for world in study.worlds}
     for world in worlds.values():
         say(describe_facts(world))
-    target = tracker.begin(study.name, study.id, study_params(study, resources), study_tags(study, worlds))
+    if arguments.fresh:
+        begin_anew(study, tracker, storage)
+    search = open_points(study, arguments, tracker) if study.space else None
+    tags = {ARGUMENTS_TAG: json.dumps(study_arguments(arguments)), "llgbm.resources": resources.describe()}
+    tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with status_on_exit(tracker):
-        baselines = log_baselines(tracker, worlds)
-        say(f"{len(study.trials)} trials, {resources.describe()}")
-        start_ray(resources)
-        run_sweep(study, worlds, target, tracker, resources)
+        log_baselines(tracker, worlds)
+        run_notes.log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
+        study = run_trials(study, arguments, worlds, storage, tracker, resources, search)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-        registered = register_best(study, worlds, results, tracker, arguments.metric)
-        summary = publish_report(study, worlds, results, baselines, tracker, arguments.metric)
+        if arguments.keep_artifacts == "best":
+            by_trial = {trial.id: worlds[trial.world.hash] for trial in study.trials}
+            best = run_notes.best_trials(results, study.metric, arguments.keep_best)
+            run_notes.keep_best_adapters(tracker.client, by_trial, best)
+        registered = register_best(study, worlds, results, tracker, study.metric)
+        summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
+
+
+def open_points(study: Study, arguments: Namespace, tracker: StudyTracker) -> PointSearch:
+    """The search of a study as its storage has it, with what trials have reached already."""
+    assert study.space is not None
+    known = last_results(past_runs(tracker.tracking_uri, Path.cwd(), arguments.experiment))
+    found = open_search(study, optuna_storage(arguments), arguments.fresh)
+    search = PointSearch(study.space, found, points_of(arguments), known)
+    if arguments.retry_failed:
+        search.retry_failed()
+    return search
+
+
+def run_trials(
+    study: Study,
+    arguments: Namespace,
+    worlds: Mapping[str, World],
+    storage: str,
+    tracker: StudyTracker,
+    resources: Resources,
+    search: PointSearch | None,
+) -> Study:
+    """Run those trials of a study that are left to run, if any, under Ray; return it with the trials that it has."""
+    trials = settled_trials(search.trials() if search else study.trials, arguments, storage, tracker)
+    left = [] if search else trials_to_run(trials, tracker.live_runs(), bool(arguments.resume), arguments.retry_failed)
+    say(f"{search.describe() if search else f'{len(left)} of {len(trials)} trials to run'}, {resources.describe()}")
+    if search.is_done() if search else not left:
+        return replace(study, trials=trials)
+    shared = {key: world.to("cpu") for key, world in worlds.items()}
+    start_ray(resources, sum(world.n_bytes for world in shared.values()))
+    # Ray takes two seconds to import and must find its settings made.
+    from tuning.sweep import ListSearcher, run_sweep
+
+    assert tracker.target is not None
+    run_sweep(
+        study,
+        shared,
+        tracker.target,
+        tracker,
+        resources,
+        make_searcher(search) if search else ListSearcher(left),
+        make_scheduler(arguments.scheduler, study),
+        storage=storage,
+        total_steps=search.steps_left() if search else sum(trial.config.steps for trial in left),
+        keep_adapters=arguments.keep_artifacts == "all",
+        keep_checkpoints=arguments.keep_checkpoints,
+    )
+    if search:
+        say(describe_best(search.space, search.study))
+        trials = settled_trials(search.trials(), arguments, storage, tracker)
+    return replace(study, trials=trials)
+
+
+def settled_trials(
+    trials: tuple[TrialSpec, ...], arguments: Namespace, storage: str, tracker: StudyTracker
+) -> tuple[TrialSpec, ...]:
+    """The same trials, once those that are finished count in this study and have left no checkpoint behind."""
+    for trial in adopt_finished(trials, tracker.live_runs(), tracker):
+        if not arguments.keep_checkpoints:
+            TrialCheckpoints(storage, trial.id).remove()
+    return trials
 
 
 @contextmanager
@@ -155,9 +203,17 @@ def describe_facts(world: World) -> str:
     )
 
 
-def study_params(study: Study, resources: Resources) -> dict[str, Any]:
+def study_params(study: Study) -> dict[str, Any]:
     """What the parent run says of the study."""
-    return {"study": study.name, "trials": len(study.trials), "resources": resources.describe()}
+    trials = "searched" if study.space else len(study.trials)
+    return {"study": study.name, "metric": study.metric, "trials": trials}
+
+
+def note_of(study: Study) -> str:
+    """Markdown for the parent run's page."""
+    if study.space:
+        return f"**{study.name}**: {study.space.describe()}\n\nWhy: {study.note}"
+    return run_notes.study_note(study.name, study.trials, study.note)
 
 
 def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
@@ -165,20 +221,21 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     return {
         "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
         "llgbm.base": ",".join(world.base.hash for world in worlds.values()),
+        **run_notes.note_tags(note_of(study)),
     }
 
 
-def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> dict[str, dict[str, float]]:
-    """Measure the baselines of every world; log them on the parent run and return them by name."""
-    found: dict[str, dict[str, float]] = {}
+def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> None:
+    """Measure the baselines of every world and log them on the parent run, unless it has them."""
+    known = collect_baselines(tracker.metrics())
     for world in worlds.values():
-        for name, result in evaluate_baselines(world.data, world.flora).items():
-            label = name if len(worlds) == 1 else f"{name} ({world.config.size})"
-            found[label] = dict(result.metrics)
-            slug = name if len(worlds) == 1 else f"{name}_{world.config.size}"
-            tracker.log_metrics({f"baseline/{slug}/{key}": value for key, value in result.metrics.items()})
-        tracker.log_metrics({f"world/{world.config.size}/{key}": value for key, value in world.bank.facts.items()})
-    return found
+        size = world.config.size
+        mine = {n.removesuffix(f"_{size}"): m for n, m in known.items() if len(worlds) == 1 or n.endswith(f"_{size}")}
+        if not mine:
+            mine = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+            slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
+            logged = {f"baseline/{slugs[n]}/{key}": v for n, values in mine.items() for key, v in values.items()}
+            tracker.log_metrics({**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}})
 
 
 def register_best(
@@ -188,7 +245,7 @@ def register_best(
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        done = [r for r in results if r.status == "FINISHED" and specs[r.trial_id].world.size == size]
+        done = [r for r in results if r.whole and specs[r.trial_id].world.size == size]
         if done:
             best = max(done, key=lambda r: r.metrics[metric])
             spec = specs[best.trial_id]
@@ -204,10 +261,8 @@ def register_best(
 def register(
     study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker, metric: str
 ) -> registry.RegisteredVersion:
-    """Register one trial's generator: champion if it beats the champion on the same validation data."""
+    """Register one trial's generator: champion if it beats the champion on the same validation tasks."""
     name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
-    score = best.metrics[metric]
-    alias = registry.decide_alias(registry.current_champion(tracker.tracking_uri, name), score, world.data.hash, metric)
     tags = {
         "llgbm.study": study.name,
         "llgbm.study_id": study.id,
@@ -218,57 +273,26 @@ def register(
         "llgbm.val_data": world.data.hash,
     }
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(tracker.client.download_artifacts(best.run_id, "generator", folder))
+        bundle = Path(tracker.download_artifacts(best.run_id, "generator", folder))
+        figures = json.loads(Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text())
+        per_task = figures["val"][metric.removeprefix("val/")]
         return registry.register_generator(
-            tracker.tracking_uri, best.run_id, bundle, name, tags, score, metric, alias == "champion"
+            tracker.tracking_uri, best.run_id, bundle, name, tags, best.metrics[metric], metric, per_task
         )
 
 
-def publish_report(
-    study: Study,
-    worlds: Mapping[str, World],
-    results: Sequence[TrialResult],
-    baselines: Mapping[str, Mapping[str, float]],
-    tracker: StudyTracker,
-    metric: str,
-) -> dict[str, Any]:
+def publish_report(tracker: StudyTracker) -> dict[str, Any]:
     """Write the report to the parent run, print its table, return its numbers."""
+    record = read_study(tracker.tracking_uri, tracker.parent_run_id)
     with tempfile.TemporaryDirectory() as folder:
-        deltas = best_delta_map(worlds, study, results, tracker, Path(folder) / "deltas", metric)
-        out = Path(folder) / "report"
-        out.mkdir()
-        print(write_report(out, study.name, results, baselines, deltas))
-        tracker.log_artifacts(out)
-    return result_json(study.name, results, baselines)
-
-
-def best_delta_map(
-    worlds: Mapping[str, World],
-    study: Study,
-    results: Sequence[TrialResult],
-    tracker: StudyTracker,
-    folder: Path,
-    metric: str,
-) -> DeltaMap | None:
-    """Teacher and generated deltas of the test tasks, of the trial that is best by a validation metric."""
-    from safetensors.numpy import load_file
-
-    specs = {trial.id: trial for trial in study.trials}
-    done = [r for r in results if r.status == "FINISHED"]
-    if not done:
-        return None
-    best = max(done, key=lambda r: r.metrics[metric])
-    spec = specs[best.trial_id]
-    folder.mkdir()
-    stored = load_file(Path(tracker.client.download_artifacts(best.run_id, "deltas", str(folder))) / "test.safetensors")
-    data = worlds[spec.world.hash].data
-    labels = tuple(f"{data.families[i]}/{data.tasks[i]}" for i in data.rows["test"])
-    return DeltaMap(np.asarray(stored["teacher"]), np.asarray(stored["predicted"]), labels, spec.name)
+        print(write_report(Path(folder), record))
+        tracker.log_artifacts(Path(folder))
+    return result_json(record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and translate errors: 2 for a user's mistake, 130 for an interrupt, 1 for failed trials."""
-    parsed = parse_arguments(arguments)
+    parsed = parse_arguments(arguments, __doc__)
     quiet_libraries()
     terminate_as_interrupt()
     return exit_status(lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED")

@@ -10,10 +10,10 @@ import logging
 import os
 import socket
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llgbm.runtime import UserError
@@ -43,6 +43,17 @@ def connect(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """What a paged search of MLflow finds, page after page; `search` takes the token of a page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def local_tracking_uri(root: Path) -> str:
@@ -107,6 +118,16 @@ def usable_uri(tracking_uri: str) -> str:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
         return tracking_uri
     raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
+
+
+def existing_uri(tracking_uri: str) -> str:
+    """`usable_uri` for readers: a SQLite file that is not there yet is refused, not made. Raises UserError."""
+    if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).is_file():
+        raise UserError(
+            f"there is no MLflow store at {sqlite_path(tracking_uri)} yet: run a study in this folder first "
+            "(`make ablation`), or give the address of another store."
+        )
+    return usable_uri(tracking_uri)
 
 
 def _probe_http(uri: str) -> None:

@@ -1,165 +1,165 @@
-"""Trials under Ray Tune: what the machine has, what a trial gets, who says how each trial ended."""
+"""Trials under Ray Tune: which are run, how a dead worker is followed up, who says how each trial ended."""
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import signal
-import tempfile
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
+import ray
+from ray import tune
+from ray.tune.search import Searcher
 
-from llgbm.runtime import UserError, progress_bar
+from llgbm.runtime import UserError, logger, progress_bar
 from llgbm.world import World
-from tuning.studies import Study
-from tuning.tracking import StudyTracker, TrackingTarget
-
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+from tuning.checkpoints import TrialCheckpoints, open_storage, remove_folder
+from tuning.cluster import Resources
+from tuning.studies import Study, TrialSpec
+from tuning.tracking import ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
+from tuning.trainable import TrialSetting, ray_trainable
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What each trial gets, and how many run at once."""
+class ListSearcher(Searcher):
+    """Gives the trials of a list, one after the other."""
 
-    cpus: float
-    gpus: float
-    concurrent: int
-    machine_cpus: int
-    machine_gpus: int
+    def __init__(self, trials: Sequence[TrialSpec]) -> None:
+        super().__init__()
+        self._left = list(trials)
 
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus))
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial; `Searcher.FINISHED` when all were given."""
+        return {"trial": self._left.pop(0)} if self._left else Searcher.FINISHED
 
-    def describe(self) -> str:
-        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
-        return f"{self.concurrent} at a time, {self.cpus:g} CPUs{gpus} each"
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """How trials end decides nothing here."""
 
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is left to run is read off the tracked runs."""
 
-def check_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
-    """What trials get. Raises UserError for more than the machine has, or for nothing."""
-    has_cpus, has_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    cpus = 1.0 if cpus is None else cpus
-    gpus = (0.25 if has_gpus else 0.0) if gpus is None else gpus
-    for name, asked, has in (("CPUs", cpus, has_cpus), ("GPUs", gpus, has_gpus)):
-        if not math.isfinite(asked) or asked < 0 or (name == "CPUs" and asked == 0):
-            raise UserError(
-                f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)"
-            )
-        if asked > has:
-            raise UserError(f"{asked:g} {name} per trial asked for, this machine has {has}: ask for at most that")
-    if gpus > 1 and not float(gpus).is_integer():
-        raise UserError(f"{gpus:g} GPUs per trial asked for; above 1 it must be a whole number")
-    if concurrent is not None and concurrent < 1:
-        raise UserError(f"max-concurrent is {concurrent}; it must be at least 1")
-    fits = int(min(has_cpus / cpus, has_gpus / gpus if gpus else math.inf) + 1e-9)
-    return Resources(cpus, gpus, min(fits, concurrent or fits), has_cpus, has_gpus)
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as for `save`."""
 
 
-def start_ray(resources: Resources) -> None:
-    """Start a local Ray, quietly."""
-    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
-    import ray
+class Watcher(tune.Callback):
+    """Shows progress and decides FINISHED and FAILED. What the store does not take at once is told it again later.
 
-    # The shared tensors are only read, which is what Ray's note asks for.
-    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous")
-    if not ray.is_initialized():
-        ray.init(
-            num_cpus=resources.machine_cpus,
-            num_gpus=resources.machine_gpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=512 * 2**20,
-        )
-    terminate_as_interrupt()
+    Finished trials' checkpoints below `storage` are deleted, if one is given.
+    """
 
+    def __init__(self, tracker: StudyTracker, storage: str | None, total_steps: int) -> None:
+        self._tracker, self._storage = tracker, storage
+        self._bar = progress_bar("trials", total_steps)
+        self._seen: dict[str, int] = {}
+        self._unsaid: list[Callable[[], None]] = []
 
-def terminate_as_interrupt() -> None:
-    """Make SIGTERM end the program as Ctrl-C does. Ray puts a handler of its own in place, so call it after too."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        """Move the bar."""
+        spec: TrialSpec = trial.config["trial"]
+        self._seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
+        self._bar.n = sum(self._seen.values())
+        self._bar.refresh()
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The trial returned, well or with the cause of its failure, or a scheduler stopped it."""
+        spec, result = trial.config["trial"], trial.last_result or {}
+        if result.get("failed"):
+            self._tell(partial(self._tracker.finish_trial, spec.id, "FAILED", {ERROR_TAG: result["failed"]}))
+        elif result.get("reused"):
+            self._tell(partial(self._tracker.adopt, spec.id, spec.name))
+        else:
+            tags = {} if result.get("finished") else {STOPPED_TAG: str(result.get("step", 0))}
+            self._tell(partial(self._finish, spec.id, tags))
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Its process or machine is gone; Ray starts it again."""
+        logger.warning("the worker of trial %s died and is started again", trial.config["trial"].id)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Ray gave the trial up."""
+        tags = {ERROR_TAG: "its worker died and could not be started again"}
+        self._tell(partial(self._tracker.finish_trial, trial.config["trial"].id, "FAILED", tags))
+
+    def _finish(self, trial_id: str, tags: Mapping[str, str]) -> None:
+        self._tracker.finish_trial(trial_id, "FINISHED", tags)
+        if self._storage:
+            TrialCheckpoints(self._storage, trial_id).remove()
+
+    def _tell(self, saying: Callable[[], None]) -> None:
+        self._unsaid.append(saying)
+        try:
+            self._say_all()
+        except UserError as error:
+            logger.warning("%d ends of trials are told later: %s", len(self._unsaid), error)
+
+    def _say_all(self) -> None:
+        while self._unsaid:
+            self._unsaid[0]()
+            del self._unsaid[0]
+
+    def close(self) -> None:
+        """Say what is left to be said. Raises UserError if the store still fails."""
+        self._bar.close()
+        self._say_all()
 
 
 def run_sweep(
-    study: Study, worlds: Mapping[str, World], target: TrackingTarget, tracker: StudyTracker, resources: Resources
+    study: Study,
+    worlds: Mapping[str, World],
+    target: TrackingTarget,
+    tracker: StudyTracker,
+    resources: Resources,
+    searcher: Searcher,
+    scheduler: Any = None,
+    *,
+    storage: str,
+    total_steps: int = 0,
+    keep_adapters: bool = True,
+    keep_checkpoints: bool = False,
 ) -> None:
-    """Run every trial of a study; each run's final status is set here, in the driver, whatever became of its worker.
+    """Run what `searcher` suggests (`{"trial": TrialSpec}`) until it is finished; `worlds` by hash, on the CPU.
 
-    Raises KeyboardInterrupt after an interrupt, once Ray has stopped the trials.
+    Each run's final status is set here, in the driver, whatever became of its worker. A worker that dies is started
+    again, on another machine if its own is gone, and goes on from the trial's checkpoint below `storage`.
+    `total_steps` is the length of the progress bar. Raises KeyboardInterrupt on an interrupt, when no trial runs any
+    more.
     """
-    from ray import tune
-
-    from tuning.trainable import ray_trainable
-
-    watcher = make_watcher(study, tracker)
-    trainable = tune.with_parameters(
-        ray_trainable, trials=study.trials, worlds=dict(worlds), target=target, threads=resources.threads
+    session, own_notes = uuid.uuid4().hex[:8], f"{storage}/ray/{study.id}"
+    setting = TrialSetting(target, storage, session, resources.threads, resources.gpus, keep_adapters)
+    watcher = Watcher(tracker, None if keep_checkpoints else storage, total_steps)
+    remove_folder(*open_storage(own_notes))
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(ray_trainable, worlds=dict(worlds), setting=setting),
+            {"cpu": resources.cpus, "gpu": resources.gpus},
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=resources.concurrent,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=session,
+            storage_path=own_notes,
+            failure_config=tune.FailureConfig(max_failures=-1),
+            verbose=0,
+            callbacks=[watcher],
+        ),
     )
-    with tempfile.TemporaryDirectory() as storage:
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
-            param_space={"trial": tune.grid_search(list(range(len(study.trials))))},
-            tune_config=tune.TuneConfig(
-                metric="val/accuracy", mode="max", reuse_actors=True, max_concurrent_trials=resources.concurrent
-            ),
-            run_config=tune.RunConfig(
-                name=study.id, storage_path=str(Path(storage).resolve()), verbose=0, callbacks=[watcher]
-            ),
-        )
-        try:
-            tuner.fit()
-        finally:
-            watcher.close()
-    if watcher.ended < len(study.trials):
-        raise KeyboardInterrupt
+    try:
+        tuner.fit()
+    except BaseException:
+        ray.shutdown()
+        raise
+    finally:
+        watcher.close()
+        remove_folder(*open_storage(own_notes))
 
 
-def make_watcher(study: Study, tracker: StudyTracker) -> Any:
-    """A Tune callback that shows progress and sets final statuses."""
-    from ray import tune
-
-    steps = {index: trial.config.steps for index, trial in enumerate(study.trials)}
-
-    class Watcher(tune.Callback):
-        """Counts steps for the bar; FINISHED and FAILED are decided here."""
-
-        def __init__(self) -> None:
-            self.bar = progress_bar("trials", sum(steps.values()))
-            self.seen: dict[int, int] = {}
-            self.ended = 0
-
-        def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
-            index = result["config"]["trial"]
-            self.seen[index] = min(int(result.get("step", 0)), steps[index])
-            self.bar.n = sum(self.seen.values())
-            self.bar.refresh()
-
-        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
-            self._end(trial, "FINISHED")
-
-        def on_trial_error(self, iteration, trials, trial, **info) -> None:
-            self._end(trial, "FAILED")
-
-        def _end(self, trial, status: str) -> None:
-            self.ended += 1
-            tracker.finish_trial(study.trials[trial.config["trial"]].id, status)
-
-        def close(self) -> None:
-            self.bar.close()
-
-    return Watcher()
+def trial_name(trial: Any) -> str:
+    """What Ray calls a trial: our id and, since a search may suggest a trial twice, its own."""
+    return f"{trial.config['trial'].id}_{trial.trial_id}"

@@ -1,15 +1,18 @@
 """What MLflow is told about a study and what is read back: one parent run per study, one child run per trial.
 
 Only explicit run ids are used, never MLflow's active run: a trial that is stopped, killed or resumed keeps
-its one run, and the driver alone decides how a run ended.
+its one run, and the driver alone decides how a run ended. An experiment has one run per trial id that counts: a study
+that needs a trial which another study finished names that run as a member of its own; a run that a fresh start made
+obsolete is tagged as superseded and found no more.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llgbm.runtime import UserError
-from tuning.store import connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
+from tuning.history import Curve, read_curves
+from tuning.store import all_pages, connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +34,11 @@ STUDY_TAG = "llgbm.study"
 STUDY_ID_TAG = "llgbm.study_id"
 TRIAL_TAG = "llgbm.trial_id"
 CONFIG_TAG = "llgbm.config"
+SUPERSEDED_TAG = "llgbm.superseded"
+ATTEMPTS_TAG = "llgbm.attempts"
+ERROR_TAG = "llgbm.error"
+STOPPED_TAG = "llgbm.stopped_at_step"
+MEMBER_TAG = "llgbm.member_of."
 FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 PARAM_LENGTH = 6000
@@ -61,6 +70,13 @@ class TrialResult:
     curves: Mapping[str, list[tuple[int, float]]]
     params: Mapping[str, str]
     run_id: str
+    stopped_at: int | None = None
+    superseded: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was trained to its end and evaluated: neither failed nor stopped early nor obsolete."""
+        return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
 
 class StudyTracker:
@@ -84,14 +100,16 @@ class StudyTracker:
             if not uri.startswith("sqlite"):
                 client = connect(uri)
                 return cls(client, uri, _experiment_id(client, experiment, None))
-            folder = sqlite_path(uri).parent
+            path = sqlite_path(uri)
+            folder = path.parent
             with FileLock(folder / ".mlflow.lock", timeout=60):
+                _make_database(path)
                 client = connect(uri)
                 artifacts = (folder / "artifacts").as_uri()
                 return cls(client, uri, _experiment_id(client, experiment, artifacts))
 
     def begin(self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrackingTarget:
-        """Create the parent run, or continue the unfinished one with this `study_id` and the same parameters.
+        """Create the parent run, or continue the one with this `study_id` and the same parameters.
 
         Raises UserError if the store fails.
         """
@@ -99,11 +117,49 @@ class StudyTracker:
         wanted = dict(_flat(params))
         with explained(self.tracking_uri):
             runs = _find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
-            unfinished = (r for r in runs if r.info.status != "FINISHED" and r.data.params == wanted)
-            run_id = _open_run(self.client, self.experiment_id, next(unfinished, None), study, own)
+            same = [run for run in runs if _is_live(run) and run.data.params == wanted]
+            run_id = _open_run(self.client, self.experiment_id, same[-1] if same else None, study, own)
             _log_params(self.client, run_id, params)
         self.target = TrackingTarget(self.tracking_uri, self.experiment_id, run_id, study)
         return self.target
+
+    def studies(self, study_id: str | None = None) -> list[Run]:
+        """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            wanted = {STUDY_ID_TAG: study_id} if study_id else {}
+            found = _find_runs(self.client, self.experiment_id, wanted)
+            return [run for run in found if STUDY_ID_TAG in run.data.tags and _is_live(run)]
+
+    def live_runs(self) -> dict[str, Run]:
+        """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            found = _find_runs(self.client, self.experiment_id, {})
+            return {run.data.tags[TRIAL_TAG]: run for run in found if TRIAL_TAG in run.data.tags and _is_live(run)}
+
+    def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
+        """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
+
+        Raises UserError if the store fails.
+        """
+        old = [run.info.run_id for run in self.studies(study_id)]
+        trials = [
+            run.info.run_id
+            for trial_id, run in self.live_runs().items()
+            if trial_id in trial_ids or run.data.tags.get(PARENT_TAG) in old
+        ]
+        with explained(self.tracking_uri):
+            for run_id in (*old, *trials):
+                self.client.set_tag(run_id, SUPERSEDED_TAG, str(_now()))
+
+    def adopt(self, trial_id: str, config: str) -> None:
+        """Make the run of a trial that another study finished count in this one too, as configuration `config`.
+
+        Raises UserError if the store fails.
+        """
+        with explained(self.tracking_uri):
+            run = _trial_run(self.client, self.experiment_id, trial_id)
+            if run is not None and run.data.tags.get(PARENT_TAG) != self.parent_run_id:
+                self.client.set_tag(run.info.run_id, MEMBER_TAG + self.parent_run_id, config)
 
     @property
     def parent_run_id(self) -> str:
@@ -114,12 +170,11 @@ class StudyTracker:
 
     def child_run_id(self, trial_id: str) -> str | None:
         """Id of the run of a trial, or None if the trial never opened one."""
-        wanted = {PARENT_TAG: self.parent_run_id, TRIAL_TAG: trial_id}
-        run = next(_find_runs(self.client, self.experiment_id, wanted), None)
+        run = _trial_run(self.client, self.experiment_id, trial_id)
         return run.info.run_id if run else None
 
-    def finish_trial(self, trial_id: str, status: str) -> None:
-        """Set how a trial ended.
+    def finish_trial(self, trial_id: str, status: str, tags: Mapping[str, str] | None = None) -> None:
+        """Set how a trial ended, and tags that say why.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
@@ -129,6 +184,8 @@ class StudyTracker:
             if run_id is None:
                 logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
                 return
+            for key, value in (tags or {}).items():
+                self.client.set_tag(run_id, key, value)
             self.client.set_terminated(run_id, status)
 
     def finish(self, status: str) -> None:
@@ -148,13 +205,19 @@ class StudyTracker:
             if run.info.status not in FINAL_STATUSES:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
+    def metrics(self) -> dict[str, float]:
+        """Figures of the whole study so far. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            return dict(self.client.get_run(self.parent_run_id).data.metrics)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log figures of the whole study. Raises ValueError for a value that is not finite."""
+        """Log figures of the whole study, each once: what it has already stays. Raises ValueError if not finite."""
         from mlflow.entities import Metric
 
-        now = _now()
-        entries = [Metric(key, value, now, step) for key, value in _finite(step, metrics).items()]
+        now, values = _now(), _finite(step, metrics)
         with explained(self.tracking_uri):
+            known = self.client.get_run(self.parent_run_id).data.metrics
+            entries = [Metric(key, value, now, step) for key, value in values.items() if key not in known]
             for chunk in _chunks(entries, METRICS_PER_CALL):
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
@@ -176,12 +239,21 @@ class StudyTracker:
 
 
 class TrialTracker:
-    """The worker's side: one run, opened once or again, and a buffer of metrics in front of it."""
+    """The worker's side: one run, opened once or again, and a buffer of metrics in front of it.
 
-    def __init__(self, client: MlflowClient, tracking_uri: str, run_id: str) -> None:
+    What the run has at a step already is not logged again, so that each key has one value per step however often a
+    trial is resumed. `attempts` counts how often it was opened.
+    """
+
+    def __init__(
+        self, client: MlflowClient, tracking_uri: str, run_id: str, logged: Collection[str] = (), attempts: int = 1
+    ) -> None:
         self.client = client
         self.tracking_uri = tracking_uri
         self.run_id = run_id
+        self.attempts = attempts
+        self._logged = set(logged)
+        self._steps: dict[str, set[int]] = {}
         self._buffer: list[Any] = []
         self._tried = time.monotonic()
         self._failing = False
@@ -195,29 +267,38 @@ class TrialTracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> TrialTracker:
-        """Find the run of a trial below its study or create it, and set it running.
+        """Find the run of a trial in the experiment or create it, put it below its study and set it running.
 
         Raises UserError if the store fails or the trial was begun with another value of a parameter.
         """
         quiet_mlflow()
         with explained(target.tracking_uri):
             client = connect(target.tracking_uri)
+            found = _trial_run(client, target.experiment_id, trial_id)
+            attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
-            found = next(_find_runs(client, target.experiment_id, key), None)
-            own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, **tags}
+            own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, ATTEMPTS_TAG: str(attempts), **tags}
             run_id = _open_run(client, target.experiment_id, found, run_name, own)
             _log_params(client, run_id, params)
-        return cls(client, target.tracking_uri, run_id)
+        return cls(client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step, sent in batches. Raises ValueError for a value that is not finite."""
         from mlflow.entities import Metric
 
-        now = _now()
-        self._buffer.extend(Metric(key, value, now, step) for key, value in _finite(step, metrics).items())
+        now, values = _now(), _finite(step, metrics)
+        fresh = (key for key in values if not (key in self._logged and step in self._steps_of(key)))
+        self._buffer.extend(Metric(key, values[key], now, step) for key in fresh)
         full = len(self._buffer) >= FLUSH_ENTRIES and not self._failing
         if full or time.monotonic() - self._tried >= FLUSH_SECONDS:
             self._try_flush()
+
+    def _steps_of(self, key: str) -> set[int]:
+        """Steps at which the run had a value of this key when it was opened."""
+        if key not in self._steps:
+            with explained(self.tracking_uri):
+                self._steps[key] = {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
+        return self._steps[key]
 
     def _try_flush(self) -> None:
         try:
@@ -242,13 +323,41 @@ class TrialTracker:
         with explained(self.tracking_uri):
             self.client.log_artifacts(self.run_id, str(folder), artifact_path)
 
+    def is_flushed(self) -> bool:
+        """Try to send what is buffered; say whether the store has it all."""
+        self._try_flush()
+        return not self._buffer
+
+    def tag(self, key: str) -> str:
+        """A tag of the run, empty if it has none such. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            return self.client.get_run(self.run_id).data.tags.get(key, "")
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag of the run. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            self.client.set_tag(self.run_id, key, value)
+
     def close(self) -> None:
         """Send the rest; how the trial ended is the driver's to say. Raises UserError if the store fails."""
         self.flush()
 
 
+def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] | None:
+    """The last metrics of a trial that some study finished already; None if there is none such.
+
+    Raises UserError if the store fails.
+    """
+    quiet_mlflow()
+    with explained(target.tracking_uri):
+        run = _trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
+    return dict(run.data.metrics) if run and run.info.status == "FINISHED" else None
+
+
 def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
-    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: all).
+    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: see `read_curves`).
+
+    Trials that another study ran and this one needed are among them, under this study's name for them.
 
     Raises UserError if the store fails or has no such run.
     """
@@ -256,30 +365,38 @@ def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[st
     with explained(tracking_uri):
         client = connect(tracking_uri)
         experiment_id = client.get_run(parent_run_id).info.experiment_id
-        runs = _find_runs(client, experiment_id, {PARENT_TAG: parent_run_id})
-        return [_trial_result(client, run, curve_keys) for run in runs]
+        own = list(_find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
+        members = list(_find_runs(client, experiment_id, {MEMBER_TAG + parent_run_id: None}))
+        runs = {run.info.run_id: run for run in (*own, *members)}
+        curves = read_curves(client, list(runs.values()), curve_keys)
+        return [_trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id) for run_id, run in runs.items()]
 
 
-def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | None) -> TrialResult:
+def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> TrialResult:
     data = run.data
-    keys = [key for key in data.metrics if curve_keys is None or key in curve_keys]
-    curves = {key: _curve(client.get_metric_history(run.info.run_id, key)) for key in keys}
     seed = data.params.get("seed")
     return TrialResult(
         trial_id=data.tags.get(TRIAL_TAG, ""),
-        config=data.tags.get(CONFIG_TAG, run.info.run_name),
+        config=data.tags.get(member_tag) or data.tags.get(CONFIG_TAG, run.info.run_name),
         seed=int(seed) if seed not in (None, "None") else None,
         status=run.info.status,
         metrics={**data.metrics, **{key: curve[-1][1] for key, curve in curves.items() if curve}},
         curves=curves,
         params=dict(data.params),
         run_id=run.info.run_id,
+        stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
+        superseded=not _is_live(run),
     )
 
 
-def _curve(history: Iterable[Any]) -> list[tuple[int, float]]:
-    ordered = sorted(history, key=lambda metric: (metric.step, metric.timestamp))
-    return sorted({metric.step: metric.value for metric in ordered}.items())
+def _make_database(path: Path) -> None:
+    """Make a new SQLite store aside and name it when it is whole: MLflow cannot go on with a half-made one."""
+    if path.exists() and path.stat().st_size:
+        return
+    aside = path.with_name(f".{path.name}.making")
+    aside.unlink(missing_ok=True)
+    connect(f"sqlite:///{aside}").search_experiments(max_results=1)
+    os.replace(aside, path)
 
 
 def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
@@ -294,17 +411,22 @@ def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> st
     )
 
 
-def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> Iterator[Run]:
-    where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    token: str | None = None
-    while True:
-        page = client.search_runs(
+def _is_live(run: Run) -> bool:
+    return SUPERSEDED_TAG not in run.data.tags
+
+
+def _trial_run(client: MlflowClient, experiment_id: str, trial_id: str) -> Run | None:
+    return next(filter(_is_live, _find_runs(client, experiment_id, {TRIAL_TAG: trial_id})), None)
+
+
+def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str | None]) -> Iterator[Run]:
+    """Runs with these tags, oldest first; None stands for any value."""
+    where = " and ".join(f"tags.`{k}` LIKE '%'" if v is None else f"tags.`{k}` = '{v}'" for k, v in tags.items())
+    return all_pages(
+        lambda token: client.search_runs(
             [experiment_id], where, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
         )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    )
 
 
 def _open_run(client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]) -> str:
@@ -312,8 +434,12 @@ def _open_run(client: MlflowClient, experiment_id: str, found: Run | None, name:
         return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
     run_id = found.info.run_id
     client.update_run(run_id, status="RUNNING")
+    for key in (ERROR_TAG, STOPPED_TAG):
+        if key in found.data.tags:
+            client.delete_tag(run_id, key)
     for key, value in tags.items():
-        client.set_tag(run_id, key, value)
+        if found.data.tags.get(key) != value:
+            client.set_tag(run_id, key, value)
     return run_id
 
 

@@ -1,4 +1,8 @@
-"""What a Ray Tune worker runs: one trial, from shared tensors to artifacts. Ray is the few lines at the end."""
+"""What a Ray Tune worker runs: one trial, from shared tensors to artifacts. Ray is the few lines at the end.
+
+A trial goes on from its newest checkpoint, whoever began it. An error that would come again is caught and told to the
+driver, which marks the trial FAILED; only a worker that dies is started again by Ray.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +21,48 @@ from safetensors.torch import save_file
 
 from llgbm.bundle import GeneratorBundle
 from llgbm.evaluation import REPORTED_PARTS, PartResult, evaluate_generator
-from llgbm.lora import adapter_config, write_adapter_files
-from llgbm.training import Outcome, train
+from llgbm.runtime import UserError, pick_device, release_device_memory
+from llgbm.training import Outcome, State, train
 from llgbm.world import World
+from tuning import run_notes
+from tuning.checkpoints import TrialCheckpoints, trial_lock
+from tuning.cluster import take_share
 from tuning.studies import TrialSpec
-from tuning.tracking import TrackingTarget, TrialTracker
+from tuning.tracking import TrackingTarget, TrialTracker, finished_metrics
+
+CHECKPOINT_SECONDS = 300.0
+HOPELESS_STARTS = 10
+STARTS_TAG = "llgbm.starts"
 
 
-def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluation: Any) -> dict[str, float]:
-    """Train, evaluate and log one trial; return its final metrics.
+@dataclass(frozen=True)
+class TrialSetting:
+    """What every trial of one sweep is given beside its own spec: where it reports, where its state is kept, its share.
 
-    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known.
+    `session` names the driver's present life.
+    """
+
+    target: TrackingTarget
+    storage: str
+    session: str
+    threads: int
+    gpus: float
+    keep_adapters: bool
+
+
+def run_trial(
+    trial: TrialSpec,
+    world: World,
+    tracker: TrialTracker,
+    checkpoints: TrialCheckpoints,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+    keep_adapters: bool = True,
+) -> dict[str, float]:
+    """Train from the newest checkpoint, evaluate and log one trial; return its final metrics.
+
+    They are logged at the step after the last, since they are of the best generator, not of the last.
+    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known. The adapters that it generates
+    are among its artifacts if `keep_adapters` says so.
     """
 
     def report(step: int, metrics: Mapping[str, float]) -> bool:
@@ -35,8 +71,13 @@ def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluati
             on_evaluation(step, metrics)
         return True
 
-    started = time.perf_counter()
-    outcome = train(trial.config, world.data, world.flora, report)
+    def keep(state: State) -> None:
+        if tracker.is_flushed():
+            checkpoints.write(state)
+
+    started, state = time.perf_counter(), checkpoints.newest()
+    before = state["seconds"] if state else 0.0
+    outcome = train(trial.config, world.data, world.flora, report, keep, state, CHECKPOINT_SECONDS)
     results = {p: evaluate_generator(outcome.generator, world.data, world.flora, p) for p in ("test", "val", "train")}
     metrics = {
         **{
@@ -46,25 +87,26 @@ def run_trial(trial: TrialSpec, world: World, tracker: TrialTracker, on_evaluati
         },
         "best_step": float(outcome.best_step),
         "time/steps_per_second": outcome.steps_run / outcome.seconds,
-        "time/seconds": time.perf_counter() - started,
+        "time/seconds": before + time.perf_counter() - started,
         "time/peak_memory_mb": peak_memory_mb(),
     }
-    tracker.log(outcome.steps_run, metrics)
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), trial, world, outcome, results)
+        if keep_adapters:
+            run_notes.write_trial_adapters(Path(folder), world, results)
         tracker.log_artifacts(Path(folder), "")
+    tracker.log(outcome.steps_run + 1, metrics)
     return metrics
 
 
 def write_artifacts(
     folder: Path, trial: TrialSpec, world: World, outcome: Outcome, results: Mapping[str, PartResult]
 ) -> None:
-    """Deltas, per-task numbers, generated adapters of validation and test tasks, and the generator, into a folder."""
+    """Deltas, per-task numbers, settings and the generator, into a folder."""
     (folder / "generator").mkdir()
     GeneratorBundle.save(folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world))
     for part in ("val", "test"):
         result, tasks = results[part], list(results[part].accuracy_by_task)
-        _write_adapters(folder / "adapters" / part, world, tasks, result)
         (folder / "deltas").mkdir(exist_ok=True)
         tensors = {"predicted": result.delta_AD.cpu(), "teacher": result.teacher_delta_AD.cpu()}
         save_file(tensors, folder / "deltas" / f"{part}.safetensors", {"tasks": json.dumps(tasks)})
@@ -74,13 +116,6 @@ def write_artifacts(
     }
     (folder / "per_task.json").write_text(json.dumps(per_task, indent=1))
     (folder / "config.json").write_text(json.dumps(trial.config.as_dict(), indent=1))
-
-
-def _write_adapters(folder: Path, world: World, tasks: Sequence[str], result: PartResult) -> None:
-    config = adapter_config(world.bank.spec, world.base.path)
-    for task, state in zip(tasks, result.adapters.to_state_dicts(), strict=True):
-        (folder / task).mkdir(parents=True)
-        write_adapter_files(folder / task, state, config)
 
 
 def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
@@ -104,23 +139,84 @@ def peak_memory_mb() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def ray_trainable(
-    params: Mapping[str, Any],
-    trials: Sequence[TrialSpec],
-    worlds: Mapping[str, World],
-    target: TrackingTarget,
-    threads: int,
-) -> None:
-    """The function that Ray Tune calls; `params["trial"]` is the trial's place in the study."""
-    from ray import tune
+def attempt(
+    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+) -> dict[str, Any]:
+    """Run a trial and say how it went: its final metrics with `finished`, or the cause in `failed`.
 
-    torch.set_num_threads(threads)
-    trial: TrialSpec = trials[params["trial"]]
-    world = worlds[trial.world.hash]
-    tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
-    tracker = TrialTracker.open(target, trial.id, trial.name, trial.config.as_dict(), tags)
+    A trial that is finished already is not run: its metrics come with `reused`. Raises only what a new process may
+    mend.
+    """
     try:
-        metrics = run_trial(trial, world, tracker, lambda step, found: tune.report({"step": step, **found}))
+        with trial_lock(setting.storage, trial.id):
+            known = finished_metrics(setting.target, trial.id)
+            if known is not None:
+                return {"step": trial.config.steps, "finished": True, "reused": True, **known}
+            metrics = run_tracked(trial, world, setting, on_evaluation)
+        return {"step": trial.config.steps, "finished": True, **metrics}
+    except Exception as error:
+        if is_of_the_process(error):
+            raise
+        return {"step": 0, "failed": cause_of(error, setting)}
+    finally:
+        release_device_memory()
+
+
+def run_tracked(
+    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+) -> dict[str, float]:
+    """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
+    tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
+    tags |= run_notes.note_tags(run_notes.trial_note(trial, trial.note))
+    tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    checkpoints = TrialCheckpoints(setting.storage, trial.id)
+    try:
+        check_hope(tracker, checkpoints, setting.session)
+        run_notes.log_datasets(tracker.client, tracker.run_id, [world])
+        with run_notes.system_metrics(setting.target.tracking_uri, tracker.run_id):
+            return run_trial(trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters)
     finally:
         tracker.close()
-    tune.report({"step": trial.config.steps, "finished": True, **metrics})
+
+
+def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
+    """Count the starts from one checkpoint in the life of one driver; raise UserError when they lead nowhere."""
+    place = f"{session} {checkpoints.newest_name()}"
+    tag = tracker.tag(STARTS_TAG)
+    starts = 1 + (int(tag.rpartition(" ")[2]) if tag.startswith(f"{place} ") else 0)
+    if starts > HOPELESS_STARTS:
+        raise UserError(
+            f"its worker died {starts - 1} times in a row without reaching another checkpoint: look for what kills it, "
+            "most often the host's memory"
+        )
+    tracker.set_tag(STARTS_TAG, f"{place} {starts}")
+
+
+def is_of_the_process(error: Exception) -> bool:
+    """Whether only this process is broken, as after a CUDA error that is not about memory: a new one may do better."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host had no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def cause_of(error: Exception, setting: TrialSetting) -> str:
+    """One sentence on why a trial failed."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    if is_out_of_memory(error):
+        share = f"{setting.gpus:g} of a GPU" if setting.gpus else "its share of the host"
+        return f"out of memory ({first[:200]}): give trials more than {share}, or a smaller batch"
+    kind = "" if isinstance(error, UserError | FloatingPointError) else f"{type(error).__name__}: "
+    return f"{kind}{first}"[:500]
+
+
+def ray_trainable(params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting) -> None:
+    """The function that Ray Tune calls; `params["trial"]` is the trial's spec."""
+    from ray import tune
+
+    take_share(setting.threads, setting.gpus)
+    trial: TrialSpec = params["trial"]
+    world = worlds[trial.world.hash].to(pick_device() if setting.gpus else "cpu")
+    tune.report(attempt(trial, world, setting, lambda step, found: tune.report({"step": step, **found})))

@@ -1,0 +1,153 @@
+"""The command lines that the task scripts share: a script gives its defaults, the rest is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from dnd.bank import AdapterBank, task_texts
+from dnd.embedded import embedded_bank
+from dnd.errors import DndError
+from dnd.generation import AdapterWriter
+from dnd.training import Trained, TrainSettings, train
+
+SMOKE = {
+    "n_prompts": 4,
+    "max_length": 24,
+    "length": None,
+    "features": ((8, 12, 66),),
+    "kernel_size": 3,
+    "token_size": None,
+    "steps": 8,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "save_every": 4,
+}
+
+
+def feature_shape(text: str) -> tuple[int, int, int]:
+    """`256x50x200` as three sizes."""
+    n, length, width = (int(size) for size in text.split("x"))
+    return n, length, width
+
+
+def common_options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--smoke", action="store_true", help="toy settings on LLGBM's embedded bank")
+    parser.add_argument("--cache", type=Path, default=Path(".llgbm"), help="where the embedded bank is kept")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="TASK_train.json and TASK.json in DnD's format")
+    parser.add_argument("--encoder", help="folder or hub id of the frozen encoder of prompts")
+    parser.add_argument("--layer", type=int, help="take the output of this block of the encoder (default: the last)")
+    parser.add_argument("--part", help="what to condition on: prompts, prompts+answers or answers")
+    parser.add_argument("--n-prompts", type=int, help="prompts of a condition")
+    parser.add_argument("--max-length", type=int, help="tokens read of a prompt")
+    parser.add_argument("--length", type=int, help="length that prompts are shortened to before the decoder")
+    parser.add_argument("--features", type=feature_shape, nargs="*", metavar="NxLxC", help="shapes inside the decoder")
+    parser.add_argument("--kernel-size", type=int)
+    parser.add_argument("--token-size", type=int, nargs=2, metavar=("H", "W"))
+    return parser
+
+
+def training_parser(bank: str, out: str) -> argparse.ArgumentParser:
+    """The options of a training script."""
+    parser = common_options("Train a generator of LoRA weights on a bank of adapters.")
+    parser.add_argument("--bank", type=Path, default=Path(bank), help=f"folder of TASK/TASK_i/ (default: {bank})")
+    parser.add_argument("--tasks", nargs="*", metavar="TASK", help="train on these tasks of the bank alone")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"where checkpoints go (default: {out})")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--dry-run", action="store_true", help="check bank and settings, say what would be trained")
+    parser.add_argument("--criterion-weight", metavar="FILE", help="importance weights (default: from the bank)")
+    for name in ("steps", "batch-size", "warmup-steps", "save-every", "workers", "seed"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("learning-rate", "weight-decay"):
+        parser.add_argument(f"--{name}", type=float)
+    return parser
+
+
+def train_command(
+    defaults: TrainSettings, bank: str, out: str, tasks: Sequence[str] = (), arguments: Sequence[str] | None = None
+) -> Trained | None:
+    """A training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
+    parsed = training_parser(bank, out).parse_args(arguments)
+    chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
+    if parsed.smoke:
+        parsed.bank, encoder, chosen = embedded_bank(parsed.cache)
+        defaults = replace(defaults, **SMOKE, encoder=str(encoder))
+    settings = override(defaults, parsed)
+    found = AdapterBank.open(parsed.bank, chosen, parsed.data, settings.part)
+    say(f"{len(found.adapters)} adapters of {len(found.texts)} tasks in {parsed.bank}")
+    if parsed.dry_run:
+        return None
+    trained = train(settings, found, parsed.out, parsed.resume, lambda step, loss: say(f"step {step}: {loss:.6f}"))
+    losses = {"first": trained.losses[0], "last": trained.losses[-1]}
+    if is_first_process():
+        print(json.dumps({"checkpoint": str(trained.checkpoint), "steps": len(trained.losses), "loss": losses}))
+    return trained
+
+
+def generate_command(
+    defaults: TrainSettings, checkpoint: str, out: str, task: str, arguments: Sequence[str] | None = None
+) -> list[str]:
+    """A generation script: returns the folders written. Raises DndError for a user's mistake."""
+    parser = common_options("Write PEFT adapters from prompts of a task that no adapter was trained on.")
+    parser.add_argument("--checkpoint", type=Path, default=Path(checkpoint), help="a training's --out, or a .pth file")
+    parser.add_argument("--like", type=Path, metavar="DIR", help="for a .pth file: an adapter like those it writes")
+    parser.add_argument("--prompts", type=Path, metavar="DIR", help="folder with a prompts.json of the task")
+    parser.add_argument("--task", default=task, help=f"the task whose prompts are read from --data (default: {task})")
+    parser.add_argument("--count", type=int, default=1, help="adapters, each from another draw of prompts")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"where adapters go (default: {out})")
+    parsed = parser.parse_args(arguments)
+    if parsed.smoke:
+        parsed.prompts = next((embedded_bank(parsed.cache)[0]).glob("*/*/prompts.json")).parent
+    if parsed.data is None and parsed.prompts is None:
+        raise DndError("there are no prompts: name --data with DnD's files, --prompts with a prompts.json, or --smoke")
+    settings = override(defaults, parsed)
+    folder = parsed.prompts or Path()
+    texts = task_texts(folder, parsed.task, parsed.data, settings.part, "evaluation")
+    writer = AdapterWriter.load(parsed.checkpoint, settings, parsed.like)
+    folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
+    for index, target in enumerate(folders):
+        writer.write(texts, target, seed=index)
+    print(json.dumps({"adapters": [str(target) for target in folders]}))
+    return [str(target) for target in folders]
+
+
+def override(defaults: TrainSettings, parsed: argparse.Namespace) -> TrainSettings:
+    """The settings with every option that was given."""
+    given = {name: getattr(parsed, name, None) for name in TrainSettings.__dataclass_fields__}
+    return replace(defaults, **{name: _frozen(value) for name, value in given.items() if value is not None})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def exit_status(command: Callable[[], object]) -> int:
+    """0, or 2 and one sentence for what the user can mend."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        command()
+    except DndError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+def say(text: str) -> None:
+    """One line on standard error, by the first process of a launch alone."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,264 @@
+"""The one training function of all scripts: a HyperConv decoder on a bank, by any number of processes.
+
+Letters: B adapters in a batch, N prompts, L tokens of a prompt, C width of the features, T, H, W shape of the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dnd.bank import AdapterBank, Samples, positions, read_json
+from dnd.conditions import Part, TokenFeatures
+from dnd.errors import DndError
+from dnd.files import read_plain_pickle
+from dnd.importance import importance_weights, load_importance
+from dnd.model import HyperConvDecoderModel, HyperConvDecoderModel_SuperLarge, load_checkpoint
+from dnd.model.decoderonly import trained_state
+from dnd.tokenizer import LoraTokenizer2D, default_token_size
+
+MODEL_FILE, SETTINGS_FILE, TRAINER_FILE = "model.safetensors", "settings.json", "trainer.pt"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that a training depends on but for the bank.
+
+    `features` are the shapes between the condition's and the tokens'; `token_size` None follows from the adapters.
+    `max_length` tokens of a prompt are read and, where `length` is smaller, shortened to it by two linear layers.
+    `batch_size` counts adapters a process.
+    """
+
+    encoder: str = "sentence-transformers/all-MiniLM-L12-v2"
+    layer: int | None = None
+    part: Part = "prompts"
+    n_prompts: int = 128
+    max_length: int = 384
+    length: int | None = None
+    features: tuple[tuple[int, int, int], ...] = ()
+    kernel_size: int = 9
+    token_size: tuple[int, int] | None = None
+    criterion_weight: str | None = None
+    steps: int = 5000
+    batch_size: int = 8
+    learning_rate: float = 3e-5
+    weight_decay: float = 0.1
+    warmup_steps: int = 1
+    max_norm: float = 1.0
+    save_every: int = 100
+    workers: int = 0
+    seed: int = 999
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(tuple(shape) for shape in self.features))
+        for name in ("n_prompts", "max_length", "steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise DndError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise DndError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves: the model, the loss of every step averaged over the processes, and the checkpoint."""
+
+    model: HyperConvDecoderModel
+    losses: list[float]
+    checkpoint: Path
+
+
+def train(
+    settings: TrainSettings,
+    bank: AdapterBank,
+    folder: Path,
+    resume: bool = False,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> Trained:
+    """Train on a bank and leave `folder/checkpoint-STEP`; every process of a launch calls this.
+
+    Two processes do what one does with twice the batch. With `resume` it goes on from the newest checkpoint of the
+    same settings, to the same numbers. Raises DndError for a bank, encoder or checkpoint that does not fit, and where
+    the processes end with different weights.
+    """
+    accelerator = make_accelerator()
+    run = Run(settings, bank, accelerator)
+    if resume:
+        run.restore(newest_checkpoint(folder))
+    for batch in run.batches():
+        loss = run.advance(batch)
+        report(run.step, loss)
+        if run.step % settings.save_every == 0 or run.step == settings.steps:
+            refuse_different_weights(accelerator, run.plain)
+            if accelerator.is_main_process:
+                run.save(folder)
+            accelerator.wait_for_everyone()
+    return Trained(run.plain, run.losses, newest_checkpoint(folder))
+
+
+def make_accelerator() -> Accelerator:
+    """All GPUs there are, in bfloat16; the CPU in float32 where there is none."""
+    on_gpu = torch.cuda.is_available()
+    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+
+
+@dataclass
+class Run:
+    """The state of one process of a training."""
+
+    settings: TrainSettings
+    bank: AdapterBank
+    accelerator: Accelerator
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        like = next(self.bank.states())
+        self.tokenizer = LoraTokenizer2D(settings.token_size or default_token_size(like))
+        text_tokenizer, encoder = load_encoder(settings.encoder)
+        self.described = describe(settings, like, self.bank.config)
+        weight_T = self._importance(self.tokenizer.n_tokens(like))
+        self.plain = make_model(settings, self.tokenizer, like, encoder, weight_T)
+        self.samples = Samples(
+            self.bank, self.tokenizer, text_tokenizer, settings.n_prompts, settings.max_length, settings.seed
+        )
+        trained = [p for p in self.plain.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        # Not given to Accelerate, which would step it once a process: it counts the same steps on every rank.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+
+    def _importance(self, n_tokens: int) -> Tensor:
+        """Read, or computed by the first process from the bank and sent to the others."""
+        if self.settings.criterion_weight is not None:
+            return load_importance(self.settings.criterion_weight, n_tokens)
+        own = importance_weights(self.bank.states(), self.tokenizer) if self.accelerator.is_main_process else None
+        weight_T = torch.ones(n_tokens) if own is None else own
+        return broadcast(weight_T.to(self.accelerator.device)).cpu()
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then cosine decay to 0."""
+        warm, steps = self.settings.warmup_steps, self.settings.steps
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+    def batches(self) -> DataLoader[Any]:
+        """This process's share of every step from the present one on."""
+        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        steps = range(self.step, self.settings.steps)
+        shares = [positions(step, self.settings.batch_size, rank, n_ranks) for step in steps]
+        return DataLoader(self.samples, batch_sampler=shares, num_workers=self.settings.workers)
+
+    def advance(self, batch: Mapping[str, Tensor]) -> float:
+        """One step; the loss averaged over the processes."""
+        placed = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        target_BTHW = placed.pop("tokens")
+        loss = self.model(placed, target_BTHW)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        self.losses.append(self.accelerator.reduce(loss.detach().float(), "mean").item())
+        return self.losses[-1]
+
+    def save(self, folder: Path) -> None:
+        """Write `checkpoint-STEP` aside and rename it; the one before it is then removed."""
+        final, stage = folder / f"checkpoint-{self.step:06d}", folder / f".checkpoint-{self.step:06d}.writing"
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in trained_state(self.plain).items()}, stage / MODEL_FILE)
+        (stage / SETTINGS_FILE).write_text(json.dumps(self.described, indent=1))
+        trainer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        torch.save({**trainer, "step": self.step, "losses": self.losses}, stage / TRAINER_FILE)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(stage, final)
+        for older in sorted(folder.glob("checkpoint-*"))[:-1]:
+            shutil.rmtree(older)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from what `save` wrote. Raises DndError where settings or adapters are others."""
+        if read_json(checkpoint / SETTINGS_FILE) != json.loads(json.dumps(self.described)):
+            raise DndError(
+                f"{checkpoint} is of other settings or another bank: resume with the same, or name another --out"
+            )
+        load_checkpoint(self.plain, checkpoint / MODEL_FILE)
+        state = read_plain_pickle(checkpoint / TRAINER_FILE)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.losses = state["step"], state["losses"]
+
+
+def describe(settings: TrainSettings, like: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside a checkpoint, enough to generate from it without the bank."""
+    shapes = {key: list(tensor.shape) for key, tensor in like.items()}
+    return {"settings": asdict(settings), "shapes": shapes, "adapter_config": dict(adapter_config)}
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The last checkpoint that a training left. Raises DndError for none."""
+    found = sorted(folder.glob("checkpoint-*"))
+    if not found:
+        raise DndError(f"{folder} holds no checkpoint: train first, or name the folder that a training wrote")
+    return found[-1]
+
+
+def load_encoder(name: str) -> tuple[Any, nn.Module]:
+    """Tokenizer and frozen model of a folder or a hub name, float32. Raises DndError where it cannot be loaded."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DndError(f"no encoder can be loaded from {name!r}: name a folder or a hub id with --encoder") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer, model.float().eval()
+
+
+def make_model(
+    settings: TrainSettings,
+    tokenizer: LoraTokenizer2D,
+    like: Mapping[str, Tensor],
+    encoder: nn.Module,
+    weight_T: Tensor,
+) -> HyperConvDecoderModel:
+    """The model for adapters like `like` and conditions of an encoder."""
+    extractor = TokenFeatures(encoder, settings.layer)
+    width = int(encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    first = (settings.n_prompts, settings.length or settings.max_length, width)
+    last = (tokenizer.n_tokens(like), *tokenizer.token_size)
+    config = {
+        "features": [first, *settings.features, last],
+        "condition_dim": first,
+        "kernel_size": settings.kernel_size,
+    }
+    if first[1] == settings.max_length:
+        return HyperConvDecoderModel(config, weight_T, extractor)
+    return HyperConvDecoderModel_SuperLarge(config, weight_T, settings.max_length, first[1], extractor)
+
+
+def refuse_different_weights(accelerator: Accelerator, model: HyperConvDecoderModel) -> None:
+    """Raise DndError unless all processes hold the same weights to the last bit."""
+    digest = hashlib.sha256()
+    for tensor in trained_state(model).values():
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=accelerator.device)
+    if accelerator.gather(own).unique().numel() != 1:
+        raise DndError("the processes hold different weights: they did not see the same gradients; start them again")

@@ -1,0 +1,9 @@
+"""Mathematics: train on adapters of Qwen2.5-1.5B."""
+
+import sys
+
+from dnd.commands import exit_status, train_command
+from dnd.recipes import MATH
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: train_command(MATH, "data/math1.5B", "checkpoints/qwen1.5lora__Math")))

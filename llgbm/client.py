@@ -1,0 +1,89 @@
+"""Ask a served generator for an adapter. Needs nothing but Python: no torch, no MLflow, not even the base model.
+
+The server is MLflow's own: `mlflow models serve -m models:/NAME@champion --env-manager local`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from llgbm.cache import output_folder
+from llgbm.runtime import UserError
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+SECONDS = 120.0
+
+
+def fetch_adapter(url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS) -> Path:
+    """Send the unlabelled prompts of one task to the server at `url` and write its answer as a PEFT folder.
+
+    The folder is written whole or not at all; an earlier adapter there is replaced. Raises UserError if there is no
+    prompt, the server does not answer within `timeout` seconds or answers something else, or the folder is foreign.
+    """
+    texts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not texts:
+        raise UserError("there is no prompt: give at least one unlabelled prompt of the task")
+    weights, config = _adapter_of(url, _ask(url, texts, timeout))
+    with output_folder(Path(folder), CONFIG_FILE) as stage:
+        (stage / WEIGHTS_FILE).write_bytes(weights)
+        (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
+    return Path(folder)
+
+
+def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"{url!r} is no address of a server: write http://host:port")
+    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(prompts)]]}}
+    headers = {"Content-Type": "application/json"}
+    request = Request(f"{url.rstrip('/')}/invocations", json.dumps(body).encode(), headers)
+    try:
+        with urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        raise UserError(f"the server at {url} refused the prompts (HTTP {error.code}: {_complaint(error)})") from error
+    except (URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"no generator is served at {url} ({reason}): start `mlflow models serve`, or correct the address"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
+
+
+def _complaint(error: HTTPError) -> str:
+    text = error.read(2000).decode("utf-8", "replace")
+    try:
+        text = str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    return " ".join(text.split())[:300] or "no reason given"
+
+
+def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
+    try:
+        (row,) = answer["predictions"]
+        weights = base64.b64decode(row["adapter_safetensors_base64"], validate=True)
+        config = json.loads(row["adapter_config"])
+        whole = _is_safetensors(weights) and config["peft_type"] == "LORA"
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise UserError(f"the server at {url} answers no adapter: it serves something else than a generator") from error
+    if not whole:
+        raise UserError(f"the adapter that the server at {url} sent is damaged: ask again")
+    return weights, config
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """Whether the bytes are as long as their header says (the format: 8 bytes length, a JSON header, the values)."""
+    header = int.from_bytes(data[:8], "little")
+    if len(data) < 8 + header:
+        return False
+    tensors = {key: value for key, value in json.loads(data[8 : 8 + header]).items() if key != "__metadata__"}
+    return bool(tensors) and len(data) == 8 + header + max(tensor["data_offsets"][1] for tensor in tensors.values())

@@ -1,0 +1,52 @@
+"""Real servers for tests: started on a free port of 127.0.0.1, waited for, stopped."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(command: Sequence[str], log: Path, health: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run a program that takes `--port`; yield its address once `/health` answers there, end it afterwards."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as stream:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=stream, stderr=stream, env=env)
+        try:
+            _wait_for(process, f"{url}/{health}", log)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def mlflow_server(python: str, backend: str, folder: Path) -> list[str]:
+    """The command of an MLflow server with one worker, but for its port."""
+    command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    return [*command, "--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
+
+
+def _wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(url, timeout=5).ok:
+                return
+        except requests.exceptions.RequestException:
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")

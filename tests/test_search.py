@@ -1,0 +1,290 @@
+"""Random and Optuna search: what Optuna is told, what a killed driver leaves, what a scheduler may stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from llgbm.runtime import UserError, stream_seed
+from llgbm.training import TrainingConfig
+from tuning.search import (
+    RETRY_OF,
+    STOPPED,
+    PointSearch,
+    describe_best,
+    find_search,
+    make_scheduler,
+    open_search,
+    optuna_url,
+)
+from tuning.space import SearchSpace, TrialSpec
+from tuning.studies import STUDIES, Study, StudyOptions
+
+BOTH = ("val/accuracy", "val/delta_cosine")
+SPACE = STUDIES["optuna_lambda"](StudyOptions()).space
+assert SPACE is not None
+
+
+def score(spec: TrialSpec) -> dict[str, Any]:
+    """A landscape with its top at λ_w 0.3, λ_d 1 and rate 2e-3, and seeds that differ."""
+    config = spec.config
+    far = np.log10([config.lambda_weight / 0.3, config.lambda_delta, config.learning_rate / 2e-3])
+    noise = stream_seed(spec.id) % 1000 / 1e5
+    values = (1 - float(far @ far) / 4 - noise, 1 - abs(float(far[1])) / 3 - noise)
+    return {"step": config.steps, "finished": True, **dict(zip(BOTH, values, strict=True))}
+
+
+def fresh(space: SearchSpace, n_points: int, study: optuna.Study | None = None) -> PointSearch:
+    directions = ["maximize"] * len(space.objectives)
+    return PointSearch(space, study or optuna.create_study(directions=directions, study_name="s"), n_points)
+
+
+def finish(search: PointSearch, result: Callable[[TrialSpec], dict[str, Any] | None] = score) -> list[TrialSpec]:
+    """Run what is asked for, one by one."""
+    ran = []
+    while (spec := search.ask()) is not None:
+        ran.append(spec)
+        search.tell(spec, result(spec))
+    return ran
+
+
+def params_of(study: optuna.Study) -> list[dict[str, float]]:
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize(("sampler", "objectives"), [("optuna", BOTH[:1]), ("random", BOTH[:1]), ("optuna", BOTH)])
+def test_the_points_are_those_of_optunas_own_loop_over_means(sampler: str, objectives: tuple[str, ...]) -> None:
+    space = replace(SPACE, sampler=sampler, objectives=objectives, seeds=(0, 1, 2))
+    search = fresh(space, 9)
+    assert len(finish(search)) == 27
+
+    def objective(trial: optuna.Trial) -> list[float]:
+        point = {name: trial.suggest_float(name, *ends, log=True) for name, ends in space.ranges.items()}
+        found = [score(spec) for spec in space.trials(point)]
+        return [float(np.mean([result[name] for result in found])) for name in objectives]
+
+    theirs = optuna.create_study(directions=["maximize"] * len(objectives))
+    for number in range(9):
+        seed = stream_seed("s", number) % 2**32
+        kinds = {"random": optuna.samplers.RandomSampler, "optuna": optuna.samplers.TPESampler}
+        more = {"n_startup_trials": 5, "constant_liar": True} if sampler == "optuna" else {}
+        theirs.sampler = kinds[sampler](seed=seed, **more)
+        theirs.optimize(objective, n_trials=1)
+    assert params_of(search.study) == params_of(theirs)
+    np.testing.assert_allclose([t.values for t in search.study.trials], [t.values for t in theirs.trials], rtol=1e-12)
+
+
+@given(kills=st.lists(st.booleans(), min_size=12, max_size=40), concurrent=st.integers(1, 3), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_driver_killed_anywhere_loses_and_doubles_no_point(
+    kills: list[bool], concurrent: int, data: st.DataObject
+) -> None:
+    """What runs when a driver dies is lost, what has ended is known to MLflow; Optuna's storage is all that stays."""
+    study = optuna.create_study(direction="maximize", study_name="s")
+    done: dict[str, dict[str, Any]] = {}
+    kill_at = iter(kills)
+    search, running = fresh(SPACE, 4, study), []
+    while True:
+        while len(running) < concurrent and (spec := search.ask()) is not None:
+            running.append(spec)
+        if not running:
+            break
+        if next(kill_at, False):
+            search, running = PointSearch(SPACE, study, 4, dict(done)), []
+            continue
+        spec = running.pop(data.draw(st.integers(0, len(running) - 1)))
+        assert spec.id not in done
+        done[spec.id] = score(spec)
+        search.tell(spec, done[spec.id])
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
+    assert len(done) == 4 * len(SPACE.seeds)
+    assert {spec.id for spec in search.trials()} == set(done)
+    if concurrent == 1:
+        undisturbed = fresh(SPACE, 4)
+        finish(undisturbed)
+        assert params_of(study) == params_of(undisturbed.study)
+
+
+def test_a_later_run_goes_on_and_runs_nothing_again(tmp_path: Path) -> None:
+    study = replace(STUDIES["optuna_lambda"](StudyOptions()), space=SPACE)
+    url = optuna_url(None, tmp_path)
+    assert find_search(study, url) is None and not list(tmp_path.iterdir())
+    first = PointSearch(SPACE, open_search(study, url), 3)
+    assert len(finish(first)) == 6
+    again = PointSearch(SPACE, open_search(study, url), 3)
+    assert finish(again) == []
+    more = PointSearch(SPACE, open_search(study, url), 5)
+    assert len(finish(more)) == 4
+    straight = fresh(SPACE, 5, optuna.create_study(direction="maximize", study_name=more.study.study_name))
+    finish(straight)
+    assert params_of(more.study) == params_of(straight.study)
+    other = replace(study, space=replace(SPACE, seeds=(5,)))
+    assert find_search(other, url) is None and len(open_search(other, url).trials) == 0
+    assert open_search(study, url, fresh=True).trials == []
+    assert find_search(study, url).trials == []
+
+
+def test_trials_that_ended_before_are_told_without_being_run() -> None:
+    straight = fresh(SPACE, 3)
+    known = {spec.id: score(spec) for spec in finish(straight)}
+    search = PointSearch(SPACE, optuna.create_study(direction="maximize", study_name="s"), 3, known)
+    assert search.ask() is None
+    assert [t.values for t in search.study.trials] == [t.values for t in straight.study.trials]
+
+
+def test_a_failed_seed_fails_its_point_and_no_other() -> None:
+    search = fresh(SPACE, 3)
+
+    def result(spec: TrialSpec) -> dict[str, Any]:
+        fails = spec.config.seed == 0 and len(search.study.trials) == 1
+        return {"step": 0, "failed": "the loss is nan"} if fails else score(spec)
+
+    ran = finish(search, result)
+    assert len(ran) == 6
+    assert [t.state for t in search.study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert search.retry_failed() == 1
+    retried = finish(search)
+    assert [spec.id for spec in retried] == [ran[0].id]
+    last = search.study.trials[-1]
+    assert (last.state, last.user_attrs[RETRY_OF]) == (TrialState.COMPLETE, 0)
+    assert last.params == search.study.trials[0].params
+    assert len(search.trials()) == 6
+
+
+@pytest.mark.parametrize("objectives", [BOTH[:1], BOTH])
+def test_a_stopped_seed_counts_with_what_it_reached(objectives: tuple[str, ...]) -> None:
+    search = fresh(replace(SPACE, objectives=objectives), 3)
+
+    def result(spec: TrialSpec) -> dict[str, Any]:
+        stopped = spec.config.seed == 1 and len(search.study.trials) == 2
+        return {**score(spec), **({"step": 200, "finished": False} if stopped else {})}
+
+    finish(search, result)
+    point = search.study.trials[1]
+    means = [np.mean([score(spec)[name] for spec in search.space.trials(point.params)]) for name in objectives]
+    np.testing.assert_allclose(point.values, means, rtol=1e-12)
+    assert point.user_attrs[STOPPED] == 200
+    assert point.state == (TrialState.PRUNED if len(objectives) == 1 else TrialState.COMPLETE)
+    said = describe_best(search.space, search.study)
+    assert "best of 2 points" in said
+    assert search.space.trials(point.params)[0].name not in said
+
+
+def test_optunas_front_is_what_is_called_best() -> None:
+    search = fresh(replace(SPACE, objectives=BOTH), 12)
+    finish(search)
+    front = {search.space.trials(t.params)[0].name for t in search.study.best_trials}
+    said = describe_best(search.space, search.study)
+    assert all(
+        (search.space.trials(t.params)[0].name in said) == (t in search.study.best_trials) for t in search.study.trials
+    )
+    assert 1 <= len(front) <= 5
+
+
+def test_optuna_comes_nearer_to_a_planted_top_than_random_does() -> None:
+    def reached(sampler: str, repetition: int) -> float:
+        space = replace(SPACE, sampler=sampler, seeds=(repetition,))
+        study = optuna.create_study(direction="maximize", study_name=f"{repetition}")
+        finish(fresh(space, 25, study))
+        return study.best_value
+
+    best = {sampler: np.mean([reached(sampler, n) for n in range(4)]) for sampler in ("optuna", "random")}
+    assert best["optuna"] > best["random"]
+
+
+def test_half_a_point_is_no_point() -> None:
+    study = optuna.create_study(direction="maximize", study_name="s")
+    half = study.ask()
+    half.suggest_float("lambda_weight", 0.03, 3.0, log=True)
+    search = PointSearch(SPACE, study, 2)
+    finish(search)
+    straight = fresh(SPACE, 2)
+    finish(straight)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert params_of(study)[1:] == params_of(straight.study)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nonsense", "cannot be used"),
+        ("foo://bar", "foo"),
+        ("sqlite:///{here}/text.db", "not a database"),
+        ("sqlite:///{here}/text.db/below/optuna.db", "text.db"),
+        ("postgresql://127.0.0.1:9/x", "cannot be used"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_sentence(url: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("no database at all, and long enough to be looked at as one" * 20)
+    with pytest.raises(UserError, match=words) as refused:
+        open_search(STUDIES["optuna_lambda"](StudyOptions()), url.format(here=tmp_path))
+    assert "\n" not in str(refused.value) and "--optuna-storage" in str(refused.value)
+
+
+@given(steps=st.integers(1, 2000), eval_every=st.integers(1, 600))
+@settings(deadline=None)
+def test_asha_stops_nothing_after_the_last_evaluation_before_the_end(steps: int, eval_every: int) -> None:
+    config = TrainingConfig(steps=steps, eval_every=eval_every)
+    study = Study("s", (TrialSpec("one", config, SPACE.base.world),), metric="val/delta_cosine")
+    evaluations = [step for step in range(1, steps) if step % eval_every == 0]
+    if not evaluations:
+        with pytest.raises(UserError, match="have none"):
+            make_scheduler("asha", study)
+        return
+    scheduler = make_scheduler("asha", study)
+    milestones = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
+    assert milestones and eval_every <= min(milestones) and max(milestones) <= evaluations[-1]
+    assert scheduler._metric == "val/delta_cosine"
+
+
+def test_ashas_rungs_compare_validation_values_and_let_a_last_step_pass() -> None:
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
+    study = Study("s", (TrialSpec("one", TrainingConfig(steps=600, eval_every=100), SPACE.base.world),))
+    scheduler = make_scheduler("asha", study)
+    said = {}
+    for name, value in (("good", 0.8), ("better", 0.9), ("bad", 0.1)):
+        trial = Trial("x", trial_id=name, stub=True)
+        scheduler.on_trial_add(None, trial)
+        for step in (100, 200):
+            said[name, step] = scheduler.on_trial_result(None, trial, {"step": step, "val/accuracy": value})
+        said[name, 600] = scheduler.on_trial_result(None, trial, {"step": 600, "val/accuracy": 0.0})
+    go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
+    assert [said["bad", step] for step in (100, 200)] == [go, stop]
+    assert {said[name, step] for name in ("good", "better") for step in (100, 200, 600)} == {go}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"objectives": ("heldout/accuracy",)}, "heldout/accuracy"),
+        ({"objectives": ("val/accuracy", "val/accuracy")}, "none twice"),
+        ({"sampler": "magic"}, "magic"),
+        ({"lambda_delta": (0.0, 1.0)}, "log scale"),
+        ({"lambda_delta": (2.0, 1.0)}, "in order"),
+        ({"lambda_delta": (0.1, float("inf"))}, "finite"),
+        ({"lambda_weight": (0, 0), "lambda_delta": (1, 1), "learning_rate": (1e-3, 1e-3)}, "nothing to search"),
+    ],
+)
+def test_a_space_that_is_none_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        replace(SPACE, **changes)
+
+
+def test_a_fixed_field_is_no_parameter() -> None:
+    space = replace(SPACE, lambda_weight=(0.3, 0.3))
+    search = fresh(space, 2)
+    assert {spec.config.lambda_weight for spec in finish(search)} == {0.3}
+    assert {frozenset(params) for params in params_of(search.study)} == {frozenset(("lambda_delta", "learning_rate"))}

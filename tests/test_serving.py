@@ -1,0 +1,180 @@
+"""A registered generator behind MLflow's own server, and the client that turns its answers into PEFT folders."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save
+from servers import free_port, serving
+from transformers import AutoModelForCausalLM
+
+from llgbm.bundle import GeneratorBundle
+from llgbm.client import fetch_adapter
+from llgbm.dataset import Standardiser
+from llgbm.generator import GeneratorConfig, make_generator
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.models import Base
+from llgbm.runtime import UserError
+from tuning.registry import fetch_bundle, register_generator
+from tuning.tracking import StudyTracker, TrialTracker
+
+MODEL = "models:/tiny@champion"
+PROMPTS = ["reverse plainly : apple lemon river =>", "reverse it : guitar piano =>"]
+
+
+@pytest.fixture(scope="module")
+def store(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, empty_store: Path, tmp_path_factory) -> str:
+    """A store whose one model is an untrained generator of adapters for the tiny base, a champion."""
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copytree(empty_store, folder / "mlruns")
+    standardiser = Standardiser.fit(tiny_adapters.flatten(tiny_spec))
+    config = GeneratorConfig(hidden=16)
+    facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "b"}
+    generator = make_generator(config, tiny_spec, 384, standardiser, seed=0)
+    (folder / "bundle").mkdir()
+    GeneratorBundle.save(folder / "bundle", generator, config, {**facts, "encoder": "minilm"})
+    study = StudyTracker.open(None, folder, "ablation")
+    target = study.begin("study", "id", {}, {})
+    run_id = TrialTracker.open(target, "t", "multitask", {"seed": 0}, {}).run_id
+    tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t"}
+    register_generator(study.tracking_uri, run_id, folder / "bundle", "tiny", tags, 0.5, "val/accuracy", {"a": 0.5})
+    return study.tracking_uri
+
+
+@pytest.fixture(scope="module")
+def served(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The champion, served."""
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
+    log = tmp_path_factory.mktemp("served") / "log"
+    with serving([*command, "-h", "127.0.0.1"], log, "ping", {**os.environ, "MLFLOW_TRACKING_URI": store}) as url:
+        yield url
+
+
+def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_itself(
+    served: str, store: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = [sys.executable, "-m", "llgbm", "fetch", "--url", served, "--prompts", str(tmp_path / "prompts.txt")]
+    done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bundle = GeneratorBundle.load(fetch_bundle(MODEL, store))
+    bundle.save_adapter(PROMPTS, tmp_path / "b")
+    got, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(got[key], tensor)
+    config, own = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
+    assert config == own
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "a")
+    assert loaded.peft_config["default"].r == config["r"]
+
+
+def test_prompts_that_the_server_refuses_are_told(served: str, tmp_path: Path) -> None:
+    body = {"dataframe_split": {"columns": ["prompts"], "data": [["no list"]]}}
+    answer = requests.post(f"{served}/invocations", json=body, timeout=60)
+    assert answer.status_code == 400 and "must be a JSON list" in answer.text
+    with pytest.raises(UserError, match="there is no prompt"):
+        fetch_adapter(served, ["  "], tmp_path / "adapter")
+    with pytest.raises(UserError, match="refused the prompts .HTTP 404"):
+        fetch_adapter(f"{served}/elsewhere", PROMPTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@contextmanager
+def answering(body: bytes, status: int = 200) -> Iterator[str]:
+    """A server that says the same to everyone."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+WEIGHTS = save({"layer.lora_A.weight": torch.ones(2, 3)})
+
+
+def answer(weights: bytes = WEIGHTS, config: object = None) -> bytes:
+    own = {"peft_type": "LORA", "r": 2} if config is None else config
+    row = {"adapter_safetensors_base64": base64.b64encode(weights).decode(), "adapter_config": json.dumps(own)}
+    return json.dumps({"predictions": [row]}).encode()
+
+
+def test_an_answer_becomes_a_folder_and_replaces_an_earlier_adapter(tmp_path: Path) -> None:
+    with answering(answer()) as url:
+        for _ in range(2):
+            assert fetch_adapter(url, PROMPTS, str(tmp_path / "adapter")) == tmp_path / "adapter"
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes").write_text("keep me")
+        with pytest.raises(UserError, match="no earlier output"):
+            fetch_adapter(url, PROMPTS, tmp_path / "mine")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>hello</html>", "answers no JSON"),
+        (b'{"predictions": []}', "answers no adapter"),
+        (b'{"predictions": [{"score": 0.5}]}', "answers no adapter"),
+        (b"[1, 2]", "answers no adapter"),
+        (answer(config={"r": 2}), "answers no adapter"),
+        (answer(config=[]), "answers no adapter"),
+        (answer(WEIGHTS[:-1]), "damaged"),
+        (answer(WEIGHTS + b"0"), "damaged"),
+        (answer(b"\xff" * 40), "damaged"),
+        (answer(b""), "damaged"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_in_one_sentence(body: bytes, message: str, tmp_path: Path) -> None:
+    with answering(body) as url, pytest.raises(UserError, match=message) as error:
+        fetch_adapter(url, PROMPTS, tmp_path / "adapter")
+    assert "\n" not in str(error.value) and not (tmp_path / "adapter").exists()
+
+
+def test_a_refusal_carries_the_servers_reason(tmp_path: Path) -> None:
+    refusal = json.dumps({"error_code": "BAD_REQUEST", "message": "row 0:\n`prompts` must be\na JSON list"}).encode()
+    with answering(refusal, 400) as url, pytest.raises(UserError, match="HTTP 400: row 0: `prompts` must be a JSON"):
+        fetch_adapter(url, PROMPTS, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("url", ["nowhere", "ftp://127.0.0.1/", f"http://127.0.0.1:{free_port()}"])
+def test_an_address_that_serves_nothing_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no address of a server|no generator is served at"):
+        fetch_adapter(url, PROMPTS, tmp_path / "adapter")
+
+
+def test_the_client_needs_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, llgbm.client; print([m for m in ('torch', 'mlflow', 'peft', 'safetensors') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,197 @@
+"""What machines there are, what a trial gets of them, and Ray on one machine or on many."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llgbm.runtime import UserError
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CONNECT_SECONDS = 5.0
+OBJECT_STORE_BYTES = 512 * 2**20
+CUDA_CONTEXT_BYTES = 700 * 2**20
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine, or this one as far as this process may use it."""
+
+    cpus: float
+    gpus: float
+
+    def fits(self, cpus: float, gpus: float) -> int:
+        """How many trials of this size run on it at once."""
+        return int(min(self.cpus / cpus, self.gpus / gpus if gpus else math.inf) + 1e-9)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each trial gets, and how many run at once."""
+
+    cpus: float
+    gpus: float
+    concurrent: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    def describe(self) -> str:
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        where = f" on {len(self.nodes)} machines" if len(self.nodes) > 1 else ""
+        return f"{self.concurrent} at a time{where}, {self.cpus:g} CPUs{gpus} each"
+
+
+def this_machine() -> tuple[Node, ...]:
+    """The CPUs that this process may use, and the GPUs that torch sees."""
+    return (Node(len(os.sched_getaffinity(0)), torch.cuda.device_count()),)
+
+
+def check_resources(
+    cpus: float | None, gpus: float | None, concurrent: int | None, nodes: Sequence[Node] | None = None
+) -> Resources:
+    """What trials get of `nodes` (default: of this machine).
+
+    Raises UserError for more than any of them has, or for nothing: Ray would leave such trials pending for ever.
+    """
+    nodes = tuple(nodes or this_machine())
+    cpus = 1.0 if cpus is None else cpus
+    gpus = (0.25 if any(node.gpus for node in nodes) else 0.0) if gpus is None else gpus
+    largest = {"CPUs": max(node.cpus for node in nodes), "GPUs": max(node.gpus for node in nodes)}
+    for name, asked in (("CPUs", cpus), ("GPUs", gpus)):
+        _check_amount(name, asked, largest[name], len(nodes))
+    if gpus > 1 and not float(gpus).is_integer():
+        raise UserError(f"{gpus:g} GPUs per trial asked for; above 1 it must be a whole number")
+    if concurrent is not None and concurrent < 1:
+        raise UserError(f"max-concurrent is {concurrent}; it must be at least 1")
+    fits = sum(node.fits(cpus, gpus) for node in nodes)
+    if not fits:
+        raise UserError(f"no machine has {cpus:g} CPUs and {gpus:g} GPUs together: ask for less per trial")
+    return Resources(cpus, gpus, min(fits, concurrent or fits), nodes)
+
+
+def _check_amount(name: str, asked: float, has: float, n_nodes: int) -> None:
+    if not math.isfinite(asked) or asked < 0 or (name == "CPUs" and asked == 0):
+        raise UserError(f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)")
+    if asked > has:
+        where = "this machine has" if n_nodes == 1 else f"the largest of {n_nodes} machines has"
+        raise UserError(f"{asked:g} {name} per trial asked for, {where} {has:g}: ask for at most that")
+
+
+def memory_fraction(gpus: float, total_bytes: int) -> float:
+    """The part of a GPU's memory that torch may take for a trial with this part of the GPU.
+
+    What CUDA itself takes for each process is left aside, so that neighbours whose parts make 1 fit together.
+    """
+    if gpus <= 0 or gpus >= 1:
+        return 1.0
+    return max(0.01, gpus - CUDA_CONTEXT_BYTES / total_bytes)
+
+
+def take_share(threads: int, gpus: float) -> None:
+    """Keep this process to what its trial was given: threads, those of its children, and its part of GPU memory."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available() and 0 < gpus < 1:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(memory_fraction(gpus, total), 0)
+
+
+def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
+    """Start a local Ray, quietly, with room for `shared_bytes` of shared tensors; keep one that is running."""
+    quiet_ray()
+    import ray
+
+    if not ray.is_initialized():
+        (node,) = resources.nodes
+        ray.init(
+            num_cpus=int(node.cpus),
+            num_gpus=int(node.gpus),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES + shared_bytes,
+        )
+    terminate_as_interrupt()
+
+
+def connect_ray(address: str) -> tuple[Node, ...]:
+    """Connect to a running cluster (`auto`, `host:port` or `ray://host:port`); return what its machines have.
+
+    Raises UserError if none answers there.
+    """
+    quiet_ray()
+    import ray
+
+    if address != "auto":
+        _probe(address)
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster can be joined at {address!r}: start one with `ray start --head --port 6379`, or leave "
+            "--address out to use this machine alone"
+        ) from error
+    terminate_as_interrupt()
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    return tuple(Node(found["CPU"], found.get("GPU", 0.0)) for found in alive)
+
+
+def quiet_ray() -> None:
+    """Import Ray with our settings made first, unless the environment says otherwise."""
+    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    import ray  # noqa: F401
+
+    # The shared tensors are only read, which is what Ray's note asks for.
+    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous")
+
+
+def _probe(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"the cluster's address is {address!r}: write auto, host:port or ray://host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head --port 6379`, or correct "
+            "the address"
+        ) from error
+
+
+def is_spread() -> bool:
+    """Whether the cluster that this process is connected to spans several hosts."""
+    import ray
+
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1
+
+
+def terminate_as_interrupt() -> None:
+    """Make SIGTERM end the program as Ctrl-C does. Ray puts a handler of its own in place, so call it after too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))

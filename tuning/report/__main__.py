@@ -1,0 +1,55 @@
+"""The report of a past study, from MLflow alone.
+
+python -m tuning.report STUDY_ID [--tracking-uri URI] [--experiment NAME] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llgbm.runtime import UserError, exit_status, say
+from tuning.report import find_study, read_study, write_report
+from tuning.store import existing_uri, local_tracking_uri
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. A wrong option ends with one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tuning.report", description="Write the report of a past study, from MLflow alone."
+    )
+    parser.add_argument("study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`")
+    parser.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)")
+    parser.add_argument("--experiment", metavar="NAME", help="look in this experiment only (default: in all)")
+    parser.add_argument("--out", metavar="DIR", help="where the report is written (default: reports/STUDY_ID)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the study, write its report, print the summary; return the exit status."""
+    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
+    uri = existing_uri(uri)
+    parent = find_study(uri, arguments.study, arguments.experiment)
+    record = read_study(uri, parent.info.run_id)
+    out = Path(arguments.out or Path("reports") / (record.study_id or record.run_id)).expanduser()
+    try:
+        summary = write_report(out, record)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out} ({error}): choose another folder with --out") from error
+    print(summary)
+    say(f"written: {out / 'report.html'} (and report.md, results.csv, results.json)")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and translate errors: 2 for a user's mistake, 130 for an interrupt."""
+    parsed = parse_arguments(arguments)
+    return exit_status(lambda: run(parsed), parsed.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The report of a study as files: Markdown with its pictures, one self-contained HTML page, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tuning import plots
+from tuning.analysis import MAIN, Group, compare, size_of
+from tuning.report import tables
+from tuning.report.page import html_page
+from tuning.report.reading import StudyRecord
+from tuning.report.words import caveats, count, headlines
+
+TESTS = (
+    "Paired over seeds and held-out tasks: the 95 % interval and p are the wider and larger of two tests, one that "
+    "takes seeds and tasks both as drawn at random (min F' of Clark 1973), one over seeds alone. p (Holm) is corrected "
+    "for all comparisons of this table. The effect size is the mean difference over its standard deviation over tasks."
+)
+
+
+def write_report(out: Path, record: StudyRecord) -> str:
+    """Write `report.md` with its plots, `report.html`, `results.csv` and `results.json` into `out`.
+
+    Return the sentence, its caveats and the main tables, in Markdown. Raises OSError if `out` cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    groups, notes, top = record.groups, caveats(record), "\n\n".join(headlines(record))
+    sections = _sections(record, _plots(out, record))
+    head = [f"# Study {record.study}", top, "**What cannot be concluded**\n\n" + bullets(notes), _origin(record)]
+    body = [f"## {title}\n\n" + "\n\n".join(filter(None, parts)) for title, parts in sections.items() if any(parts)]
+    text = "\n\n".join(filter(None, (*head, *body))) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8")
+    _write_csv(out / "results.csv", record)
+    summary = (top, bullets(notes), tables.metric_table(groups, tables.SHORT), tables.baseline_table(record.baselines))
+    return "\n\n".join(filter(None, summary))
+
+
+def _origin(record: StudyRecord) -> str:
+    whole = sum(trial.whole for trial in record.trials)
+    parts = [f"{whole} of {count(len(record.trials), 'trial')} counted"]
+    parts += [f"study id `{record.study_id}`"] * bool(record.study_id)
+    parts += [f"MLflow run `{record.run_id}`"] * bool(record.run_id)
+    return "*" + ", ".join(parts) + "*"
+
+
+def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[str]]:
+    groups = record.groups
+    comparisons = compare(groups)
+    return {
+        "Results": [
+            "Mean ± sample standard deviation over seeds, the 95 % interval of the mean by Student's t; baselines "
+            "beneath, in italics.",
+            tables.result_table(groups, record.baselines),
+            pictures["outcomes"],
+        ],
+        f"Differences in {MAIN}": [TESTS, tables.comparison_table(comparisons)] if comparisons else [],
+        "λ_w × λ_d": [pictures["heat_map"]],
+        "Learning curves": [pictures["learning_curves"]],
+        "Held-out tasks": _with("Accuracy by task, mean over seeds.", tables.task_table(groups)),
+        "Delta maps": [pictures["delta_maps"]],
+        "Memorisation": [tables.memorisation_table(groups), pictures["memorisation"]],
+        "Seconds and memory": [tables.metric_table(groups, tables.COST) if groups else ""],
+        "Baselines": [tables.baseline_table(record.baselines)],
+        "Trials": [tables.trial_table(record.trials)],
+        "What the metrics mean": [bullets(tables.metric_list(groups))],
+    }
+
+
+def _with(text: str, body: str) -> list[str]:
+    return [text, body] if body else []
+
+
+def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
+    """The pictures as Markdown by name, "" for one that there is nothing for."""
+    groups = record.groups
+    drawn = {
+        "outcomes": _picture(out, "outcomes.png", plots.plot_outcomes, groups, record.baselines),
+        "learning_curves": _picture(out, "learning_curves.png", plots.plot_curves, groups),
+        "heat_map": _picture(out, "heat_map.png", plots.plot_heat_map, groups),
+        "memorisation": _picture(out, "memorisation.png", plots.plot_memorisation, groups),
+    }
+    sizes = dict.fromkeys(one.size for one in record.deltas)
+    maps = [
+        _picture(
+            out,
+            f"delta_map_{size}.png" if len(sizes) > 1 else "delta_map.png",
+            plots.plot_delta_map,
+            [one for one in record.deltas if one.size == size],
+        )
+        for size in sizes
+    ]
+    return {**drawn, "delta_maps": "\n\n".join(filter(None, maps))}
+
+
+def _picture(out: Path, name: str, draw: Any, *what: Any) -> str:
+    caption = draw(out / name, *what)
+    return f"![{caption.partition(':')[0]}]({name})\n\n*{caption}*" if caption else ""
+
+
+def result_json(record: StudyRecord) -> dict[str, Any]:
+    """The numbers of the report as one object that JSON can hold; a value that is not finite becomes None."""
+    groups = record.groups
+    return {
+        "study": record.study,
+        "study_id": record.study_id,
+        "summary": headlines(record),
+        "caveats": caveats(record),
+        "configurations": [_group_json(group) for group in groups],
+        "comparisons": [vars(comparison) for comparison in compare(groups)],
+        "baselines": {name: {k: _finite(v) for k, v in values.items()} for name, values in record.baselines.items()},
+        "trials": [
+            {"trial": t.trial_id, "config": t.config, "seed": t.seed, "status": t.status} for t in record.trials
+        ],
+    }
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    cells = {metric: group.cell(metric) for metric in tables.METRICS}
+    return {
+        "config": group.config,
+        "model_size": group.size,
+        "seeds": list(group.seeds),
+        "metrics": {m: {**vars(cell), "by_seed": group.by_seed(m)} for m, cell in cells.items() if cell},
+    }
+
+
+def _write_csv(path: Path, record: StudyRecord) -> None:
+    """A row per trial: what it is, whether it counts, its λ and all its final metrics."""
+    metrics = sorted({key for trial in record.trials for key in trial.metrics})
+    head = ["trial", "configuration", "model_size", "seed", "status", "counted", "run_id"]
+    params = ["lambda_weight", "lambda_delta"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*head, *params, *metrics])
+        for t in record.trials:
+            seed = "" if t.seed is None else t.seed
+            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.whole), t.run_id]
+            values = [repr(t.metrics[key]) if key in t.metrics else "" for key in metrics]
+            writer.writerow([*row, *(t.params.get(key, "") for key in params), *values])
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Lines as a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

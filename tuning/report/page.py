@@ -1,0 +1,79 @@
+"""Markdown as one HTML page that needs nothing beside itself: pictures inlined, sections linked, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a6069; --page: #ffffff; --line: #d9dce1; --band: #f4f6f8;
+  --link: #0b5cad; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #a2a9b4; --page: #16181c; --line: #343942;
+  --band: #1f2329; --link: #7db8f5; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+nav { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .6rem 1rem;
+  overflow-x: auto; white-space: nowrap; z-index: 1; }
+nav a { margin-right: 1.1rem; font-size: .88rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 0 1rem 4rem; }
+a { color: var(--link); text-decoration: none; }
+a:hover { text-decoration: underline; }
+h1 { margin: 1.5rem 0 .5rem; line-height: 1.2; }
+h1 + p { font-size: 1.12rem; border-left: 4px solid var(--link); padding: .4rem 0 .4rem 1rem; }
+h2 { margin-top: 2.6rem; padding-top: .4rem; border-top: 1px solid var(--line); scroll-margin-top: 3rem; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+th { background: var(--band); vertical-align: bottom; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+tbody tr:hover { background: var(--band); }
+img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px;
+  padding: .4rem; }
+img + em, p > em:only-child { color: var(--soft); font-size: .9rem; }
+code { background: var(--band); padding: .1em .3em; border-radius: 3px; font-size: .88em; }
+"""
+
+
+def html_page(markdown: str, folder: Path) -> str:
+    """Render Markdown; pictures are read from `folder`. HTML inside the text is shown, not run.
+
+    Raises OSError if a picture is missing.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    titles = _linked_headings(tokens)
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "image":
+                child.attrs["src"] = _inlined(folder / str(child.attrs["src"]))
+                child.attrs["loading"] = "lazy"
+    body = parser.renderer.render(tokens, parser.options, {})
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    links = "".join(f'<a href="#{slug}">{html.escape(title)}</a>' for slug, title, level in titles if level == "h2")
+    title = html.escape(titles[0][1] if titles else "Report")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f'<body>\n<nav aria-label="sections">{links}</nav>\n<main>\n{body}</main>\n</body>\n</html>\n'
+    )
+
+
+def _linked_headings(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
+    """Give each heading an id; return (id, text, level)."""
+    found: list[tuple[str, str, str]] = []
+    for token, inside in zip(tokens, tokens[1:], strict=False):
+        if token.type == "heading_open":
+            slug = f"s{len(found)}-" + re.sub(r"[^\w]+", "-", inside.content.lower()).strip("-")
+            token.attrs["id"] = slug
+            found.append((slug, inside.content, token.tag))
+    return found
+
+
+def _inlined(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
