@@ -157,7 +157,7 @@ def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyT
     assert start().attempts == HOPELESS_STARTS + 3
 
 
-def test_causes_are_one_sentence_and_only_a_broken_process_is_tried_again(
+def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(
     tracker: StudyTracker, tmp_path: Path
 ) -> None:
     setting = setting_of(tracker, tmp_path, gpus=0.25)
