@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-oldest check smoke ui bench clean
+.PHONY: ablation test test-oldest soak check smoke ui bench clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# What takes too long for `test`: fifty random kills of drivers, workers and machines, among others.
+soak: $(READY)
+	$(BIN)/python -m pytest -n 0 -s -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_overhead.py
 
 check: $(READY)
 	$(BIN)/ruff check llgbm tuning tests
