@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[1]
+# Ray kills workers when the whole machine is short of memory, and gives a busy machine up; here only the test kills.
+UNDISTURBED = {"RAY_memory_monitor_refresh_ms": "0", "RAY_health_check_timeout_ms": "60000"}
 
 
 class Sweep:
@@ -36,8 +38,7 @@ class Sweep:
         arguments = ["--resume", "latest"] if known else self.what
         command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *arguments, *self.how, *how]
         log = (self.folder / "log.txt").open("a")
-        # Ray kills workers when the whole machine is short of memory; here only the test kills.
-        env = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}
+        env = {**os.environ, **UNDISTURBED}
         self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, text=True, env=env)
         return self.process
 
@@ -82,13 +83,15 @@ def two_machines() -> Iterator[tuple[Any, list[Any]]]:
     """A Ray cluster whose head runs no trial, and its two machines of one CPU each, all on this one."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    before = dict(os.environ)
+    os.environ.update(UNDISTURBED)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         yield cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
     finally:
         cluster.shutdown()
-        del os.environ["RAY_memory_monitor_refresh_ms"]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
@@ -110,23 +113,33 @@ def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(parts: int, gig
     assert memory_fraction(1.0, total) == memory_fraction(0.0, total) == memory_fraction(2.0, total) == 1.0
 
 
-class _Died:
-    """A stand-in for Ray's record of a trial: only its last error is asked for."""
+def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(tmp_path: Path, tracker: StudyTracker) -> None:
+    from ray import cloudpickle
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    from tuning.sweep import Watcher
 
-    def get_error(self) -> Exception:
-        return RuntimeError(self.message)
+    assert tracker.target is not None
+    TrialTracker.open(tracker.target, trial(0).id, "multitask", {}, {})
+    watcher = Watcher(tracker, str(tmp_path), 10)
+    watcher._bar = tqdm(total=10, file=sys.__stderr__)
+    watcher = cloudpickle.loads(cloudpickle.dumps(watcher))
+    there = SimpleNamespace(config={"trial": trial(0)}, last_result={"step": 7, "finished": True})
+    watcher.on_trial_result(1, [], there, {"step": 7})
+    watcher.on_trial_complete(1, [], there)
+    watcher.close()
+    assert tracker.live_runs()[trial(0).id].info.status == "FINISHED"
 
 
-def test_a_death_is_told_in_one_line() -> None:
+def test_a_death_is_told_in_one_line(tmp_path: Path) -> None:
     from tuning.sweep import death_of
 
-    assert death_of(_Died("Task was killed due to the node running low on memory.\nMemory on the node: 23 GB")) == (
-        "Task was killed due to the node running low on memory."
+    file = tmp_path / "error.txt"
+    assert death_of(SimpleNamespace(error_file=None)) == "no cause known"
+    file.write_text(
+        "Failure # 1 (occurred at noon)\nolder\nFailure # 2 (occurred at night)\nThe actor died.\n\tpid: 3\n"
+        "Its memory was needed.\n"
     )
-    assert death_of(_Died("")) == "RuntimeError"
+    assert death_of(SimpleNamespace(error_file=str(file))) == "The actor died. Its memory was needed."
 
 
 def test_an_error_that_would_come_again_is_told_and_not_raised(
@@ -157,7 +170,7 @@ def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyT
     assert start().attempts == HOPELESS_STARTS + 3
 
 
-def test_causes_are_one_sentence_and_only_a_broken_process_is_tried_again(
+def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(
     tracker: StudyTracker, tmp_path: Path
 ) -> None:
     setting = setting_of(tracker, tmp_path, gpus=0.25)

@@ -33,6 +33,8 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cach
     check_registry(sweep)
     attempts = [int(run.data.tags["llgbm.attempts"]) for run in sweep.trials().values()]
     assert sum(attempts) > len(attempts)
+    deaths = [run.data.tags.get("llgbm.last_death", "") for run in sweep.trials().values()]
+    assert any("died" in death for death in deaths)
 
 
 def test_a_machine_that_dies_costs_nothing_but_time(tmp_path: Path, cache: Path, reference: Reference) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,12 +55,17 @@ class Watcher(tune.Callback):
         self._seen: dict[str, int] = {}
         self._unsaid: list[Callable[[], object]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A bar does not travel; over `ray://` none is shown."""
+        return {**vars(self), "_bar": None}
+
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """Move the bar."""
         spec: TrialSpec = trial.config["trial"]
         self._seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
-        self._bar.n = sum(self._seen.values())
-        self._bar.refresh()
+        if self._bar is not None:
+            self._bar.n = sum(self._seen.values())
+            self._bar.refresh()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial returned, well or with the cause of its failure, or a scheduler stopped it."""
@@ -101,14 +108,17 @@ class Watcher(tune.Callback):
 
     def close(self) -> None:
         """Say what is left to be said. Raises UserError if the store still fails."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._say_all()
 
 
 def death_of(trial: Any) -> str:
-    """What Ray says of a worker's end, its first line."""
-    error = trial.get_error()
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+    """What Ray wrote of a worker's last end, in one line, without the names that Ray gives to processes."""
+    written = Path(trial.error_file).read_text() if trial.error_file else ""
+    lines = written.rpartition("Failure # ")[2].splitlines()[1:]
+    told = [line.strip() for line in lines if line.strip() and not re.match(r"\s+\w+: ", line)]
+    return " ".join(told)[:500] or "no cause known"
 
 
 def run_sweep(
