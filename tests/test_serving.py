@@ -45,6 +45,7 @@ def store(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, empty_
     config = GeneratorConfig(hidden=16)
     facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "b"}
     generator = make_generator(config, tiny_spec, 384, standardiser, seed=0)
+    (folder / "bundle").mkdir()
     GeneratorBundle.save(folder / "bundle", generator, config, {**facts, "encoder": "minilm"})
     study = StudyTracker.open(None, folder, "ablation")
     target = study.begin("study", "id", {}, {})

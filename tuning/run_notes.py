@@ -158,7 +158,7 @@ def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartR
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
     """The `best` finished trials of each size by a metric; those that never reported it do not count."""
-    done = [r for r in results if r.status == "FINISHED" and metric in r.metrics]
+    done = [r for r in results if r.whole and metric in r.metrics]
     sizes = dict.fromkeys(r.params.get("model_size", "") for r in done)
     ranked = sorted(done, key=lambda r: -r.metrics[metric])
     return [r for size in sizes for r in [r for r in ranked if r.params.get("model_size", "") == size][:best]]

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llgbm.runtime import UserError
+from tuning.history import Curve, read_curves
 from tuning.store import all_pages, connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ CONFIG_TAG = "llgbm.config"
 SUPERSEDED_TAG = "llgbm.superseded"
 ATTEMPTS_TAG = "llgbm.attempts"
 ERROR_TAG = "llgbm.error"
+DEATH_TAG = "llgbm.last_death"
 STOPPED_TAG = "llgbm.stopped_at_step"
 MEMBER_TAG = "llgbm.member_of."
 FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -178,14 +180,23 @@ class StudyTracker:
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
+        run_id = self.tag_trial(trial_id, tags or {})
+        if run_id is None:
+            logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
+            return
+        with explained(self.tracking_uri):
+            self.client.set_terminated(run_id, status)
+
+    def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
+        """Set tags of the run of a trial and return its id, None if there is no run.
+
+        Raises UserError if the store fails.
+        """
         with explained(self.tracking_uri):
             run_id = self.child_run_id(trial_id)
-            if run_id is None:
-                logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
-                return
-            for key, value in (tags or {}).items():
-                self.client.set_tag(run_id, key, value)
-            self.client.set_terminated(run_id, status)
+            for key, value in tags.items() if run_id else ():
+                self.client.set_tag(str(run_id), key, value)
+            return run_id
 
     def finish(self, status: str) -> None:
         """Set how the study ended; unless FINISHED, kill the children that still count as running.
@@ -354,7 +365,7 @@ def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] 
 
 
 def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
-    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: all).
+    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: see `read_curves`).
 
     Trials that another study ran and this one needed are among them, under this study's name for them.
 
@@ -367,13 +378,12 @@ def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[st
         own = list(_find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
         members = list(_find_runs(client, experiment_id, {MEMBER_TAG + parent_run_id: None}))
         runs = {run.info.run_id: run for run in (*own, *members)}
-        return [_trial_result(client, run, curve_keys, MEMBER_TAG + parent_run_id) for run in runs.values()]
+        curves = read_curves(client, list(runs.values()), curve_keys)
+        return [_trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id) for run_id, run in runs.items()]
 
 
-def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | None, member_tag: str) -> TrialResult:
+def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> TrialResult:
     data = run.data
-    keys = [key for key in data.metrics if curve_keys is None or key in curve_keys]
-    curves = {key: _curve(client.get_metric_history(run.info.run_id, key)) for key in keys}
     seed = data.params.get("seed")
     return TrialResult(
         trial_id=data.tags.get(TRIAL_TAG, ""),
@@ -387,11 +397,6 @@ def _trial_result(client: MlflowClient, run: Run, curve_keys: Collection[str] | 
         stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
         superseded=not _is_live(run),
     )
-
-
-def _curve(history: Iterable[Any]) -> list[tuple[int, float]]:
-    ordered = sorted(history, key=lambda metric: (metric.step, metric.timestamp))
-    return sorted({metric.step: metric.value for metric in ordered}.items())
 
 
 def _make_database(path: Path) -> None:
