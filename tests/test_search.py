@@ -28,6 +28,7 @@ from tuning.search import (
     describe_best,
     find_search,
     make_scheduler,
+    make_searcher,
     open_search,
     optuna_url,
 )
@@ -216,6 +217,32 @@ def test_half_a_point_is_no_point() -> None:
     finish(straight)
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert params_of(study)[1:] == params_of(straight.study)
+
+
+def test_a_storage_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = STUDIES["optuna_lambda"](StudyOptions(seeds=(0,)))
+    url = optuna_url(None, tmp_path)
+    search = PointSearch(study.space, open_search(study, url), 3)
+    searcher = make_searcher(search, url)
+    first, second = (searcher.suggest(name)["trial"] for name in "ab")
+    database = tmp_path / "mlruns" / "optuna.db"
+    search.study._storage.remove_session()
+    database.rename(tmp_path / "away.db")
+    database.mkdir()
+    searcher.on_trial_complete("a", score(first))
+    assert "told of a point later" in caplog.text
+    assert searcher.suggest("c") is None
+    searcher.on_trial_complete("b", score(second))
+    with pytest.raises(UserError, match="optuna.db cannot be used"):
+        searcher.suggest("c")
+    database.rmdir()
+    (tmp_path / "away.db").rename(database)
+    third = searcher.suggest("c")["trial"]
+    searcher.on_trial_complete("c", score(third))
+    assert searcher.suggest("d") == searcher.FINISHED
+    assert [t.state for t in search.study.trials] == [TrialState.COMPLETE] * 3
 
 
 @pytest.mark.parametrize(

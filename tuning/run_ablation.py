@@ -156,7 +156,7 @@ def run_trials(
         tracker.target,
         tracker,
         resources,
-        make_searcher(search) if search else ListSearcher(left),
+        make_searcher(search, optuna_storage(arguments)) if search else ListSearcher(left),
         make_scheduler(arguments.scheduler, study),
         storage=storage,
         total_steps=search.steps_left() if search else sum(trial.config.steps for trial in left),
