@@ -21,7 +21,7 @@ smoke: $(READY)
 	$(BIN)/python tuning/run_ablation.py --smoke --experiment llgbm-smoke
 
 ui: $(READY)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m tuning.ui
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
