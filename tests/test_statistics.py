@@ -97,10 +97,10 @@ def test_a_study_without_effect_is_called_significant_in_at_most_one_of_twenty(s
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", list(product((2, 3, 6), (3, 5, 10), (6, 24))), ids=str)
 def test_null_studies_of_many_shapes(shape: tuple[int, int, int]) -> None:
-    rates = {n: false_alarms(Scenario(*shape, *n), 400) for n in product((0.0, 0.3, 1.0), (0.0, 0.3, 0.8), (0.2, 1.0))}
+    rates = {n: false_alarms(Scenario(*shape, *n), 60) for n in product((0.0, 0.3, 1.0), (0.0, 0.3, 0.8), (0.2, 1.0))}
     print(shape, "mean", round(float(np.mean(list(rates.values()))), 4), "worst", max(rates.values()))
     assert np.mean(list(rates.values())) <= 0.05
-    assert max(rates.values()) <= stats.binom.ppf(0.999, 400, 0.05) / 400, rates
+    assert max(rates.values()) <= stats.binom.ppf(0.999, 60, 0.05) / 60, rates
 
 
 def test_a_planted_improvement_is_found() -> None:

@@ -1,8 +1,9 @@
 """MLflow's pages over the store of a study: `python -m tuning.ui [--tracking-uri URI] [--port N]`, what `make ui` runs.
 
-Every experiment with a study gets a saved view (in the menu "Views" of its runs): the columns that matter first,
-children below their parent, and in the charts parallel coordinates over λ_w, λ_d, seed and held-out accuracy. MLflow
-keeps such a view as a tag of the experiment. The server listens on this machine only.
+Every experiment with a study gets two saved views (in the menu "Views" of its runs): its studies with their trials
+below them and the columns that matter first; and its trials, the best first, with a chart of parallel coordinates over
+λ_w, λ_d, seed and held-out accuracy. MLflow keeps such a view as a tag of the experiment. The server listens on this
+machine only.
 """
 
 from __future__ import annotations
@@ -19,20 +20,26 @@ from llgbm.runtime import UserError, exit_status, say
 from tuning.analysis import CHOOSING, MAIN
 from tuning.report.reading import parent_runs
 from tuning.store import connect, existing_uri, explained, local_tracking_uri, shown
+from tuning.tracking import TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
-VIEW = "llgbm"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+STUDIES_VIEW, CHARTS_VIEW = "llgbm-studies", "llgbm-charts"
+VIEWS = {STUDIES_VIEW: ("LLGBM studies", False, ""), CHARTS_VIEW: ("LLGBM charts", True, "&compareRunsMode=CHART")}
+VIEW_TAG = "mlflow.sharedViewState."
 METRICS = (MAIN, "heldout/delta_cosine", CHOOSING, "train/accuracy")
 PARAMS = ("lambda_weight", "lambda_delta", "seed", "model_size")
 AXES = PARAMS[:3]
 
 
-def view_state() -> dict[str, Any]:
-    """What MLflow's runs page shows under the view: search, columns and charts, by its own names for them."""
+def view_state(flat: bool) -> dict[str, Any]:
+    """What MLflow's runs page shows under a view: search, order, columns and charts, by its own names for them.
+
+    Only in the order of creation does it put children below their parent; only what it lists is in its charts. So a
+    `flat` view lists trials by held-out accuracy, and the other one studies.
+    """
     section = {"uuid": "llgbm", "name": "LLGBM: λ, seed and held-out accuracy", "display": True}
     chart = {
         "uuid": "llgbm-parallel",
@@ -45,8 +52,8 @@ def view_state() -> dict[str, Any]:
     }
     made_by_hand = {"deleted": False, "isGenerated": False}
     return {
-        "searchFilter": "",
-        "orderByKey": "attributes.start_time",  # any other order takes the children from below their parent
+        "searchFilter": f"tags.`{TRIAL_TAG}` LIKE '%'" if flat else "",
+        "orderByKey": f"metrics.`{MAIN}`" if flat else "attributes.start_time",
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
@@ -54,22 +61,24 @@ def view_state() -> dict[str, Any]:
         "datasetsFilter": [],
         "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
         "runsHiddenMode": "SHOW_ALL",
+        "hideEmptyCharts": False,
         "compareRunSections": [{**section, **made_by_hand, "isReordered": True}],
         "compareRunCharts": [{**chart, **made_by_hand}],
         "isAccordionReordered": True,
     }
 
 
-def keep_view(client: MlflowClient, experiment_id: str, created: int) -> None:
-    """Save the view with an experiment under its name, if it is not there in this form. `created` is in ms."""
-    view = {"name": "LLGBM", "createdAt": created, "updatedAt": created, "state": json.dumps(view_state())}
-    text = json.dumps(view)
-    if client.get_experiment(experiment_id).tags.get(VIEW_TAG) != text:
-        client.set_experiment_tag(experiment_id, VIEW_TAG, text)
+def keep_views(client: MlflowClient, experiment_id: str, created: int) -> None:
+    """Save the views with an experiment where they are not there in this form. `created` is in ms."""
+    tags = client.get_experiment(experiment_id).tags
+    for key, (name, flat, _) in VIEWS.items():
+        view = {"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(view_state(flat))}
+        if tags.get(VIEW_TAG + key) != json.dumps(view):
+            client.set_experiment_tag(experiment_id, VIEW_TAG + key, json.dumps(view))
 
 
 def prepare(tracking_uri: str) -> list[tuple[str, str]]:
-    """Save the view with every experiment that holds a study; return their names and ids.
+    """Save the views with every experiment that holds a study; return their names and ids.
 
     Raises UserError if the store fails.
     """
@@ -78,7 +87,7 @@ def prepare(tracking_uri: str) -> list[tuple[str, str]]:
         found = []
         for experiment in client.search_experiments():
             if parent_runs(client, [experiment.experiment_id]):
-                keep_view(client, experiment.experiment_id, experiment.creation_time or 0)
+                keep_views(client, experiment.experiment_id, experiment.creation_time or 0)
                 found.append((experiment.name, experiment.experiment_id))
     return found
 
@@ -90,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{shown(uri)} is a server that shows its pages itself: open it in a browser.")
     experiments = prepare(uri)
     for name, experiment_id in experiments:
-        say(f"{name}: http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}")
+        for key, (view, _, mode) in VIEWS.items():
+            page = f"http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs"
+            say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")
     options = ["--backend-store-uri", uri, "--host", HOST, "--port", str(arguments.port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options])
