@@ -29,7 +29,7 @@ bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 ui: $(READY)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m tuning.ui
 
 # Pages with pictures for docs/, from a real run: phase 4.5 reads the study that `make ablation` left.
 notebooks: $(READY)
