@@ -287,7 +287,7 @@ def index_bank(folder: Path, base: Base, suite: Suite, config: TeacherConfig, ba
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in examples for e in own]),
+        "base_accuracy": base_accuracy(base, [e for own in examples[:: config.per_task] for e in own]),
     }
     (folder / "trajectories.json").write_text(json.dumps(_own_answers(base, suite, config, batch, spec)))
     listing = {

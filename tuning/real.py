@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llgbm.lora import LoraSpec
 from llgbm.models import OWN_PREFIX, SIZES, BaseSource, PublishedSize, check_size, find_model
 from llgbm.runtime import UserError, say
 from llgbm.suites import FileSuite, Suite, SyntheticSuite
@@ -103,11 +104,13 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
 
 
 def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
-    rank = arguments.rank or getattr(published, "rank", 8)
+    rank = getattr(published, "rank", 8) if arguments.rank is None else arguments.rank
+    alpha = 2.0 * rank if arguments.alpha is None else arguments.alpha
+    LoraSpec((), rank, alpha)  # Refuses a rank or an alpha that no adapter can have, before anything is loaded.
     steps, rate, count = arguments.teacher_steps, arguments.teacher_rate, arguments.adapters_per_task
     return TeacherConfig(
         rank=rank,
-        alpha=2.0 * rank if arguments.alpha is None else arguments.alpha,
+        alpha=alpha,
         per_task=(4 if arguments.data else 1) if count is None else count,
         steps=TeacherConfig.steps if steps is None else steps,
         learning_rate=5e-4 if rate is None else rate,
