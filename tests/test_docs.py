@@ -1,7 +1,8 @@
-"""The commands of the documentation: each is one that the programs take, and plans are made for real."""
+"""The commands of the documentation: each has options that its program takes, and its plans are made for real."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -9,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED, ROOT
+from conftest import ROOT
 
 import llgbm.__main__ as command_line
 import tuning.report.__main__ as report
 from llgbm.models import Base
 from tuning import run_ablation
+from tuning.arguments import parse_arguments
 
 DOCS = [ROOT / "docs" / name for name in ("qwen2.5.md", "reproduce_reference.md")]
-PROGRAMS = {"python", "hf", "mlflow", "make", "export"}
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "tuning/run_ablation.py": run_ablation.parse_arguments,
+    "tuning/run_ablation.py": parse_arguments,
     "-m llgbm": command_line.parse_arguments,
     "-m tuning.report": report.parse_arguments,
 }
+OTHER_PROGRAMS = {"hf", "mlflow", "make", "export"}
+DATASETS = ("ARC-e", "ARC-c", "BoolQ", "OBQA", "WinoGrande", "GSM8K")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -34,20 +37,60 @@ def commands(path: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-EVERY = [(path, words) for path in DOCS for words in commands(path)]
+EVERY = [words for path in DOCS for words in commands(path)]
+PLANS = [w[2:] for w in EVERY if w[:2] == ["python", "tuning/run_ablation.py"] and "--resume" not in w]
 
 
-def program_of(words: list[str]) -> tuple[str, list[str]]:
-    """The program of a `python` command and its arguments."""
-    return (" ".join(words[1:3]), words[3:]) if words[1] == "-m" else (words[1], words[2:])
+def label(words: list[str]) -> str:
+    return " ".join(words)[:70]
 
 
-@pytest.mark.parametrize(("path", "words"), EVERY, ids=[f"{p.stem}: {' '.join(w)[:60]}" for p, w in EVERY])
-def test_every_option_of_a_command_exists(path: Path, words: list[str]) -> None:
-    assert words[0] in PROGRAMS
+@pytest.mark.parametrize("words", EVERY, ids=label)
+def test_every_option_of_a_command_exists(words: list[str]) -> None:
     if words[0] == "python":
-        program, arguments = program_of(words)
+        program, arguments = (" ".join(words[1:3]), words[3:]) if words[1] == "-m" else (words[1], words[2:])
         PARSERS[program](arguments)
+    else:
+        assert words[0] in OTHER_PROGRAMS
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the pages ask for, in small: a model's folder, a few rows of each dataset, the study in a file."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "Qwen2.5-0.5B-Instruct").symlink_to(tiny_base.path)
+    (tmp_path / "data").mkdir()
+    for name in DATASETS:
+        rows = [{"prompt": f"{name}: is {i} plus {i} even?", "response": "True", "system": ""} for i in range(24)]
+        (tmp_path / "data" / f"{name}_train.json").write_text(json.dumps(rows))
+    (tmp_path / "reference.py").write_text(blocks(ROOT / "docs" / "reproduce_reference.md", "python")[0])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def without(arguments: list[str], *options: str) -> list[str]:
+    """The arguments less some options of one value, which need weights of full size or a GPU."""
+    places = {place + step for place, word in enumerate(arguments) for step in (0, 1) if word in options}
+    return [word for place, word in enumerate(arguments) if place not in places]
+
+
+@pytest.mark.parametrize("arguments", PLANS, ids=label)
+def test_the_sweeps_can_be_planned(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = "--base" in arguments and "--model-size" or ""
+    planned = [*without(arguments, size, "--gpus-per-trial"), *([] if "--dry-run" in arguments else ["--dry-run"])]
+    assert run_ablation.main(planned) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    wanted = 3 if "--lambda-weight" in arguments else 9
+    assert len(re.findall(r"^[0-9a-f]{12} ", printed, flags=re.M)) == wanted
+    assert not (folder / ".llgbm").exists() and not (folder / "mlruns").exists()
+
+
+def test_the_study_of_the_reference_reads_the_delta_as_the_page_says(folder: Path) -> None:
+    from tuning.arguments import study_of
+
+    study = study_of(parse_arguments(["--study", "reference.py:reference", "--seeds", "0", "1", "2"]))
+    readings = {(t.config.delta_probes, t.config.delta_reading, t.config.delta_loss) for t in study.trials}
+    assert readings == {("generic", "mean", "mse")} and len(study.trials) == 9
 
 
 def test_links_point_at_files() -> None:

@@ -16,24 +16,29 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from llgbm.functional import FunctionalLoRA
-from llgbm.lora import LoraBatch, load_adapter
+from llgbm.lora import LoraBatch, LoraSpec, load_adapter
 from llgbm.models import ModelSize, load_base, qwen2_config
+from llgbm.suites import FileSuite
+from llgbm.teachers import adapter_losses, encode_examples, token_losses
 
 NARROW = ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64)
 QWEN_VOCABULARY = 151_936
 TASKS, HELD_OUT = ["ARC-e", "BoolQ", "OBQA", "GSM8K"], "ARC-c"
 
-pytestmark = pytest.mark.skipif(
-    not ((SHARED / "qwen2.5").is_dir() and (SHARED / "data").is_dir()),
-    reason="../shared/qwen2.5 or ../shared/data is absent: no real tokenizer and rows to go through the pipeline",
-)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not ((SHARED / "qwen2.5").is_dir() and (SHARED / "data").is_dir()),
+        reason="../shared/qwen2.5 or ../shared/data is absent: no real tokenizer and rows to go through the pipeline",
+    ),
+]
 
 
 def command(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run one in a folder; return the JSON object of its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=570
     )
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "said": done.stderr}
@@ -46,7 +51,8 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5")
     torch.manual_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    Qwen2ForCausalLM(qwen2_config(NARROW, vocab_size=QWEN_VOCABULARY, **special)).float().save_pretrained(folder)
+    config = qwen2_config(NARROW, vocab_size=QWEN_VOCABULARY, initializer_range=0.2, **special)
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -56,7 +62,7 @@ def swept(narrow: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("run")
     (folder / "tuning").symlink_to(ROOT / "tuning")
     data = ["--data", str(SHARED / "data"), "--tasks", *TASKS, "--held-out", HELD_OUT, "--rows", "64"]
-    settings = ["--adapters-per-task", "2", "--teacher-steps", "8", "--teacher-rate", "0.02", "--rank", "4"]
+    settings = ["--adapters-per-task", "2", "--teacher-steps", "8", "--teacher-rate", "0.05", "--rank", "4"]
     trial = ["--lambda-weight", "0.3", "--lambda-delta", "1", "--steps", "8", "--smoke"]
     arguments = ["tuning/run_ablation.py", "--base", str(narrow), *data, *settings, *trial]
     return folder, command(folder, *arguments)
@@ -79,7 +85,6 @@ def test_a_qwen_goes_from_files_to_a_registered_generator_and_an_evaluated_adapt
     assert listed["adapters"] == {
         f"{t}_{i}": t for t in ("ARC-e", "BoolQ", "GSM8K", "OBQA", HELD_OUT) for i in range(2)
     }
-    assert listed["facts"]["teacher_accuracy"] > listed["facts"]["base_accuracy"] == 0
     written = only(folder, f"mlruns/**/adapters/test/{HELD_OUT}")
 
     scored = command(
@@ -111,9 +116,8 @@ def test_a_qwen_goes_from_files_to_a_registered_generator_and_an_evaluated_adapt
         assert found["kind"] == kind and found["examples"] == 12
         names = ["base", "2 examples in context", "teacher", "generated in the sweep", "generated"]
         assert list(found["systems"]) == names
-    assert scored["results"][0]["systems"]["teacher"]["in_form"] > 0
-
     check_that_peft_runs_it(narrow, written)
+    check_that_responses_became_likelier(narrow, [teacher, written])
 
 
 def check_that_peft_runs_it(narrow: Path, adapter: Path) -> None:
@@ -127,6 +131,20 @@ def check_that_peft_runs_it(narrow: Path, adapter: Path) -> None:
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(narrow), str(adapter))(ids).logits
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
     assert (own - plain).abs().max() > 1e-3
+
+
+def check_that_responses_became_likelier(narrow: Path, adapters: list[Path]) -> None:
+    """Teacher and generated adapter of the held-out dataset lower the loss of its responses by more than a tenth."""
+    base = load_base(narrow)
+    spec = LoraSpec.from_model(base.model, 4, 8.0)
+    suite = FileSuite.open(SHARED / "data", test=[HELD_OUT], limit=64)
+    texts = encode_examples(base, suite.examples(HELD_OUT, "evaluation", 16, "loss"))
+    for adapter in adapters:
+        batch = LoraBatch.from_state_dicts([load_adapter(adapter, spec)])
+        with torch.no_grad():
+            without = token_losses(base.model, texts).sum()
+            under = adapter_losses(base.model, spec, batch, texts) * (texts.targets_ST >= 0).sum()
+        assert under.item() < 0.9 * without.item(), adapter
 
 
 def test_held_out_rows_condition_nothing_in_training(swept: tuple[Path, dict[str, Any]]) -> None:

@@ -13,8 +13,9 @@ from llgbm.runtime import UserError, say
 from llgbm.suites import FileSuite, Suite, SyntheticSuite
 from llgbm.suites.files import plan_split
 from llgbm.teachers import TeacherConfig
-from llgbm.world import WorldConfig
+from llgbm.world import BankSource, WorldConfig
 
+ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task")
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
@@ -28,6 +29,9 @@ def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--teacher-steps", type=int, metavar="N", help="training steps of each teacher (default: 150)")
     base.add_argument("--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)")
     base.add_argument("--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)")
+    base.add_argument(
+        "--bank", metavar="DIR", help="teachers that are there (`python -m llgbm teachers`, `bank import`)"
+    )
     data = parser.add_argument_group("datasets of your own (default: the synthetic suite)")
     data.add_argument("--data", metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on")
@@ -53,6 +57,10 @@ def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
         raise UserError("embedded sizes and published ones cannot be mixed in one run: name sizes of one kind")
     if arguments.base is not None and len(sizes) > 1:
         raise UserError("--base is one model, several sizes were named: leave --model-size out or name one")
+    if arguments.bank is not None and (unused := [n for n in ABOUT_TEACHERS if getattr(arguments, n) is not None]):
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
+        )
     suite = _suite(arguments)
     return tuple(_world(arguments, suite, name) for name in sizes or [None])
 
@@ -63,7 +71,7 @@ def _refuse_without_base(arguments: argparse.Namespace) -> None:
             "--data needs a base model that reads its language: name one with --base, or a size such as "
             f"{', '.join(n for n, size in SIZES.items() if isinstance(size, PublishedSize))} with --model-size"
         )
-    for name in ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task"):
+    for name in (*ABOUT_TEACHERS, "bank"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base")
     if arguments.dtype != "float32":
@@ -90,7 +98,8 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
         check_size(size, folder)
     source = BaseSource.find(name, arguments.dtype, download=not arguments.dry_run)
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
-    return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source))
+    bank = None if arguments.bank is None else BankSource.find(arguments.bank)
+    return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank))
 
 
 def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:

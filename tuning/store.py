@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 3.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
+# The ones that `llgbm[postgresql]` and `llgbm[mysql]` install; SQLAlchemy's own choice differs between its versions.
+DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
 UNWRITABLE = ("unable to open", "readonly", "read-only", "permission denied", "no such file", "file exists")
 ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
 
@@ -116,7 +118,7 @@ def usable_uri(tracking_uri: str) -> str:
         return f"sqlite:///{path}"
     if scheme in DATABASE_PORTS:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
-        return tracking_uri
+        return with_driver(tracking_uri)
     raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
 
 
@@ -128,6 +130,12 @@ def existing_uri(tracking_uri: str) -> str:
             "(`make ablation`), or give the address of another store."
         )
     return usable_uri(tracking_uri)
+
+
+def with_driver(uri: str) -> str:
+    """The address of a database with the driver that this package installs, where it names none itself."""
+    scheme, rest = uri.split(":", 1)
+    return f"{scheme}+{DRIVERS[scheme]}:{rest}" if scheme in DRIVERS else uri
 
 
 def _probe_http(uri: str) -> None:

@@ -16,7 +16,7 @@ from llgbm.world import World
 from tuning.checkpoints import TrialCheckpoints, open_storage, remove_folder
 from tuning.cluster import Resources
 from tuning.studies import Study, TrialSpec
-from tuning.tracking import ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
+from tuning.tracking import DEATH_TAG, ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
 from tuning.trainable import TrialSetting, ray_trainable
 
 
@@ -51,7 +51,7 @@ class Watcher(tune.Callback):
         self._tracker, self._storage = tracker, storage
         self._bar = progress_bar("trials", total_steps)
         self._seen: dict[str, int] = {}
-        self._unsaid: list[Callable[[], None]] = []
+        self._unsaid: list[Callable[[], object]] = []
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """Move the bar."""
@@ -73,7 +73,9 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its process or machine is gone; Ray starts it again."""
-        logger.warning("the worker of trial %s died and is started again", trial.config["trial"].id)
+        spec, cause = trial.config["trial"], death_of(trial)
+        logger.warning("the worker of trial %s died and is started again: %s", spec.id, cause)
+        self._tell(partial(self._tracker.tag_trial, spec.id, {DEATH_TAG: cause}))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Ray gave the trial up."""
@@ -85,7 +87,7 @@ class Watcher(tune.Callback):
         if self._storage:
             TrialCheckpoints(self._storage, trial_id).remove()
 
-    def _tell(self, saying: Callable[[], None]) -> None:
+    def _tell(self, saying: Callable[[], object]) -> None:
         self._unsaid.append(saying)
         try:
             self._say_all()
@@ -101,6 +103,12 @@ class Watcher(tune.Callback):
         """Say what is left to be said. Raises UserError if the store still fails."""
         self._bar.close()
         self._say_all()
+
+
+def death_of(trial: Any) -> str:
+    """What Ray says of a worker's end, its first line."""
+    error = trial.get_error()
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
 def run_sweep(
