@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test check smoke ui bench notebooks notebooks-clean clean
+.PHONY: ablation test test-oldest check smoke ui bench notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -37,5 +37,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The oldest libraries that pyproject.toml allows, but for torch, which stays the one of constraints.txt: wheels of 2.5
+# cannot be had for every Python that is allowed. tests/test_oldest.py holds the code to the names that torch 2.5 has.
+OLDEST := .venv-oldest
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,lora functional memory cost delta losses generator training teachers \
+	sft bank world cache probes suites oldest dnd_conditions dnd_decoder dnd_tokenizer))
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -c tests/oldest.ini --rootdir . $(CORE_TESTS)
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints.txt torch
+	$(OLDEST)/bin/python -m pip install -q -r constraints-oldest.txt
+	$(OLDEST)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .llgbm mlruns
+	rm -rf $(VENV) $(OLDEST) .llgbm mlruns
