@@ -6,15 +6,21 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+from torch import nn
 
 import llgbm.__main__ as command_line
 import tuning.report.__main__ as report
-from llgbm.models import Base
+from llgbm.estimate import estimate_trial, human
+from llgbm.lora import LoraSpec
+from llgbm.models import SIZES, Base, PublishedSize, weightless_model
+from llgbm.training import TrainingConfig
 from tuning import run_ablation
 from tuning.arguments import parse_arguments
 
@@ -91,6 +97,28 @@ def test_the_study_of_the_reference_reads_the_delta_as_the_page_says(folder: Pat
     study = study_of(parse_arguments(["--study", "reference.py:reference", "--seeds", "0", "1", "2"]))
     readings = {(t.config.delta_probes, t.config.delta_reading, t.config.delta_loss) for t in study.trials}
     assert readings == {("generic", "mean", "mse")} and len(study.trials) == 9
+
+
+def table_row(size: str, adapters: int, tokens: int) -> str:
+    """A row of the page's table of memory, computed."""
+    base = nn.Module.to(weightless_model(size), torch.bfloat16)
+    published = SIZES[size]
+    assert isinstance(published, PublishedSize)
+    spec = LoraSpec.from_model(base, published.rank, published.alpha)
+    config = TrainingConfig(model_size=size, batch_size=adapters, n_probes=5)
+    plain, saving = (
+        estimate_trial(replace(config, activation_checkpointing=on), base, spec, 20, 384, tokens)
+        for on in (False, True)
+    )
+    counts = [human(n) for n in (plain.base_parameters, plain.adapter_values, plain.generator_parameters)]
+    costs = [cell for e in (plain, saving) for cell in (human(e.step_flops, "FLOP"), human(e.peak_bytes, "B"))]
+    return f"| {' | '.join([size, f'{adapters} × 5 × {tokens}', *counts, *costs])} |"
+
+
+@pytest.mark.parametrize("tokens", [64, 256])
+@pytest.mark.parametrize(("size", "adapters"), [("qwen2.5-0.5b", 16), ("qwen2.5-1.5b", 8)])
+def test_the_table_of_memory_is_what_the_formulas_say(size: str, adapters: int, tokens: int) -> None:
+    assert table_row(size, adapters, tokens) in DOCS[0].read_text(encoding="utf-8").splitlines()
 
 
 def test_links_point_at_files() -> None:
