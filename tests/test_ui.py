@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tuning.store import local_tracking_uri
-from tuning.ui import AXES, CHARTS_VIEW, METRICS, STUDIES_VIEW, main
+from tuning.ui import CHARTS_VIEW, METRICS, STUDIES_VIEW, main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE = 120
