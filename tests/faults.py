@@ -42,7 +42,7 @@ class Sweep:
         self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, text=True, env=env)
         return self.process
 
-    def finish(self, *how: str, timeout: float = 280) -> int:
+    def finish(self, *how: str, timeout: float = 600) -> int:
         """Start it and wait for its end; its exit status."""
         return self.start(*how).wait(timeout)
 
@@ -52,7 +52,7 @@ class Sweep:
     def checkpoints(self) -> set[str]:
         return {str(path.relative_to(self.storage)) for path in self.storage.glob("*/step_*.pt")}
 
-    def wait_for_checkpoint(self, besides: Collection[str] = (), seconds: float = 240) -> None:
+    def wait_for_checkpoint(self, besides: Collection[str] = (), seconds: float = 400) -> None:
         """Return when a trial has kept its state at a step that is not among `besides`."""
         deadline = time.monotonic() + seconds
         while not self.checkpoints() - set(besides):

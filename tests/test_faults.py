@@ -10,6 +10,7 @@ from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_drive
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+pytestmark = pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
 Reference = tuple[dict[str, Run], MlflowClient]
 
 
@@ -43,6 +44,6 @@ def test_a_machine_that_dies_costs_nothing_but_time(tmp_path: Path, cache: Path,
         process = sweep.start("--address", cluster.address)
         sweep.wait_for_checkpoint()
         cluster.remove_node(nodes[0], allow_graceful=False)
-        assert process.wait(280) == 0, sweep.log()
+        assert process.wait(600) == 0, sweep.log()
     check_whole(sweep, *reference)
     assert "on 2 machines" in sweep.log()
