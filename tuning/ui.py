@@ -40,7 +40,13 @@ def view_state(flat: bool) -> dict[str, Any]:
     Only in the order of creation does it put children below their parent; only what it lists is in its charts. So a
     `flat` view lists trials by held-out accuracy, and the other one studies.
     """
-    section = {"uuid": "llgbm", "name": "LLGBM: λ, seed and held-out accuracy", "display": True}
+    section = {
+        "uuid": "llgbm",
+        "name": "LLGBM: λ, seed and held-out accuracy",
+        "display": True,
+        "columns": 1,
+        "cardHeight": 420,
+    }
     chart = {
         "uuid": "llgbm-parallel",
         "type": "PARALLEL",
@@ -60,6 +66,7 @@ def view_state(flat: bool) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
+        "columnWidths": {f"metrics.`{key}`": 160 for key in METRICS} | {f"params.`{key}`": 120 for key in PARAMS},
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": False,
         "compareRunSections": [{**section, **made_by_hand, "isReordered": True}],
