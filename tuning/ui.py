@@ -66,7 +66,6 @@ def view_state(flat: bool) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
-        "columnWidths": {f"metrics.`{key}`": 160 for key in METRICS} | {f"params.`{key}`": 120 for key in PARAMS},
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": False,
         "compareRunSections": [{**section, **made_by_hand, "isReordered": True}],
