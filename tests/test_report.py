@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from made_study import BASELINES, LAMBDAS, TASKS, log_trial, make_study
 
-from tuning.plots import DeltaMap
-from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, write_report
+from tuning.analysis import group_trials
+from tuning.plots import DeltaMap, plot_heat_map
+from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, summary, write_report
 from tuning.report.__main__ import main
 from tuning.tracking import StudyTracker, TrialResult
 
@@ -59,48 +60,48 @@ def row_of(table: str, name: str) -> str:
     return next(line for line in table.splitlines() if line.startswith(f"| {name}"))
 
 
-def test_the_table_holds_mean_and_sample_deviation(tmp_path: Path) -> None:
-    table = write_report(tmp_path, record(trials()))
+def test_the_table_holds_mean_and_sample_deviation() -> None:
+    table = summary(record(trials()))
     for config, values in VALUES.items():
         assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in row_of(table, config)
     for name in BASELINES:
         assert row_of(table, name)
 
 
-def test_a_failed_stopped_or_superseded_trial_is_said_and_not_counted(tmp_path: Path) -> None:
+def test_a_failed_stopped_or_superseded_trial_is_said_and_not_counted() -> None:
     lost = trial("multitask", 3, 0.0, "FAILED")
     stopped = replace(trial("multitask", 4, 0.0), stopped_at=7)
     old = replace(trial("multitask", 5, 0.0), superseded=True)
-    text = write_report(tmp_path, record([*trials(), lost, stopped, old]))
+    text = summary(record([*trials(), lost, stopped, old]))
     assert f"{np.mean(VALUES['multitask']):.3f}" in row_of(text, "multitask")
     assert "1 of 11 trials did not finish" in text and "multitask seed 3" in text
     assert "1 trial stopped early" in text and "seed 4 at step 7" in text
     assert "1 run begun anew" in text
-    assert "9 of 12 trials counted" in (tmp_path / "report.md").read_text()
 
 
-def test_a_worse_method_is_called_worse(tmp_path: Path) -> None:
+def test_a_worse_method_is_called_worse() -> None:
     flipped = [trial("multitask", s, 0.2 + 0.01 * s) for s in range(3)]
     flipped += [trial("weight-only", s, 0.5 - 0.01 * s) for s in range(3)]
-    top = write_report(tmp_path, record(flipped)).splitlines()[0]
+    top = summary(record(flipped)).splitlines()[0]
     assert top.index("weight-only") < top.index("multitask")
     assert "did not help" in top
 
 
-def test_the_top_says_what_can_be_concluded_and_what_cannot(made: StudyTracker, tmp_path: Path) -> None:
-    top = write_report(tmp_path, read_study(made.tracking_uri, made.parent_run_id)).splitlines()[0]
+def test_the_top_says_what_can_be_concluded_and_what_cannot(made: StudyTracker) -> None:
+    top = summary(read_study(made.tracking_uri, made.parent_run_id)).splitlines()[0]
     assert re.search(r"^\*\*delta-only\*\* has the highest .* higher than weight-only \(difference \+0.3", top)
     assert "whether it differs from multitask cannot be concluded" in top
     assert "3 seeds × 12 tasks" in top
 
 
-def test_one_seed_claims_no_spread(tmp_path: Path) -> None:
-    assert "±" not in row_of(write_report(tmp_path, record([trial("multitask", 0, 0.5)])), "multitask")
+def test_one_seed_claims_no_spread() -> None:
+    assert "±" not in row_of(summary(record([trial("multitask", 0, 0.5)])), "multitask")
 
 
 def test_no_finished_trial_still_makes_a_report(tmp_path: Path) -> None:
     failed = record([trial("multitask", 0, float("nan"), "FAILED")])
     assert "nothing to conclude" in write_report(tmp_path, failed)
+    assert "0 of 1 trial counted" in (tmp_path / "report.md").read_text()
     json.dumps(result_json(failed), allow_nan=False)
 
 
@@ -155,20 +156,15 @@ def test_names_from_a_store_cannot_break_the_page(tmp_path: Path) -> None:
     assert "<script" not in page and "a|b &lt;script&gt;" in page
 
 
-def test_a_grid_of_lambdas_has_a_heat_map(tmp_path: Path) -> None:
-    grid = {f"w{w} d{d}": (w, d) for w in (0.0, 0.3, 1.0) for d in (0.0, 1.0) if w or d}
+def test_a_grid_of_lambdas_has_a_heat_map_and_three_points_have_none(tmp_path: Path) -> None:
+    grid = [(w, d) for w in (0.0, 0.3, 1.0) for d in (0.0, 1.0) if w or d]
     every = [
-        replace(trial(n, 0, 0.5), params={"lambda_weight": str(w), "lambda_delta": str(d)})
-        for n, (w, d) in grid.items()
+        replace(trial(f"{w} {d}", 0, 0.5), params={"lambda_weight": str(w), "lambda_delta": str(d)}) for w, d in grid
     ]
-    write_report(tmp_path, record(every))
-    assert (tmp_path / "heat_map.png").read_bytes().startswith(b"\x89PNG")
-    three = [
-        replace(t, params={"lambda_weight": str(w), "lambda_delta": str(d)})
-        for t, (w, d) in zip(every, LAMBDAS.values(), strict=False)
-    ]
-    write_report(tmp_path / "three", record(three))
-    assert not (tmp_path / "three" / "heat_map.png").exists()
+    assert plot_heat_map(tmp_path / "grid.png", group_trials(every))
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    three = [t for t in every if t.config in {f"{w} {d}" for w, d in LAMBDAS.values()}]
+    assert len(three) == 3 and plot_heat_map(tmp_path / "three.png", group_trials(three)) == ""
 
 
 def test_a_study_is_found_by_id_run_or_as_the_latest(made: StudyTracker) -> None:

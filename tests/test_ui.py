@@ -112,7 +112,7 @@ def test_runs_are_nested_named_and_show_what_matters(
     browser.get(f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={STUDIES_VIEW}")
     wait_for(browser, "phase_4_5", "matching runs", *METRICS[:2])
     assert "multitask, seed 0" not in text_of(browser)
-    browser.find_element(By.CSS_SELECTOR, "[data-testid='expander-button'], .ag-cell [role='button'] svg").click()
+    browser.find_element(By.CSS_SELECTOR, ".ag-cell button[type='button']").click()
     wait_for(browser, "multitask, seed 0", "delta-only, seed 0", "weight-only, seed 0")
     assert len(children) == 3
 

@@ -40,7 +40,13 @@ def view_state(flat: bool) -> dict[str, Any]:
     Only in the order of creation does it put children below their parent; only what it lists is in its charts. So a
     `flat` view lists trials by held-out accuracy, and the other one studies.
     """
-    section = {"uuid": "llgbm", "name": "LLGBM: λ, seed and held-out accuracy", "display": True}
+    section = {
+        "uuid": "llgbm",
+        "name": "LLGBM: λ, seed and held-out accuracy",
+        "display": True,
+        "columns": 1,
+        "cardHeight": 420,
+    }
     chart = {
         "uuid": "llgbm-parallel",
         "type": "PARALLEL",
