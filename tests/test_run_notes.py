@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +21,6 @@ from tuning import run_notes
 from tuning.studies import StudyOptions, TrialSpec, make_study
 from tuning.tracking import StudyTracker, TrialResult, TrialTracker, read_trials
 from tuning.trainable import bundle_facts
-
-
-@pytest.fixture
-def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
-    shutil.copytree(empty_store, tmp_path / "mlruns")
-    tracker = StudyTracker.open(None, tmp_path, "ablation")
-    tracker.begin("study", "id", {}, {})
-    return tracker
 
 
 def open_trial(study: StudyTracker, trial_id: str = "t1", **tags: str) -> TrialTracker:
