@@ -22,8 +22,8 @@ from llgbm.lora import LoraSpec
 from llgbm.training import TrainingConfig
 
 FLOAT32 = 4
-# Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way. Its buffers are
-# held twice, in it and in the best so far.
+# Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way. Its buffers
+# are held twice, in it and in the best so far.
 GENERATOR_TABLES = 6
 # Tables [A, V] of a step at its peak: tokens, adapters and teachers, and their gradients on the way back.
 STEP_TABLES = 7
