@@ -48,6 +48,8 @@ def _add_study(what: Any) -> None:
     what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; of a search: 0 1)")
     what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial (default: 600)")
     what.add_argument("--batch-size", type=int, metavar="N", help="tasks in a training step (default: 16)")
+    what.add_argument("--activation-checkpointing", action="store_true", help="less memory a step, for more time")
+    what.add_argument("--probe-chunk", type=int, metavar="N", help="probes in one pass (default: all; less memory)")
     what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
     what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
     what.add_argument(
@@ -97,6 +99,11 @@ def _add_execution(how: Any) -> None:
     how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
     how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
     how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port")
+    how.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print parameters, FLOPs and memory of the study's trials, from their shapes alone; run nothing",
+    )
     how.add_argument(
         "--dry-run",
         action="store_true",
@@ -165,6 +172,8 @@ def _options(arguments: argparse.Namespace) -> StudyOptions:
         seeds=several(arguments.seeds),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
+        activation_checkpointing=arguments.activation_checkpointing or None,
+        probe_chunk=arguments.probe_chunk,
         delta_probes=arguments.delta_probes,
         encoder=arguments.encoder,
         smoke=arguments.smoke,

@@ -94,10 +94,10 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
     """The world of one base: `size` is its published size, None for a model that is of none."""
     published = SIZES.get(size or "")
     name = arguments.base or (published.hub if isinstance(published, PublishedSize) else "")
-    folder = find_model(name, download=not arguments.dry_run)
+    folder = find_model(name, download=not (arguments.dry_run or arguments.estimate))
     if size is not None:
         check_size(size, folder)
-    source = BaseSource.find(name, arguments.dtype, download=not arguments.dry_run)
+    source = BaseSource.find(name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate))
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
     return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank))

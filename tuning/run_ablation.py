@@ -22,6 +22,7 @@ from tuning import registry, run_notes
 from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.checkpoints import TrialCheckpoints, study_lock
 from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
+from tuning.estimates import estimate_study
 from tuning.plan import last_results, past_runs, show_plan
 from tuning.report import collect_baselines, read_study, result_json, write_report
 from tuning.resume import (
@@ -53,11 +54,14 @@ def run(arguments: Namespace) -> int:
         check_same_study(study, recorded)
     if arguments.scheduler != "none":
         rungs(study)
+    if arguments.estimate:
+        print(estimate_study(study))
     if arguments.dry_run:
         runs = past_runs(arguments.tracking_uri, Path.cwd(), arguments.experiment)
         show_plan(
             study, cache_of(arguments), runs, resources.concurrent, optuna_storage(arguments), points_of(arguments)
         )
+    if arguments.estimate or arguments.dry_run:
         return 0
     tracker = open_store(arguments)
     storage = arguments.storage_path or str(cache_of(arguments) / "sweeps")
