@@ -130,6 +130,7 @@ def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
     if not ray.is_initialized():
         (node,) = resources.nodes
         ray.init(
+            address="local",  # never some cluster that happens to run on this machine
             num_cpus=int(node.cpus),
             num_gpus=int(node.gpus),
             include_dashboard=False,
