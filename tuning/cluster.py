@@ -28,6 +28,7 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # A trial that a scheduler stopped still sends its metrics: its worker is reused when that is done, not after 2 s.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
