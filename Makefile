@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-oldest soak check smoke ui bench clean
+.PHONY: ablation test test-oldest check smoke soak bench ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -12,23 +12,32 @@ ablation: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# What takes too long for `test`: fifty random kills of drivers, workers and machines, among others.
-soak: $(READY)
-	$(BIN)/python -m pytest -n 0 -s -m slow
-
-bench: $(READY)
-	$(BIN)/python benchmarks/bench_overhead.py
-
 check: $(READY)
-	$(BIN)/ruff check llgbm tuning tests
-	$(BIN)/ruff format --check llgbm tuning tests
+	$(BIN)/ruff check llgbm tuning tests dnd_repo benchmarks notebooks
+	$(BIN)/ruff format --check llgbm tuning tests dnd_repo benchmarks notebooks
 	$(BIN)/mypy
 
 smoke: $(READY)
 	$(BIN)/python tuning/run_ablation.py --smoke --experiment llgbm-smoke
 
+# What takes too long for `test`: fifty random kills of drivers, workers and machines, among others.
+soak: $(READY)
+	$(BIN)/python -m pytest -n 0 -s -m slow
+
+# Each prints one JSON line and writes benchmarks/results/ (from a clean tree; else benchmarks/results/scratch/).
+bench: $(READY)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
 ui: $(READY)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m tuning.ui
+
+# Pages with pictures for docs/, from a real run: phase 4.5 reads the study that `make ablation` left.
+notebooks: $(READY)
+	rm -rf docs/notebooks
+	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to markdown --execute --output-dir docs/notebooks notebooks/*.ipynb
+
+notebooks-clean: $(READY)
+	$(BIN)/python -m nbconvert --clear-output --inplace notebooks/*.ipynb
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import transformers
+from bench_decoder import RESULTS, environment
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
-from bench_decoder import RESULTS, environment
 from llgbm.conditions import ConditionPools
 from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, EncodedProbes
@@ -81,7 +81,9 @@ def make_data(flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: s
         families=names,
         rows={"train": tuple(range(n)), "val": (), "test": ()},
         values_AV=0.01 * torch.randn(n, flora.spec.n_values),
-        conditions=ConditionPools(torch.randn(n, 32, CONDITION), torch.randn(n, 16, CONDITION), torch.randn(4, CONDITION)),
+        conditions=ConditionPools(
+            torch.randn(n, 32, CONDITION), torch.randn(n, 16, CONDITION), torch.randn(4, CONDITION)
+        ),
         loss_deltas=table,
         shared_deltas=table,
         generic_deltas=table,

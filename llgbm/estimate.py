@@ -22,7 +22,8 @@ from llgbm.lora import LoraSpec
 from llgbm.training import TrainingConfig
 
 FLOAT32 = 4
-# Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way.
+# Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way. Its buffers
+# are held twice, in it and in the best so far.
 GENERATOR_TABLES = 6
 # Tables [A, V] of a step at its peak: tokens, adapters and teachers, and their gradients on the way back.
 STEP_TABLES = 7
@@ -64,7 +65,7 @@ def estimate_trial(
     """
     shape = BaseShape.of(base, spec)
     generator = weightless_generator(config, spec, condition_width)
-    parameters = sum(p.numel() for p in generator.parameters())
+    parameters, buffers = (sum(t.numel() for t in part()) for part in (generator.parameters, generator.buffers))
     return TrialEstimate(
         base_parameters=shape.parameters,
         adapter_values=spec.n_values,
@@ -73,7 +74,7 @@ def estimate_trial(
         steps=config.steps,
         memory={
             "base": shape.weight_bytes,
-            "generator and optimiser": float(FLOAT32 * GENERATOR_TABLES * parameters),
+            "generator and optimiser": float(FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)),
             "teachers": float(FLOAT32 * BANK_TABLES * n_teachers * spec.n_values),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
             "activations": activation_bytes(config, shape, probe_tokens),

@@ -208,7 +208,12 @@ def greedy_answers(
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     encoded = base.tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
     ).to(base.model.device)
     with torch.no_grad():
         ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
@@ -287,7 +292,7 @@ def index_bank(folder: Path, base: Base, suite: Suite, config: TeacherConfig, ba
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in examples for e in own]),
+        "base_accuracy": base_accuracy(base, [e for own in examples[:: config.per_task] for e in own]),
     }
     (folder / "trajectories.json").write_text(json.dumps(_own_answers(base, suite, config, batch, spec)))
     listing = {

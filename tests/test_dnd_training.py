@@ -15,8 +15,10 @@ import torch
 from conftest import ROOT
 from dnd.bank import AdapterBank, Samples, positions, read_adapter
 from dnd.commands import exit_status, generate_command, train_command
+from dnd.conditions import encode_texts
 from dnd.errors import DndError
 from dnd.generation import AdapterWriter
+from dnd.tokenizer import LoraTokenizer2D
 from dnd.training import TrainSettings, newest_checkpoint, train
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -138,8 +140,13 @@ def test_generated_adapters_are_what_plain_peft_loads(
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base.path), written[0])
     held = {k.replace(".default.", "."): v for k, v in model.state_dict().items() if ".lora_" in k}
     assert held.keys() == states[0].keys() and all(torch.equal(held[k], v) for k, v in states[0].items())
-    bare = AdapterWriter.load(trained.checkpoint / "model.safetensors", settings, prompts)
     texts = json.loads((prompts / "prompts.json").read_text())["evaluation"]
+    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: settings.n_prompts]
+    encoded = encode_texts(world.base.tokenizer, [texts[i] for i in drawn], settings.max_length)
+    tokens = trained.model.generate({name: ids[None] for name, ids in encoded.items()})[0]
+    wanted = LoraTokenizer2D((6, 66)).detokenize(states[0], tokens)
+    assert all(torch.equal(wanted[k], v) for k, v in states[0].items())
+    bare = AdapterWriter.load(trained.checkpoint / "model.safetensors", settings, prompts)
     assert all(torch.equal(v, states[1][k]) for k, v in bare.generate(texts, seed=1).items())
 
 
@@ -149,8 +156,6 @@ def test_a_step_of_several_processes_is_one_step_of_all() -> None:
 
 
 def test_samples_take_every_adapter_once_an_epoch(bank_folder: Path, world: World) -> None:
-    from dnd.tokenizer import LoraTokenizer2D
-
     bank = AdapterBank.open(bank_folder)
     tokenizer = LoraTokenizer2D((6, 66))
     stream = Samples(bank, tokenizer, world.base.tokenizer, n_prompts=2, length=8, seed=3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,27 @@ import pytest
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_datasets import SYSTEM, rows, write_rows
 
 from llgbm.encoding import chat_prompt, encode_pairs
 from llgbm.runtime import UserError
 from llgbm.suites import FileSuite
 from llgbm.suites.files import dataset_files, datasets_in, plan_split, read_dataset, read_rows
 
-SYSTEM = "Answer by a single [ans]."
-
-
-def rows(topic: str, count: int, start: int = 0) -> list[dict[str, str]]:
-    """Multiple-choice rows in the shape of the real ones."""
-    rng = random.Random(f"{topic} {start}")
-    return [
-        {
-            "prompt": f"What follows {topic} number {i}?\nA: {topic} {i + 1}\nB: {topic} {i + 2}\nC: nothing\nD: {i}",
-            "response": f"[{rng.choice('ABCD')}]",
-            "system": SYSTEM,
-        }
-        for i in range(start, start + count)
-    ]
-
-
-def write(folder: Path, name: str, content: Any) -> None:
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path, "river_train", rows("river", 40))
-    write(tmp_path, "river_test", rows("river", 20, start=100))
-    write(tmp_path, "stone", rows("stone", 60))
-    write(tmp_path, "cloud_validation", [{"prompt": f"is {i} even?", "response": f"[{i % 2 == 0}]"} for i in range(50)])
-    write(tmp_path, "sums", [{"prompt": f"What is {i} + 1?", "response": f"The answer is {i + 1}."} for i in range(50)])
-    write(tmp_path, "tiger_train", rows("tiger", 30))
-    write(tmp_path, "tiger_test", rows("tiger", 30, start=100))
+    write_rows(tmp_path, "river_train", rows("river", 40))
+    write_rows(tmp_path, "river_test", rows("river", 20, start=100))
+    write_rows(tmp_path, "stone", rows("stone", 60))
+    write_rows(
+        tmp_path, "cloud_validation", [{"prompt": f"is {i} even?", "response": f"[{i % 2 == 0}]"} for i in range(50)]
+    )
+    write_rows(
+        tmp_path, "sums", [{"prompt": f"What is {i} + 1?", "response": f"The answer is {i + 1}."} for i in range(50)]
+    )
+    write_rows(tmp_path, "tiger_train", rows("tiger", 30))
+    write_rows(tmp_path, "tiger_test", rows("tiger", 30, start=100))
     return tmp_path
 
 
@@ -58,7 +43,7 @@ def test_datasets_are_found_by_their_files(folder: Path) -> None:
     assert datasets_in(folder) == ["cloud", "river", "stone", "sums", "tiger"]
     assert [p and p.name for p in dataset_files(folder, "river")] == ["river_train.json", "river_test.json"]
     assert [p and p.name for p in dataset_files(folder, "cloud")] == ["cloud_validation.json", None]
-    write(folder, "cloud_test", [{"prompt": f"is {i} odd?", "response": "[True]"} for i in range(20)])
+    write_rows(folder, "cloud_test", [{"prompt": f"is {i} odd?", "response": "[True]"} for i in range(20)])
     assert [p and p.name for p in dataset_files(folder, "cloud")] == ["cloud_validation.json", "cloud_test.json"]
 
 
@@ -98,7 +83,7 @@ SUITE_OF_REAL_SHAPE: list[FileSuite] = []
 @pytest.fixture(scope="module", autouse=True)
 def opened(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("datasets")
-    write(folder, "river", rows("river", 40))
+    write_rows(folder, "river", rows("river", 40))
     SUITE_OF_REAL_SHAPE[:] = [FileSuite.open(folder, ["river"])]
 
 
@@ -113,7 +98,7 @@ def test_a_suite_is_a_value_that_its_folder_takes_no_part_in(folder: Path, tmp_p
     assert here.fingerprint != FileSuite.open(folder, ["river", "cloud", "sums"], ["tiger"], ["stone"]).fingerprint
     carried = pickle.dumps(here)
     assert len(carried) < 2000 and pickle.loads(carried).fingerprint == here.fingerprint
-    write(other, "river_test", rows("river", 21, start=100))
+    write_rows(other, "river_test", rows("river", 21, start=100))
     assert open_all(other).fingerprint != here.fingerprint
     with pytest.raises(UserError, match="changed since"):
         _ = pickle.loads(pickle.dumps(there)).datasets
@@ -166,7 +151,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_bad_rows_are_named_with_file_and_number_or_left_out_on_demand(row: Any, message: str, folder: Path) -> None:
-    write(folder, "river_train", [*rows("river", 20), row, *rows("river", 20, start=20)])
+    write_rows(folder, "river_train", [*rows("river", 20), row, *rows("river", 20, start=20)])
     with pytest.raises(UserError, match=f"river_train.json has 1 bad rows: row 21 {message}"):
         read_dataset(folder, "river")
     found, notes = read_rows(folder / "river_train.json", skip_bad=True)
@@ -205,23 +190,23 @@ def reworded(row: dict[str, str]) -> dict[str, str]:
 )
 def test_a_question_in_two_parts_of_the_split_is_refused(source: str, target: str, change: Any, folder: Path) -> None:
     leaked = json.loads((folder / f"{source}.json").read_text())[7]
-    write(folder, target, [*json.loads((folder / f"{target}.json").read_text()), change(leaked)])
+    write_rows(folder, target, [*json.loads((folder / f"{target}.json").read_text()), change(leaked)])
     with pytest.raises(UserError, match=f"row 8 of {source}.json and row .* of {target}.json ask the same"):
         open_all(folder, limit=8)
 
 
 def test_files_with_the_same_questions_are_refused(folder: Path) -> None:
-    write(folder, "river_validation", [reworded(row) for row in rows("river", 20, start=100)])
+    write_rows(folder, "river_validation", [reworded(row) for row in rows("river", 20, start=100)])
     with pytest.raises(UserError, match="river_test.json and river_validation.json hold the same questions"):
         open_all(folder)
     (folder / "river_validation.json").unlink()
-    write(folder, "river_test", rows("river", 30, start=5))
+    write_rows(folder, "river_test", rows("river", 30, start=5))
     with pytest.raises(UserError, match="river_train.json and river_test.json hold the same questions"):
         open_all(folder)
 
 
 def test_a_few_repeated_questions_are_left_out_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder, "river_test", [*rows("river", 20, start=100), *rows("river", 2), rows("river", 1, start=100)[0]])
+    write_rows(folder, "river_test", [*rows("river", 20, start=100), *rows("river", 2), rows("river", 1, start=100)[0]])
     suite = open_all(folder)
     assert "3 rows of river_test.json repeat an earlier question" in capsys.readouterr().err
     assert len(suite.datasets["river"].rows["evaluation"]) + len(suite.datasets["river"].rows["prompts"]) == 20

@@ -38,7 +38,7 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run one in a folder; return the JSON object of its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=570
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=870
     )
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "said": done.stderr}
@@ -62,7 +62,7 @@ def swept(narrow: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("run")
     (folder / "tuning").symlink_to(ROOT / "tuning")
     data = ["--data", str(SHARED / "data"), "--tasks", *TASKS, "--held-out", HELD_OUT, "--rows", "64"]
-    settings = ["--adapters-per-task", "2", "--teacher-steps", "8", "--teacher-rate", "0.05", "--rank", "4"]
+    settings = ["--adapters-per-task", "2", "--teacher-steps", "5", "--teacher-rate", "0.05", "--rank", "4"]
     trial = ["--lambda-weight", "0.3", "--lambda-delta", "1", "--steps", "8", "--smoke"]
     arguments = ["tuning/run_ablation.py", "--base", str(narrow), *data, *settings, *trial]
     return folder, command(folder, *arguments)

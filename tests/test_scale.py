@@ -53,14 +53,6 @@ def check_nothing_is_lost(study: StudyTracker) -> None:
             assert len(rows) == STEPS
 
 
-@pytest.fixture
-def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
-    shutil.copytree(empty_store, tmp_path / "mlruns")
-    tracker = StudyTracker.open(None, tmp_path, "ablation")
-    tracker.begin("study", "id", {}, {})
-    return tracker
-
-
 def test_sixteen_trials_log_into_one_sqlite_file_and_lose_nothing(study: StudyTracker) -> None:
     assert study.target is not None
     log_many(study.target)

@@ -28,6 +28,7 @@ from tuning.search import (
     describe_best,
     find_search,
     make_scheduler,
+    make_searcher,
     open_search,
     optuna_url,
 )
@@ -218,6 +219,32 @@ def test_half_a_point_is_no_point() -> None:
     assert params_of(study)[1:] == params_of(straight.study)
 
 
+def test_a_storage_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = STUDIES["optuna_lambda"](StudyOptions(seeds=(0,)))
+    url = optuna_url(None, tmp_path)
+    search = PointSearch(study.space, open_search(study, url), 3)
+    searcher = make_searcher(search, url)
+    first, second = (searcher.suggest(name)["trial"] for name in "ab")
+    database = tmp_path / "mlruns" / "optuna.db"
+    search.study._storage.remove_session()
+    database.rename(tmp_path / "away.db")
+    database.mkdir()
+    searcher.on_trial_complete("a", score(first))
+    assert "told of a point later" in caplog.text
+    assert searcher.suggest("c") is None
+    searcher.on_trial_complete("b", score(second))
+    with pytest.raises(UserError, match="optuna.db cannot be used"):
+        searcher.suggest("c")
+    database.rmdir()
+    (tmp_path / "away.db").rename(database)
+    third = searcher.suggest("c")["trial"]
+    searcher.on_trial_complete("c", score(third))
+    assert searcher.suggest("d") == searcher.FINISHED
+    assert [t.state for t in search.study.trials] == [TrialState.COMPLETE] * 3
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -295,21 +322,23 @@ def test_a_fixed_field_is_no_parameter() -> None:
     assert {frozenset(params) for params in params_of(search.study)} == {frozenset(("lambda_delta", "learning_rate"))}
 
 
-def test_a_search_whose_driver_is_killed_ends_as_if_it_was_not_and_asha_stops_the_worse(
-    tmp_path: Path, cache: Path, world: World
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
+    killed: bool, tmp_path: Path, cache: Path, world: World
 ) -> None:
-    """Real Ray, MLflow and storage: killed when the second point was asked for, then resumed to the end."""
+    """Real Ray, MLflow and storage; killed when the second point was asked for and resumed, it ends the same."""
     what = ("--search", "random", "--num-samples", "4", "--seeds", "0", "--scheduler", "asha")
     sweep = Sweep(tmp_path, cache, *what, "--metric", "val/delta_cosine")
     sweep.how += ["--max-concurrent", "1"]
     study = study_of(parse_arguments(sweep.what))
     url = optuna_url(None, tmp_path)
-    process = sweep.start()
-    while len(states := [trial.state for trial in points(study, url)]) < 2:
-        assert process.poll() is None, sweep.log()
-        time.sleep(0.2)
-    assert states == [TrialState.COMPLETE, TrialState.RUNNING]
-    kill_driver(process)
+    if killed:
+        process = sweep.start()
+        while len(states := [trial.state for trial in points(study, url)]) < 2:
+            assert process.poll() is None, sweep.log()
+            time.sleep(0.2)
+        assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+        kill_driver(process)
     assert sweep.finish() == 0, sweep.log()
 
     found, runs = find_search(study, url), sweep.trials()

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from llgbm.banks import read_manifest
 from llgbm.conditions import make_encoder
 from llgbm.cost import BaseShape
 from llgbm.delta import encode_probes
@@ -72,8 +73,14 @@ class WorldSketch:
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
         self.base, self.tokenizer = _base_without_weights(config)
-        self.spec = LoraSpec.from_model(self.base, config.teachers.rank, config.teachers.alpha)
-        self.n_teachers = config.teachers.per_task * len(config.suite.split.tasks)
+        teachers, tasks = config.teachers, config.suite.split.tasks
+        if config.bank is None:
+            self.spec = LoraSpec.from_model(self.base, teachers.rank, teachers.alpha)
+            self.n_teachers = teachers.per_task * len(tasks)
+        else:
+            found = read_manifest(Path(config.bank.path))
+            self.spec = LoraSpec.from_model(self.base, found["rank"], found["alpha"], found["target_modules"])
+            self.n_teachers = sum(entry["task"] in tasks for entry in found["adapters"].values())
 
     def estimate(self, config: TrainingConfig) -> TrialEstimate:
         """The cost of one training in this world."""
@@ -110,7 +117,9 @@ class WorldSketch:
 
     @property
     def teacher_flops(self) -> float:
-        """All steps of all teachers."""
+        """All steps of all teachers; none where the bank is there."""
+        if self.config.bank is not None:
+            return 0.0
         teachers, (tokens, answer) = self.config.teachers, self.example_tokens
         shape, texts = BaseShape.of(self.base, self.spec), self.n_teachers * teachers.examples
         passes = shape.forward_flops(texts, tokens) + shape.backward_flops(texts, tokens)

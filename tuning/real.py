@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llgbm.lora import LoraSpec
 from llgbm.models import OWN_PREFIX, SIZES, BaseSource, PublishedSize, check_size, find_model
 from llgbm.runtime import UserError, say
 from llgbm.suites import FileSuite, Suite, SyntheticSuite
@@ -93,21 +94,23 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
     """The world of one base: `size` is its published size, None for a model that is of none."""
     published = SIZES.get(size or "")
     name = arguments.base or (published.hub if isinstance(published, PublishedSize) else "")
-    folder = find_model(name, download=not arguments.dry_run)
+    folder = find_model(name, download=not (arguments.dry_run or arguments.estimate))
     if size is not None:
         check_size(size, folder)
-    source = BaseSource.find(name, arguments.dtype, download=not arguments.dry_run)
+    source = BaseSource.find(name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate))
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
     return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank))
 
 
 def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
-    rank = arguments.rank or getattr(published, "rank", 8)
+    rank = getattr(published, "rank", 8) if arguments.rank is None else arguments.rank
+    alpha = 2.0 * rank if arguments.alpha is None else arguments.alpha
+    LoraSpec((), rank, alpha)  # Refuses a rank or an alpha that no adapter can have, before anything is loaded.
     steps, rate, count = arguments.teacher_steps, arguments.teacher_rate, arguments.adapters_per_task
     return TeacherConfig(
         rank=rank,
-        alpha=2.0 * rank if arguments.alpha is None else arguments.alpha,
+        alpha=alpha,
         per_task=(4 if arguments.data else 1) if count is None else count,
         steps=TeacherConfig.steps if steps is None else steps,
         learning_rate=5e-4 if rate is None else rate,

@@ -23,7 +23,7 @@ ARGUMENTS_TAG = "llgbm.arguments"
 # Arguments that say how a study is run, not what it is; all others make the study and are recorded with it.
 HOW = frozenset(
     "resume retry_failed fresh cpus_per_trial gpus_per_trial max_concurrent address storage_path keep_checkpoints "
-    "tracking_uri experiment keep_artifacts keep_best cache dry_run debug".split()
+    "tracking_uri experiment keep_artifacts keep_best cache estimate dry_run debug".split()
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -97,10 +98,21 @@ def _remedy(reason: str) -> str:
     if any(sign in text for sign in UNWRITABLE):
         return "choose a folder that you may write to"
     if "out-of-date database schema" in text:
-        return "copy the database and run `mlflow db upgrade` on it, or choose another one"
+        return _schema_remedy(text)
     if "no module named" in text:
         return "install the driver of that database, or use sqlite:///path"
     return f"check the address and its log, or choose another one ({ALLOWED})"
+
+
+def _schema_remedy(reason: str) -> str:
+    """MLflow calls a schema of the future out of date too; its own migrations tell the two apart."""
+    import mlflow
+
+    found = re.search(r"found version (\w+)", reason)
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if found and not any(migrations.glob(f"{found[1]}_*.py")):
+        return "a newer MLflow made it, so install that version, or choose another store"
+    return "copy the database and run `mlflow db upgrade` on it, or choose another one"
 
 
 def usable_uri(tracking_uri: str) -> str:

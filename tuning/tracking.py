@@ -288,7 +288,8 @@ class TrialTracker:
             attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
             own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, ATTEMPTS_TAG: str(attempts), **tags}
-            run_id = _open_run(client, target.experiment_id, found, run_name, own)
+            shown_name = f"{run_name}, seed {params['seed']}" if "seed" in params else run_name
+            run_id = _open_run(client, target.experiment_id, found, shown_name, own)
             _log_params(client, run_id, params)
         return cls(client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts)
 

@@ -111,9 +111,7 @@ def generate_command(
     if parsed.smoke:
         parsed.prompts = next(embedded_bank(parsed.cache)[0].glob("*/*/prompts.json")).parent
     if (parsed.data is None) == (parsed.prompts is None):
-        raise DndError(
-            "prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke"
-        )
+        raise DndError("prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke")
     writer = load_writer(defaults, parsed)
     texts = task_texts(parsed.prompts or Path(), parsed.task, parsed.data, writer.settings.part, "evaluation")
     folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
