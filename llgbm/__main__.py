@@ -1,5 +1,5 @@
-"""Use trained generators: `generate` writes an adapter, `fetch` asks a served generator for one, `evaluate` scores one,
-`models` says which generators are registered and which is the champion.
+"""What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
+asks a served generator for one, `evaluate` scores one; `models` says which are registered and which is champion.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import evaluate
+from llgbm.commands import bank, evaluate, teachers
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -34,7 +34,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ask.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
     ask.set_defaults(do=fetch)
     _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
-    evaluate.add_parser(commands)
+    for command in (evaluate, teachers, bank):
+        command.add_parser(commands)
     return parser.parse_args(arguments)
 
 

@@ -6,24 +6,33 @@ module costs two `bmm`. The base is left as it was: hooks live only inside the `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llgbm.lora import LoraBatch
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
 # What one pass without gradient may hold: tokens through the layers, and logits (tokens times vocabulary).
 PASS_TOKENS, PASS_LOGITS = 2**16, 2**26
 
 
 @contextmanager
-def adapters_applied(base: PreTrainedModel, batch: LoraBatch, scaling: float) -> Iterator[None]:
+def adapters_applied(
+    base: PreTrainedModel, batch: LoraBatch, scaling: float, checkpointing: bool = False
+) -> Iterator[None]:
     """Add `scaling * B A x` of each row's adapter to the Linear layers of `base` while the block runs.
 
-    Raises ValueError if the base lacks a module that the batch adapts.
+    With `checkpointing` a backward pass finds only the inputs of the base's blocks in memory and runs each block once
+    more; the gradients are the same. Raises ValueError if the base lacks a module that the batch adapts.
     """
     layers = dict(base.named_modules())
     missing = [name for name in batch.a if name not in layers]
@@ -31,17 +40,59 @@ def adapters_applied(base: PreTrainedModel, batch: LoraBatch, scaling: float) ->
         raise ValueError(
             f"the base has no module {missing[0]} ({len(missing)} missing): the adapters are of another base"
         )
-    handles = []
+    hooks = {name: _lora_hook(a_ARI, batch.b[name], scaling) for name, a_ARI in batch.a.items()}
+    with ExitStack() as stack:
+        for block, own in (_by_block(hooks) if checkpointing else {"": hooks}).items():
+            on_modules = {layers[name]: hook for name, hook in own.items()}
+            stack.enter_context(_block_checkpointed(layers[block], on_modules) if block else _hooked(on_modules))
+        yield
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Have the hooks called after their modules while the block runs."""
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def _by_block(hooks: Mapping[str, Hook]) -> dict[str, dict[str, Hook]]:
+    """The hooks of each block of the base: `model.layers.3` holds `model.layers.3.mlp.up_proj`; "" the rest."""
+    blocks: dict[str, dict[str, Hook]] = {}
+    for name, hook in hooks.items():
+        numbered = _BLOCK.match(name)
+        blocks.setdefault(numbered.group() if numbered else "", {})[name] = hook
+    return blocks
+
+
+@contextmanager
+def blocks_checkpointed(base: nn.Module) -> Iterator[None]:
+    """Let every block of a model keep its inputs only, for a training of the model's own (or PEFT's) parameters."""
+    blocks = {found.group(): None for name, _ in base.named_modules() if (found := _BLOCK.match(f"{name}."))}
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_block_checkpointed(base.get_submodule(block), {}))
+        yield
+
+
+@contextmanager
+def _block_checkpointed(block: nn.Module, hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Let `block` keep its inputs only. It is run again after the `with` block, so it puts its hooks on by itself."""
+    plain = block.forward
+
+    def under_adapters(*args: Any, **kwargs: Any) -> Any:
+        with _hooked(hooks):
+            return plain(*args, **kwargs)
+
+    block.forward = partial(checkpoint, under_adapters, use_reentrant=False, preserve_rng_state=False)
     try:
-        for name, a_ARI in batch.a.items():
-            handles.append(layers[name].register_forward_hook(_lora_hook(a_ARI, batch.b[name], scaling)))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del block.forward
 
 
-def _lora_hook(a_ARI: Tensor, b_AOR: Tensor, scaling: float):
+def _lora_hook(a_ARI: Tensor, b_AOR: Tensor, scaling: float) -> Hook:
     n_adapters = a_ARI.shape[0]
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

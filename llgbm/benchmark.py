@@ -161,7 +161,7 @@ def chance_accuracy(kind: Kind, examples: Sequence[Example]) -> float:
 
 def wilson(right: int, n: int) -> list[float]:
     """The 95 % interval of a share (Wilson 1927)."""
-    from statsmodels.stats.proportion import proportion_confint
+    from scipy.stats import binomtest
 
-    low, high = proportion_confint(right, n, method="wilson")
-    return [round(float(low), 4), round(float(high), 4)]
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]

@@ -51,7 +51,7 @@ class MiniLMEncoder(TextEncoder):
         except (OSError, ValueError) as error:
             raise UserError(f"no sentence encoder can be loaded from {source}: name a folder or a hub id") from error
         self.name = f"minilm:{model}" if model else "minilm"
-        self.width = int(self._model.get_embedding_dimension() or 0)
+        self.width = self.encode(["width"]).shape[1]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         _refuse_empty(prompts)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llgbm.batched import adapters_applied, final_hidden, head_logits
@@ -73,15 +75,33 @@ class FunctionalLoRA:
 
 
 def compute_delta_differentiable(
-    flora: FunctionalLoRA, batch: LoraBatch, probes: EncodedProbes, base_APQD: Tensor
+    flora: FunctionalLoRA,
+    batch: LoraBatch,
+    probes: EncodedProbes,
+    base_APQD: Tensor,
+    probe_chunk: int = 0,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Δ of A adapters at the marked positions of their probes, [A, P, Q, D], with gradients to the adapters.
 
+    Two savers of memory leave values and gradients as they are and cost a forward pass each: with `probe_chunk` above
+    0 a backward pass holds so many probes of each adapter at a time, with `checkpointing` one block of the base.
     Raises ValueError where the base's states are of other probes.
     """
     batch.check(flora.spec)
-    with adapters_applied(flora.model, batch, flora.spec.scaling):
-        states_APQD = read_states(flora.model, probes)
+
+    def states(probes: EncodedProbes) -> Tensor:
+        with adapters_applied(flora.model, batch, flora.spec.scaling, checkpointing):
+            return read_states(flora.model, probes)
+
+    n_probes = probes.positions_APQ.shape[1]
+    if 0 < probe_chunk < n_probes:
+        pieces = [probes.select(slice(None), slice(i, i + probe_chunk)) for i in range(0, n_probes, probe_chunk)]
+        states_APQD = torch.cat(
+            [checkpoint(states, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces], dim=1
+        )
+    else:
+        states_APQD = states(probes)
     if states_APQD.shape != base_APQD.shape:
         raise ValueError(
             f"base states have shape {tuple(base_APQD.shape)}, the probes give {tuple(states_APQD.shape)}: "

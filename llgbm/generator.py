@@ -131,6 +131,9 @@ class ModuleCodeGenerator(LoraGenerator):
         return torch.cat(written, dim=1)
 
 
+KERNEL_SIZE = 3
+
+
 class HyperConvGenerator(LoraGenerator):
     """The decoder of Drag-and-Drop LLMs (`dnd`), which writes all tokens of an adapter at once.
 
@@ -170,18 +173,16 @@ class HyperConvGenerator(LoraGenerator):
         return self.start_TXY + self.spread_TXY * self.decoder(features_ANLC)
 
 
-KERNEL_SIZE = 3
-
-
 def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int, int, int]]:
-    """Feature shapes of the decoder for tokens [T, X, Y]: an eighth of the tokens at first, in their own size."""
-    rows = max(4, n_tokens // 8)
-    return [(rows, height, width), (2 * rows, height, width), (n_tokens, height, width)]
+    """Feature shapes of the decoder for tokens [T, X, Y]: a quarter of the tokens in their own size, then all."""
+    return [(max(4, n_tokens // 4), height, width), (n_tokens, height, width)]
 
 
 def token_statistics(tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64) -> tuple[Tensor, Tensor]:
     """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
-    padding."""
+    padding, and everywhere where the statistics are without values (on the meta device, for an estimate)."""
+    if statistics.mean_V.is_meta:
+        return torch.zeros(tokens.shape, device="meta"), torch.ones(tokens.shape, device="meta")
     noise_AV = torch.randn(n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0))
     drawn = tokens.encode(statistics.decode(noise_AV.to(statistics.mean_V)))
     fitted = Standardiser.fit(drawn.flatten(1).nan_to_num())

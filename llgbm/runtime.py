@@ -89,6 +89,14 @@ def release_device_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_memory(device: str) -> float:
+    """Bytes that can still be had: of the GPU's memory, or of this machine's."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+
 def quiet_libraries() -> None:
     """Keep the bars of libraries off a stderr that is no terminal."""
     from transformers.utils import logging as transformers_logging

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -151,8 +151,7 @@ def train_teachers(
         {n: a.to(device).repeat(n_adapters, 1, 1).requires_grad_() for n, a in initial.items()},
         {m.name: torch.zeros(n_adapters, m.n_out, spec.rank, device=device, requires_grad=True) for m in spec.modules},
     )
-    optimizer = torch.optim.Adam([*batch.a.values(), *batch.b.values()], lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.learning_rate / 20)
+    optimizer, schedule = adam_with_decay([*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps)
     for step in progress(range(config.steps), f"{n_adapters} teachers"):
         loss_A = adapter_losses(base.model, spec, batch, examples_at(step))
         optimizer.zero_grad(set_to_none=True)
@@ -161,6 +160,14 @@ def train_teachers(
         schedule.step()
     release_device_memory()
     return LoraBatch({n: t.detach() for n, t in batch.a.items()}, {n: t.detach() for n, t in batch.b.items()})
+
+
+def adam_with_decay(
+    parameters: Iterable[Tensor], learning_rate: float, steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    """Adam, its rate falling to a twentieth along a cosine: how every teacher is trained."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 20)
 
 
 def adapter_losses(model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs) -> Tensor:
@@ -201,7 +208,12 @@ def greedy_answers(
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     encoded = base.tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
     ).to(base.model.device)
     with torch.no_grad():
         ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
@@ -265,14 +277,22 @@ def _write_bank(
         own = folder / "checkpoints" / task / adapter_id
         own.mkdir(parents=True)
         write_adapter_files(own, state, settings)
-        (own / "prompts.json").write_text(json.dumps(_condition_prompts(suite, task, config, index)))
+        share = (index % config.per_task, config.per_task)
+        (own / "prompts.json").write_text(json.dumps(condition_prompts(suite, task, config, share)))
+    index_bank(folder, base, suite, config, batch, spec)
+
+
+def index_bank(folder: Path, base: Base, suite: Suite, config: TeacherConfig, batch: LoraBatch, spec: LoraSpec) -> None:
+    """Measure the teachers of a suite, `per_task` a task in the order of its tasks; write trajectories and list."""
+    tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
+    ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
     n_examples = min(32, suite.available("evaluation"))
     examples = [suite.examples(task, "evaluation", n_examples, "teacher accuracy") for task in tasks]
     accuracy_A = exact_match(base, spec, batch, examples)
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in examples for e in own]),
+        "base_accuracy": base_accuracy(base, [e for own in examples[:: config.per_task] for e in own]),
     }
     (folder / "trajectories.json").write_text(json.dumps(_own_answers(base, suite, config, batch, spec)))
     listing = {
@@ -283,9 +303,8 @@ def _write_bank(
     (folder / "bank.json").write_text(json.dumps(listing, indent=1))
 
 
-def _condition_prompts(suite: Suite, task: str, config: TeacherConfig, index: int) -> dict[str, list[str]]:
-    """Prompts of what the teacher was trained on, and others to condition on at evaluation."""
-    share = (index % config.per_task, config.per_task)
+def condition_prompts(suite: Suite, task: str, config: TeacherConfig, share: tuple[int, int]) -> dict[str, list[str]]:
+    """Prompts of what a teacher was trained on, its share of the examples, and others to condition on at evaluation."""
     known = suite.examples(task, "train", config.condition_train, "condition", share)
     others = suite.examples(task, "prompts", config.condition_evaluation, "condition")
     return {"train": [e.prompt for e in known], "evaluation": [e.prompt for e in others]}

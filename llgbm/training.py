@@ -103,6 +103,9 @@ class TrainingConfig:
 
     `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
     1.5B) where no `model_size` is named. A base that the user brought is a size of its own, called `base-…`.
+
+    `activation_checkpointing` and `probe_chunk` (probes a pass, 0 for all) spend time to save memory; the gradients
+    stay the same.
     """
 
     lambda_weight: float = 0.3
@@ -122,6 +125,8 @@ class TrainingConfig:
     delta_reading: str = "per_probe"
     gradient_accumulation: int = 1
     mixed_precision: str = "no"
+    activation_checkpointing: bool = False
+    probe_chunk: int = 0
     eval_every: int = 100
     patience: int = 0
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -138,6 +143,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "n_prompts", "n_probes", "gradient_accumulation", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.probe_chunk < 0:
+            raise UserError(f"probe_chunk is {self.probe_chunk}; it must be 0 (all probes in one pass) or above")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
 
@@ -244,7 +251,8 @@ class Trial:
 
     def _read_deltas(self, tokens: Tensor, teacher: DeltaTable) -> tuple[Tensor, Tensor, Tensor | None]:
         batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
-        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD)
+        savers = (self.config.probe_chunk, self.config.activation_checkpointing)
+        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD, *savers)
         if self.config.delta_reading == "mean":
             return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
         return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ

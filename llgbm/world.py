@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
+from llgbm.banks import bank_hash, open_bank
 from llgbm.cache import build_entry, entry_is_whole
 from llgbm.conditions import VERSION as CONDITIONS_VERSION
 from llgbm.conditions import build_conditions, make_encoder
@@ -30,7 +31,7 @@ from llgbm.models import (
     pretrain,
 )
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
-from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
+from llgbm.runtime import UserError, content_hash, pick_device, say, stream_seed
 from llgbm.suites import Suite, SyntheticSuite
 from llgbm.suites.synthetic import VERSION as SUITE_VERSION
 from llgbm.teachers import VERSION as TEACHERS_VERSION
@@ -46,10 +47,37 @@ VERSIONS = {
 
 
 @dataclass(frozen=True)
+class BankSource:
+    """A bank that is opened, not built: where it lies, and a hash of its weights and prompts."""
+
+    path: str = field(compare=False)
+    hash: str
+
+    @classmethod
+    def find(cls, folder: str) -> BankSource:
+        """Find a bank with a manifest. Raises UserError where the folder holds none."""
+        return cls(str(Path(folder).expanduser().resolve()), bank_hash(Path(folder).expanduser()))
+
+    def open(self, base: Base, suite: Suite) -> Bank:
+        """The bank's adapters of the suite's tasks. Raises UserError for a task without any, and as `open_bank`."""
+        bank = open_bank(Path(self.path), base)
+        if bank.hash != self.hash:
+            raise UserError(f"the bank {self.path} changed since this run was planned: start it again")
+        wanted = set(suite.split.tasks)
+        if missing := sorted(wanted - set(bank.adapters.values())):
+            raise UserError(f"the bank {self.path} has no adapter of {', '.join(missing)}: add some or leave these out")
+        adapters = {adapter_id: task for adapter_id, task in bank.adapters.items() if task in wanted}
+        if len(adapters) < len(bank.adapters):
+            say(f"{len(bank.adapters) - len(adapters)} adapters of the bank are of other tasks and are left out")
+        return replace(bank, adapters=adapters, hash=content_hash("adapters of a bank", bank.hash, list(adapters)))
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """Everything that a world depends on.
 
     Without a `base` the embedded one of this size is built for the suite; with one, `size` is what it is called.
+    Without a `bank` the teachers are trained.
     """
 
     size: str = "nano"
@@ -61,6 +89,7 @@ class WorldConfig:
     eval_examples: int = 24
     smoke: bool = False
     base: BaseSource | None = None
+    bank: BankSource | None = None
 
     def __post_init__(self) -> None:
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
@@ -108,9 +137,12 @@ def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
         if not entry_is_whole(folder):
             return dict.fromkeys(("base", "teachers", "deltas", "conditions"), "would be built")
         base, found = "cached", base_hash(folder)
+    rest = "found again by content where cached"
+    if config.bank is not None:
+        return {"base": base, "teachers": config.bank.path, "deltas": rest, "conditions": rest}
     bank_entry = cache / "banks" / bank_key(found, config.suite, config.teachers)
     bank = "cached" if entry_is_whole(bank_entry) else "would be built"
-    rest = "found again by content where cached" if bank == "cached" else "would be built"
+    rest = rest if bank == "cached" else "would be built"
     return {"base": base, "teachers": bank, "deltas": rest, "conditions": rest}
 
 
@@ -143,7 +175,10 @@ def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World
     """Build whatever of a world is not in the cache. Raises UserError for an unwritable cache or an unknown size."""
     device = pick_device(device)
     base = build_base(cache, config, device)
-    bank = build_bank(cache, base, config.suite, config.teachers)
+    if config.bank is not None:
+        bank = config.bank.open(base, config.suite)
+    else:
+        bank = build_bank(cache, base, config.suite, config.teachers)
     return World(config, base, bank, gather_data(cache, config, base, bank), make_flora(base, bank))
 
 

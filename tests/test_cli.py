@@ -100,6 +100,18 @@ def test_dry_run_names_every_trial_and_writes_nothing(here: Path, capsys: pytest
     assert not list(here.iterdir())
 
 
+def test_an_estimate_hears_what_saves_memory_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for saver in ([], ["--probe-chunk", "1", "--activation-checkpointing"]):
+        assert ablation_main(["--estimate", "--smoke", "--lambda-delta", "1", "--lambda-weight", "0", *saver]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "training of 1 trials" in printed[0] and "activations" in printed[0]
+    assert printed[0] != printed[1]
+    assert not list(here.iterdir())
+
+
 def test_dry_run_knows_what_is_cached(
     here: Path, cache: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ TRAJECTORIES = ProbeSet.trajectories(
 
 
 def fresh(base: Base) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(base.path).float().eval()
 
 
 def last_states(model: torch.nn.Module, base: Base, texts: list[str]) -> Tensor:

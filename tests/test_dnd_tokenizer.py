@@ -120,6 +120,12 @@ def test_round_trip_of_a_layer_of_full_size(dtype: torch.dtype, bound: float) ->
     assert largest_error(state, tokenizer.detokenize(state, tokenizer.tokenize(state))) < bound
 
 
+@pytest.mark.parametrize("width", [3, 5, 11])
+def test_an_odd_token_width_loses_nothing(width: int) -> None:
+    state, tokenizer = make_adapter([(9, 3), (18, 9)], rank=2), LoraTokenizer2D((4, width))
+    assert largest_error(state, tokenizer.detokenize(state, tokenizer.tokenize(state))) < 1e-6
+
+
 def test_a_chunk_without_spread_round_trips() -> None:
     state = make_adapter([(6, 12)], rank=2)
     state["layers.0.proj.lora_B.weight"].zero_()

@@ -29,7 +29,7 @@ def ids() -> Tensor:
 
 def fresh(base: Base) -> PreTrainedModel:
     """The base once more from its folder: PEFT changes the model that it is given."""
-    return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(base.path).float().eval()
 
 
 def peft_output(model: PeftModel, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

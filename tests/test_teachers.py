@@ -37,7 +37,7 @@ CONFIG = TeacherConfig(rank=3, alpha=6.0, steps=8, examples=3, learning_rate=1e-
 
 
 def fresh(base: Base) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(base.path).float().eval()
 
 
 def generated(model: PreTrainedModel, base: Base, prompt: str, max_tokens: int = 24) -> list[int]:

@@ -94,12 +94,13 @@ def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(s
     study.finish_trial("t1", "FINISHED")
     (result,) = read_trials(study.tracking_uri, study.parent_run_id)
     assert second.run_id == first.run_id == result.run_id
-    assert result.curves["loss/total"] == [(s, 100.0 + s if s < 5 else float(s)) for s in range(12)]
+    assert result.curves["loss/total"] == [(s, 100.0 + s if s < 8 else float(s)) for s in range(12)]
+    assert len(study.client.get_metric_history(result.run_id, "loss/total")) == 12
     assert (result.status, result.seed, result.config) == ("FINISHED", 3, "weight-only")
     assert result.metrics == {"loss/total": 11.0}
 
 
-def test_an_unfinished_study_is_continued_and_a_finished_one_is_not_touched(tmp_path: Path) -> None:
+def test_a_study_is_continued_under_the_run_that_it_has(tmp_path: Path) -> None:
     first = StudyTracker.open(None, tmp_path, "ablation").begin("study", "id", {"steps": 5}, {})
     study = StudyTracker.open(None, tmp_path, "ablation")
     assert study.begin("study", "id", {"steps": 5}, {}) == first
@@ -110,6 +111,8 @@ def test_an_unfinished_study_is_continued_and_a_finished_one_is_not_touched(tmp_
     assert study.begin("study", "id", {"steps": 6}, {}) != first
     study.begin("study", "id", {"steps": 5}, {})
     study.finish("FINISHED")
+    assert study.begin("study", "id", {"steps": 5}, {}) == first
+    study.supersede("id", ())
     assert study.begin("study", "id", {"steps": 5}, {}) != first
 
 
@@ -174,7 +177,7 @@ def test_a_study_that_ends_well_leaves_its_children_alone(study: StudyTracker) -
 def test_only_children_of_this_study_are_killed(study: StudyTracker, tmp_path: Path) -> None:
     other = StudyTracker.open(None, tmp_path, "ablation")
     other.begin("other", "id-2", {}, {})
-    bystander = open_trial(other)
+    bystander = open_trial(other, "t2")
     assert bystander.run_id != open_trial(study).run_id
     study.finish("KILLED")
     assert other.client.get_run(bystander.run_id).info.status == "RUNNING"

@@ -13,7 +13,7 @@ from tuning.real import add_real_arguments, own_worlds
 from tuning.run_notes import KEEP_ARTIFACTS
 from tuning.space import SAMPLERS, VAL_METRICS
 from tuning.studies import STUDIES, Study, StudyOptions
-from tuning.study_files import make_study
+from tuning.study_files import make_study, whole_name
 
 SEARCHES = ("grid", *reversed(SAMPLERS))
 SCHEDULERS = ("none", "asha")
@@ -28,7 +28,9 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None = N
     _add_search(parser.add_argument_group("search (how a study's trials are chosen, and stopped early)"))
     _add_execution(parser.add_argument_group("how it is run"))
     _add_stores(parser.add_argument_group("where things are kept"))
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.study = parsed.study and whole_name(parsed.study)
+    return parsed
 
 
 def _add_study(what: Any) -> None:
@@ -46,6 +48,8 @@ def _add_study(what: Any) -> None:
     what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; of a search: 0 1)")
     what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial (default: 600)")
     what.add_argument("--batch-size", type=int, metavar="N", help="tasks in a training step (default: 16)")
+    what.add_argument("--activation-checkpointing", action="store_true", help="less memory a step, for more time")
+    what.add_argument("--probe-chunk", type=int, metavar="N", help="probes in one pass (default: all; less memory)")
     what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
     what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
     what.add_argument(
@@ -95,6 +99,11 @@ def _add_execution(how: Any) -> None:
     how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
     how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
     how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port")
+    how.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print parameters, FLOPs and memory of the study's trials, from their shapes alone; run nothing",
+    )
     how.add_argument(
         "--dry-run",
         action="store_true",
@@ -163,6 +172,8 @@ def _options(arguments: argparse.Namespace) -> StudyOptions:
         seeds=several(arguments.seeds),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
+        activation_checkpointing=arguments.activation_checkpointing or None,
+        probe_chunk=arguments.probe_chunk,
         delta_probes=arguments.delta_probes,
         encoder=arguments.encoder,
         smoke=arguments.smoke,

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llgbm.lora import LoraSpec
 from llgbm.models import OWN_PREFIX, SIZES, BaseSource, PublishedSize, check_size, find_model
 from llgbm.runtime import UserError, say
 from llgbm.suites import FileSuite, Suite, SyntheticSuite
 from llgbm.suites.files import plan_split
 from llgbm.teachers import TeacherConfig
-from llgbm.world import WorldConfig
+from llgbm.world import BankSource, WorldConfig
 
+ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task")
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
@@ -28,6 +30,9 @@ def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--teacher-steps", type=int, metavar="N", help="training steps of each teacher (default: 150)")
     base.add_argument("--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)")
     base.add_argument("--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)")
+    base.add_argument(
+        "--bank", metavar="DIR", help="teachers that are there (`python -m llgbm teachers`, `bank import`)"
+    )
     data = parser.add_argument_group("datasets of your own (default: the synthetic suite)")
     data.add_argument("--data", metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on")
@@ -53,6 +58,10 @@ def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
         raise UserError("embedded sizes and published ones cannot be mixed in one run: name sizes of one kind")
     if arguments.base is not None and len(sizes) > 1:
         raise UserError("--base is one model, several sizes were named: leave --model-size out or name one")
+    if arguments.bank is not None and (unused := [n for n in ABOUT_TEACHERS if getattr(arguments, n) is not None]):
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
+        )
     suite = _suite(arguments)
     return tuple(_world(arguments, suite, name) for name in sizes or [None])
 
@@ -63,7 +72,7 @@ def _refuse_without_base(arguments: argparse.Namespace) -> None:
             "--data needs a base model that reads its language: name one with --base, or a size such as "
             f"{', '.join(n for n, size in SIZES.items() if isinstance(size, PublishedSize))} with --model-size"
         )
-    for name in ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task"):
+    for name in (*ABOUT_TEACHERS, "bank"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base")
     if arguments.dtype != "float32":
@@ -85,20 +94,23 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
     """The world of one base: `size` is its published size, None for a model that is of none."""
     published = SIZES.get(size or "")
     name = arguments.base or (published.hub if isinstance(published, PublishedSize) else "")
-    folder = find_model(name, download=not arguments.dry_run)
+    folder = find_model(name, download=not (arguments.dry_run or arguments.estimate))
     if size is not None:
         check_size(size, folder)
-    source = BaseSource.find(name, arguments.dtype, download=not arguments.dry_run)
+    source = BaseSource.find(name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate))
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
-    return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source))
+    bank = None if arguments.bank is None else BankSource.find(arguments.bank)
+    return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank))
 
 
 def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
-    rank = arguments.rank or getattr(published, "rank", 8)
+    rank = getattr(published, "rank", 8) if arguments.rank is None else arguments.rank
+    alpha = 2.0 * rank if arguments.alpha is None else arguments.alpha
+    LoraSpec((), rank, alpha)  # Refuses a rank or an alpha that no adapter can have, before anything is loaded.
     steps, rate, count = arguments.teacher_steps, arguments.teacher_rate, arguments.adapters_per_task
     return TeacherConfig(
         rank=rank,
-        alpha=2.0 * rank if arguments.alpha is None else arguments.alpha,
+        alpha=alpha,
         per_task=(4 if arguments.data else 1) if count is None else count,
         steps=TeacherConfig.steps if steps is None else steps,
         learning_rate=5e-4 if rate is None else rate,

@@ -22,6 +22,7 @@ from tuning import registry, run_notes
 from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.checkpoints import TrialCheckpoints, study_lock
 from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
+from tuning.estimates import estimate_study
 from tuning.plan import last_results, past_runs, show_plan
 from tuning.report import collect_baselines, read_study, result_json, write_report
 from tuning.resume import (
@@ -53,11 +54,14 @@ def run(arguments: Namespace) -> int:
         check_same_study(study, recorded)
     if arguments.scheduler != "none":
         rungs(study)
+    if arguments.estimate:
+        print(estimate_study(study))
     if arguments.dry_run:
         runs = past_runs(arguments.tracking_uri, Path.cwd(), arguments.experiment)
         show_plan(
             study, cache_of(arguments), runs, resources.concurrent, optuna_storage(arguments), points_of(arguments)
         )
+    if arguments.estimate or arguments.dry_run:
         return 0
     tracker = open_store(arguments)
     storage = arguments.storage_path or str(cache_of(arguments) / "sweeps")
@@ -156,7 +160,7 @@ def run_trials(
         tracker.target,
         tracker,
         resources,
-        make_searcher(search) if search else ListSearcher(left),
+        make_searcher(search, optuna_storage(arguments)) if search else ListSearcher(left),
         make_scheduler(arguments.scheduler, study),
         storage=storage,
         total_steps=search.steps_left() if search else sum(trial.config.steps for trial in left),
@@ -196,10 +200,10 @@ def status_on_exit(tracker: StudyTracker):
 def describe_facts(world: World) -> str:
     """One line on what was built."""
     facts, split = world.bank.facts, world.config.suite.split
+    known = "base_accuracy" in facts and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
     return (
         f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
-        f"{len(split.test)} test tasks; accuracy of base {facts['base_accuracy']:.3f}, "
-        f"of teachers {facts['teacher_accuracy']:.3f}"
+        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}"
     )
 
 

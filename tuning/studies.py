@@ -83,6 +83,8 @@ class StudyOptions:
     seeds: tuple[int, ...] | None = None
     steps: int | None = None
     batch_size: int | None = None
+    activation_checkpointing: bool | None = None
+    probe_chunk: int | None = None
     delta_probes: str = "trajectory"
     encoder: str = "minilm"
     smoke: bool = False
@@ -282,7 +284,8 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
-    given: dict[str, Any] = {"steps": options.steps, "batch_size": options.batch_size}
+    names = ("steps", "batch_size", "activation_checkpointing", "probe_chunk")
+    given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 

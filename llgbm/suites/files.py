@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +60,32 @@ def read_rows(path: Path, skip_bad: bool = False) -> tuple[list[Row], list[str]]
     Raises UserError for a file that is no JSON list and, unless `skip_bad`, for a row that is no example.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stat = path.stat()
+        rows, faults = _parsed(path, stat.st_mtime_ns, stat.st_size)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): name a folder with whole files") from error
-    if not isinstance(found, list):
-        raise UserError(f"{path} holds no list: a dataset is a JSON list of rows with `prompt` and `response`")
-    faults = {number: fault for number, row in enumerate(found, 1) if (fault := _fault(row))}
     if faults and not skip_bad:
         first = ", ".join(f"row {number} {fault}" for number, fault in list(faults.items())[:3])
         raise UserError(
             f"{path.name} has {len(faults)} bad rows: {first}{', …' if len(faults) > 3 else ''}; "
             "mend them, or leave them out with --skip-bad-rows"
         )
-    rows = [
+    return list(rows), [f"row {number} of {path.name} {fault}: left out" for number, fault in faults.items()]
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, changed: int, size: int) -> tuple[tuple[Row, ...], dict[int, str]]:
+    """The rows of a file that are good, and what is wrong with the others; kept until the file changes."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, list):
+        raise UserError(f"{path} holds no list: a dataset is a JSON list of rows with `prompt` and `response`")
+    faults = {number: fault for number, row in enumerate(found, 1) if (fault := _fault(row))}
+    rows = (
         Row(Example(row["prompt"], row["response"], row.get("system") or ""), path.name, number)
         for number, row in enumerate(found, 1)
         if number not in faults
-    ]
-    return rows, [f"row {number} of {path.name} {fault}: left out" for number, fault in faults.items()]
+    )
+    return tuple(rows), faults
 
 
 def _fault(row: Any) -> str | None:

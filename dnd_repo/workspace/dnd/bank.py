@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ class AdapterBank:
 
         Raises DndError for a missing or empty bank, an unknown task and missing texts.
         """
-        found = sorted(p for p in folder.glob("*/*/*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
+        found = sorted(folder.glob("*/*/*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
         by_task = {path.relative_to(folder).parts[0]: path for path in found}
         if not found:
             raise DndError(
                 f"there is no bank at {folder}: train a LoRA a task with PEFT into {folder}/TASK/TASK_0/ "
-                f"({ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}, {PROMPTS}) or fetch a published one there, name it with --bank, or "
+                f"({ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}, {PROMPTS}) or fetch a published one; name it with --bank, or "
                 "take --smoke for the embedded one"
             )
         odd = sorted(set(tasks) - by_task.keys())
@@ -58,12 +58,32 @@ class AdapterBank:
 
     def states(self) -> Iterator[dict[str, Tensor]]:
         """One adapter after the other."""
-        return (read_adapter(path) for path, _ in self.adapters)
+        return (self.read(index) for index in range(len(self.adapters)))
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """One adapter. Raises DndError where it is torn, or its keys or shapes are not those of the first."""
+        path = self.adapters[index][0]
+        state = read_adapter(path)
+        odd = sorted(_shapes(state) ^ self._first_shapes)
+        if odd:
+            raise DndError(
+                f"{path} and {self.adapters[0][0]} differ, such as in {odd[0][0]}: "
+                "the adapters of a bank share one base and one rank"
+            )
+        return state
+
+    @cached_property
+    def _first_shapes(self) -> set[tuple[str, torch.Size]]:
+        return _shapes(read_adapter(self.adapters[0][0]))
 
     @property
     def config(self) -> dict[str, Any]:
         """`adapter_config.json` of the first adapter. Raises DndError where there is none."""
         return read_json(self.adapters[0][0].parent / ADAPTER_CONFIG)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(key, tensor.shape) for key, tensor in state.items()}
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
@@ -120,11 +140,11 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         epoch, place = divmod(position, len(self.bank.adapters))
-        path, task = self.bank.adapters[_order(len(self.bank.adapters), self.seed, epoch)[place]]
-        texts = self.bank.texts[task]
+        index = _order(len(self.bank.adapters), self.seed, epoch)[place]
+        texts = self.bank.texts[self.bank.adapters[index][1]]
         drawn = torch.randperm(len(texts), generator=_stream(self.seed, 1, position))[: self.n_prompts]
         encoded = encode_texts(self.text_tokenizer, [texts[i] for i in drawn], self.length)
-        return {**encoded, "tokens": self.tokenizer.tokenize(read_adapter(path))}
+        return {**encoded, "tokens": self.tokenizer.tokenize(self.bank.read(index))}
 
 
 def positions(step: int, batch_size: int, rank: int, n_ranks: int) -> list[int]:

@@ -197,7 +197,7 @@ class Run:
         """Go on from what `save` wrote. Raises DndError where settings or adapters are others."""
         if read_json(checkpoint / SETTINGS_FILE) != json.loads(json.dumps(self.described)):
             raise DndError(
-                f"{checkpoint} is of other settings or another bank: resume with the same, or name another out"
+                f"{checkpoint} is of other settings or another bank: resume with the same, or name another --out"
             )
         load_checkpoint(self.plain, checkpoint / MODEL_FILE)
         state = read_plain_pickle(checkpoint / TRAINER_FILE)

@@ -154,9 +154,10 @@ class LoraTokenizer2D:
 
     def _read_scales(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of every token, [..., T] each."""
-        even = self.width - self.width % SCALE
-        rows = tokens[..., -SCALE:, :even].double().unflatten(-1, (-1, SCALE)).nanmean((-3, -2))
         columns = tokens[..., :, -SCALE:].double().nanmean(-2)
+        # At an odd width the columns, written last, break the turns of the rows at their end: it is left out there.
+        whole = self.width - (SCALE + 1) * (self.width % SCALE)
+        rows = tokens[..., -SCALE:, :whole].double().unflatten(-1, (-1, SCALE)).nanmean((-3, -2)) if whole else columns
         mean, deviation = _from_scales((rows + columns) / 2)
         return mean.float(), deviation.float()
 

@@ -1,0 +1,86 @@
+"""`python -m llgbm teachers`: train the bank of a base model from datasets in a folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llgbm.runtime import pick_device
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "teachers", help="train teacher adapters of a base model, one bank for several datasets"
+    )
+    parser.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder of the dataset files")
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="datasets, such as ARC-e BoolQ")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bank; a killed run goes on there")
+    parser.add_argument("--method", default="peft", help="peft (one run at a time) or batched (several at once)")
+    parser.add_argument("--dtype", default="float32", help="of the base: float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)")
+    _add_sizes(parser)
+    parser.add_argument(
+        "--gradient-checkpointing", default="auto", metavar="WHEN", help="auto (where memory is short), on or off"
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="batched: runs a group (default: all that fit)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use at most so many rows of each dataset")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that are no examples")
+    parser.set_defaults(do=do)
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Numbers, with the defaults that hold for Qwen2.5-0.5B."""
+    sizes: tuple[tuple[str, float, str], ...] = (
+        ("rank", 8, "of the adapters"),
+        ("alpha", 16.0, "of the adapters"),
+        ("subsets", 2, "runs a dataset, over rows that do not overlap"),
+        ("checkpoints", 2, "adapters that each run leaves"),
+        ("every", 10, "steps between two of them, and between states to go on from"),
+        ("steps", 100, "of each run"),
+        ("examples", 16, "read in each step"),
+        ("accumulation", 1, "pieces that a step's examples are read in"),
+        ("learning-rate", 1e-4, "at the start"),
+        ("seed", 0, "of order and initialisation"),
+        ("trajectories", 16, "prompts a dataset that its first teacher answers"),
+    )
+    for name, default, meaning in sizes:
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: {default:g})")
+
+
+def do(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train what is missing; return where the bank is and how good its teachers are."""
+    from llgbm.models import BaseSource
+    from llgbm.sft import make_bank
+    from llgbm.suites import FileSuite
+
+    suite = FileSuite.open(
+        arguments.data, train=arguments.tasks, limit=arguments.limit, skip_bad=arguments.skip_bad_rows
+    )
+    config = _config(arguments)
+    base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))
+    bank = make_bank(base, suite, config, arguments.out)
+    facts = {name: round(value, 4) for name, value in bank.facts.items()}
+    return {"bank": str(arguments.out), "hash": bank.hash, "adapters": len(bank.adapters), **facts}
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from llgbm.sft import SFTConfig
+    from llgbm.teachers import TeacherConfig
+
+    teachers = TeacherConfig(
+        rank=arguments.rank,
+        alpha=arguments.alpha,
+        per_task=arguments.subsets * arguments.checkpoints,
+        steps=arguments.steps,
+        examples=arguments.examples,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        trajectories=arguments.trajectories,
+    )
+    names = ("method", "checkpoints", "every", "accumulation", "gradient_checkpointing", "at_once")
+    return SFTConfig(teachers, **{name: getattr(arguments, name) for name in names})

@@ -1,0 +1,228 @@
+"""Banks from elsewhere: what is taken over, what is refused, and the commands that make and show them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from llgbm.__main__ import main
+from llgbm.banks import open_bank, read_manifest
+from llgbm.conditions import BaseModelEncoder, build_conditions
+from llgbm.delta import DeltaCache
+from llgbm.lora import LoraBatch, LoraSpec, adapter_config, save_adapter
+from llgbm.models import Base, load_base
+from llgbm.runtime import UserError
+
+PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
+
+
+@pytest.fixture
+def foreign(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path) -> Path:
+    """Two adapters of task `one` as DnD lays them out, and one that stands alone; prompts beside each."""
+    root = tmp_path / "foreign"
+    config = adapter_config(tiny_spec, tiny_base.path)
+    for place, state in zip(("one/one_0", "one/one_1", "two"), tiny_adapters.to_state_dicts(), strict=True):
+        save_adapter(root / place, state, config)
+        (root / place / "prompts.json").write_text(json.dumps(PROMPTS))
+    return root
+
+
+def take(foreign: Path, base: Base, out: Path, *more: str) -> int:
+    return main(["bank", "import", str(foreign), "--base", base.path, "--out", str(out), "--trajectories", "1", *more])
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and captured.out == "" and "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_what_is_taken_over_is_a_bank(
+    foreign: Path, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "bank"
+    assert take(foreign, tiny_base, out) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["tasks"], said["rank"], said["alpha"]) == ({"one": 2, "two": 1}, 3, 6.0)
+    assert said["torn"] == [] and said["finished"]
+    assert said["sources"]["one_1"] == f"{foreign}/one/one_1"
+    bank = open_bank(out, tiny_base)
+    assert dict(bank.adapters) == {"one_0": "one", "one_1": "one", "two_0": "two"}
+    assert torch.equal(bank.load().flatten(tiny_spec), tiny_adapters.flatten(tiny_spec))
+    assert bank.prompts("two_0") == PROMPTS
+    # What a world makes of a bank can be made of this one.
+    pools = build_conditions(tmp_path / "cache", BaseModelEncoder(tiny_base), bank, ["nonsense"])
+    assert pools.train_ANC.shape[:2] == (3, 2)
+    probes = bank.trajectories()
+    deltas = DeltaCache.build(tmp_path / "cache", tiny_base, bank.spec, bank.hash, bank.adapters, bank.load(), probes)
+    assert deltas.table(tiny_base, probes).delta_APQD.abs().max() > 0.01
+    assert main(["bank", "show", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out) == said
+    assert take(foreign, tiny_base, out) == 0
+
+
+def test_what_peft_itself_saves_is_taken_over(tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+    targets = ["v_proj", "down_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_base.path).float(),
+        LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "mine")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"mine": ["a =>", "b =>", "c =>"]}))
+    assert take(tmp_path / "mine", tiny_base, tmp_path / "bank", "--prompts", str(prompts)) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["target_modules"] == sorted(targets) and said["rank"] == 2
+    bank = open_bank(tmp_path / "bank", tiny_base)
+    assert bank.prompts("mine_0") == {"train": ["a =>", "b =>"], "evaluation": ["c =>"]}
+
+
+def of_another_rank(folder: Path) -> None:
+    state = {k: (v[:2] if ".lora_A." in k else v[:, :2]).contiguous() for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(state, folder / WEIGHTS)
+    change_config(folder, r=2)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def without_values(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    state[next(iter(state))][0, 0] = float("nan")
+    save_file(state, folder / WEIGHTS)
+
+
+def without_a_module(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file({k: v for k, v in state.items() if "up_proj" not in k}, folder / WEIGHTS)
+
+
+WEIGHTS = "adapter_model.safetensors"
+SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "rank": (of_another_rank, "another rank"),
+    "alpha": (lambda folder: change_config(folder, lora_alpha=3), "alpha 3"),
+    "nan": (without_values, "NaN"),
+    "targets": (without_a_module, "differ"),
+    "base": (lambda folder: change_config(folder, base_model_name_or_path="Qwen/Qwen2.5-0.5B"), "Qwen/Qwen2.5-0.5B"),
+    "kind": (lambda folder: change_config(folder, use_dora=True), "use_dora"),
+    "torn": (lambda folder: (folder / WEIGHTS).write_bytes(b"short"), "truncated"),
+    "prompts": (lambda folder: (folder / "prompts.json").unlink(), "--prompts"),
+    "both": (
+        lambda folder: (folder / "prompts.json").write_text(json.dumps({"train": ["a"], "evaluation": ["a"]})),
+        "keep them apart",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=list(SPOILERS))
+def test_an_adapter_that_does_not_fit_is_named(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any, spoil: tuple[Callable[[Path], Any], str]
+) -> None:
+    spoil[0](foreign / "one" / "one_1")
+    assert take(foreign, tiny_base, tmp_path / "bank") == 2
+    said = refusal(capsys)
+    assert spoil[1] in said and "one_1" in said
+    assert not (tmp_path / "bank").exists()
+
+
+def test_another_name_of_the_base_can_be_accepted(foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+    change_config(foreign / "two", base_model_name_or_path="org/the-same")
+    assert take(foreign, tiny_base, tmp_path / "bank", "--accept-base", "org/the-same") == 0
+
+
+def test_nothing_to_take_over_is_refused(tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    for source, words in ((tmp_path / "empty", "holds no adapter_config.json"), ("no/where", "no/where")):
+        assert take(Path(source), tiny_base, tmp_path / "bank") == 2
+        assert words in refusal(capsys)
+    assert main(["bank", "show", str(tmp_path / "empty")]) == 2
+    assert "manifest.json" in refusal(capsys)
+
+
+def test_a_bank_of_other_adapters_is_not_written_over(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "bank"
+    assert take(foreign, tiny_base, out) == 0
+    capsys.readouterr()
+    shutil.rmtree(foreign / "two")
+    assert take(foreign, tiny_base, out) == 2
+    assert "another settings" in refusal(capsys)
+    assert len(read_manifest(out)["adapters"]) == 3
+
+
+def test_a_bank_of_another_base_is_refused(foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+    assert take(foreign, tiny_base, tmp_path / "bank") == 0
+    other = Base(tiny_base.model, tiny_base.tokenizer, "elsewhere", "0" * 16)
+    with pytest.raises(UserError, match="not of elsewhere"):
+        open_bank(tmp_path / "bank", other)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of the real vocabulary with the real tokenizer, two layers of width 16."""
+    if not (SHARED / "qwen2.5").is_dir() or not (SHARED / "data").is_dir():
+        pytest.skip("no ../shared with Qwen2.5's tokenizer and the datasets")
+    folder = tmp_path_factory.mktemp("qwen")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5")
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_teachers_of_real_datasets_by_both_methods(qwen: Path, tmp_path: Path, capsys: Any) -> None:
+    """One step each, in float32: the same weights from PEFT and from the batched primitive."""
+    common = ["--base", str(qwen), "--data", str(SHARED / "data"), "--tasks", "ARC-e", "BoolQ", "--limit", "64"]
+    sizes = ["--rank", "2", "--alpha", "4", "--steps", "1", "--checkpoints", "1", "--examples", "4", "--every", "1"]
+    batches = []
+    for method in ("peft", "batched"):
+        out = tmp_path / method
+        arguments = [*common, *sizes, "--trajectories", "1", "--method", method, "--out", str(out)]
+        assert main(["teachers", *arguments, "--learning-rate", "1e-3", "--device", "cpu"]) == 0
+        assert json.loads(capsys.readouterr().out)["adapters"] == 4
+        bank = open_bank(out, load_base(qwen))
+        assert set(bank.adapters.values()) == {"ARC-e", "BoolQ"}
+        batches.append(bank.load().flatten(bank.spec))
+        prompts = [bank.prompts(f"ARC-e_{i}")["train"] for i in range(2)]
+        assert not set(prompts[0]) & set(prompts[1])
+    torch.testing.assert_close(batches[0], batches[1], atol=1e-5, rtol=0)
+    assert (batches[0][0] - batches[0][2]).abs().max() > 5e-4
+
+
+def test_mistakes_in_the_teachers_command_are_one_sentence(qwen: Path, tmp_path: Path, capsys: Any) -> None:
+    given = {"--base": str(qwen), "--data": str(SHARED / "data"), "--tasks": "ARC-e", "--out": str(tmp_path / "b")}
+    for change, words in (
+        ({"--tasks": "ARC"}, "'ARC'"),
+        ({"--data": str(tmp_path / "none")}, "no folder"),
+        ({"--base": str(tmp_path / "none")}, "no base model"),
+        ({"--method": "magic"}, "peft, batched"),
+        ({"--dtype": "float8"}, "float32, bfloat16"),
+        ({"--rank": "0"}, "rank is 0"),
+        ({"--checkpoints": "0"}, "at least"),
+    ):
+        arguments = [word for pair in {**given, **change}.items() for word in pair]
+        assert main(["teachers", *arguments, "--limit", "64"]) == 2, change
+        assert words in refusal(capsys)

@@ -1,0 +1,49 @@
+"""Workers, drivers and machines that are killed in a sweep: nothing is lost, nothing is done or told twice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver, two_machines
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+pytestmark = pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
+Reference = tuple[dict[str, Run], MlflowClient]
+
+
+@pytest.fixture
+def reference(finished: tuple[Path, str], cache: Path) -> Reference:
+    """The undisturbed sweep with the same seeds."""
+    sweep = Sweep(finished[0], cache)
+    return sweep.trials(), sweep.client()
+
+
+def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cache: Path, reference: Reference) -> None:
+    sweep = Sweep(tmp_path, cache)
+    process = sweep.start()
+    sweep.wait_for_checkpoint()
+    assert kill_a_worker(process.pid, random.Random(0))
+    sweep.wait_for_checkpoint(besides=sweep.checkpoints())
+    kill_driver(process)
+    assert {run.info.status for run in sweep.parents()} == {"RUNNING"}
+    assert sweep.finish() == 0, sweep.log()
+    check_whole(sweep, *reference)
+    check_registry(sweep)
+    attempts = [int(run.data.tags["llgbm.attempts"]) for run in sweep.trials().values()]
+    assert sum(attempts) > len(attempts)
+    deaths = [run.data.tags.get("llgbm.last_death", "") for run in sweep.trials().values()]
+    assert any("died" in death for death in deaths)
+
+
+def test_a_machine_that_dies_costs_nothing_but_time(tmp_path: Path, cache: Path, reference: Reference) -> None:
+    sweep = Sweep(tmp_path, cache)
+    with two_machines() as (cluster, nodes):
+        process = sweep.start("--address", cluster.address)
+        sweep.wait_for_checkpoint()
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert process.wait(600) == 0, sweep.log()
+    check_whole(sweep, *reference)
+    assert "on 2 machines" in sweep.log()

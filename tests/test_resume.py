@@ -1,0 +1,243 @@
+"""Which trials are run: what finished counts wherever it ran, what is resumed is what was begun."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llgbm.runtime import UserError
+from llgbm.training import TrainingConfig
+from llgbm.world import WorldConfig
+from tuning import space
+from tuning.arguments import parse_arguments
+from tuning.checkpoints import KEPT, TrialCheckpoints, open_storage, study_lock, trial_lock
+from tuning.resume import (
+    ARGUMENTS_TAG,
+    adopt_finished,
+    begin_anew,
+    check_same_study,
+    find_study,
+    recorded_arguments,
+    trials_to_run,
+)
+from tuning.run_ablation import main
+from tuning.space import TrialSpec
+from tuning.studies import Study, StudyOptions
+from tuning.study_files import make_study
+from tuning.tracking import StudyTracker, TrialTracker, finished_metrics, read_trials
+
+SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
+
+
+def trial(seed: int, name: str = "multitask") -> TrialSpec:
+    return TrialSpec(name, TrainingConfig(seed=seed), WorldConfig())
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Path:
+    """A folder with a store that holds nothing."""
+    shutil.copytree(empty_store, tmp_path / "mlruns")
+    return tmp_path
+
+
+def begun(root: Path, study: Study, arguments: str = "{}") -> StudyTracker:
+    tracker = StudyTracker.open(None, root, "ablation")
+    tracker.begin(study.name, study.id, {}, {ARGUMENTS_TAG: arguments})
+    return tracker
+
+
+def ran(tracker: StudyTracker, spec: TrialSpec, status: str) -> str:
+    assert tracker.target is not None
+    run = TrialTracker.open(tracker.target, spec.id, spec.name, {"seed": spec.config.seed}, {})
+    run.log(1, {"val/accuracy": 0.5})
+    run.close()
+    tracker.finish_trial(spec.id, status)
+    return run.run_id
+
+
+def test_only_what_did_not_finish_is_run_again(root: Path) -> None:
+    study = Study("study", tuple(trial(seed) for seed in range(4)))
+    tracker = begun(root, study)
+    for spec, status in zip(study.trials, ("FINISHED", "FAILED", "KILLED"), strict=False):
+        ran(tracker, spec, status)
+    runs = tracker.live_runs()
+
+    def seeds(resume: bool, retry_failed: bool) -> list[int]:
+        return [t.config.seed for t in trials_to_run(study.trials, runs, resume, retry_failed)]
+
+    assert seeds(resume=False, retry_failed=False) == [1, 2, 3]
+    assert seeds(resume=True, retry_failed=False) == [2, 3]
+    assert seeds(resume=True, retry_failed=True) == seeds(resume=False, retry_failed=True) == [1]
+
+
+def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(root: Path) -> None:
+    first = begun(root, Study("first", (trial(0),)))
+    run_id = ran(first, trial(0), "FINISHED")
+    second = Study("second", (trial(0, "here"), trial(1, "here")))
+    tracker = begun(root, second)
+    assert [t.config.seed for t in adopt_finished(second.trials, tracker.live_runs(), tracker)] == [0]
+    ran(tracker, second.trials[1], "FINISHED")
+    found = {t.seed: (t.config, t.status) for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)}
+    assert found == {0: ("here", "FINISHED"), 1: ("here", "FINISHED")}
+    (own,) = read_trials(first.tracking_uri, first.parent_run_id)
+    assert (own.run_id, own.config) == (run_id, "multitask")
+    assert tracker.target is not None
+    assert finished_metrics(tracker.target, trial(0).id) == {"val/accuracy": 0.5}
+    assert finished_metrics(tracker.target, "unknown") is None
+
+
+def test_an_unfinished_trial_moves_to_the_study_that_goes_on_with_it(root: Path) -> None:
+    run_id = ran(begun(root, Study("first", (trial(0),))), trial(0), "KILLED")
+    tracker = begun(root, Study("second", (trial(0), trial(1))))
+    assert ran(tracker, trial(0), "FINISHED") == run_id
+    (moved,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
+    assert moved.curves["val/accuracy"] == [(1, 0.5)]
+
+
+def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> None:
+    study = Study("study", (trial(0),))
+    tracker = begun(root, study)
+    old, parent = ran(tracker, trial(0), "FINISHED"), tracker.parent_run_id
+    checkpoints = TrialCheckpoints(str(root), trial(0).id)
+    checkpoints.write({"step": 3})
+    begin_anew(study, tracker, str(root))
+    assert checkpoints.newest() is None and not tracker.live_runs()
+    tracker = begun(root, study)
+    assert tracker.parent_run_id != parent and ran(tracker, trial(0), "FINISHED") != old
+    assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
+
+
+def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
+    tracker = begun(root, Study("study", (trial(0),)))
+    ran(tracker, trial(0), "FINISHED")
+    tracker.finish_trial(trial(0).id, "FINISHED", {"llgbm.stopped_at_step": "40"})
+    (result,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
+    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.whole
+    assert not trials_to_run([trial(0)], tracker.live_runs(), resume=True, retry_failed=False)
+
+
+def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> None:
+    tracker = begun(root, SMOKE, '{"smoke": true, "seeds": [0]}')
+    begun(root, Study("later", (trial(0),)))
+    given = Namespace(**{**vars(parse_arguments([])), "resume": SMOKE.id, "max_concurrent": 1})
+    arguments, recorded = recorded_arguments(given, parse_arguments([]), tracker)
+    assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
+    assert recorded == SMOKE.id
+    assert find_study(tracker, "latest").info.run_name == "later"
+    with pytest.raises(UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"):
+        find_study(tracker, "x")
+
+
+def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = SMOKE.id
+    check_same_study(SMOKE, before)
+    monkeypatch.setattr(space, "TRAINING_VERSION", 99)
+    with pytest.raises(UserError, match=f"study {before} cannot be resumed.*changed with the code"):
+        check_same_study(SMOKE, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume", "latest"], ["no study 'latest'", "none at all"]),
+        (["--resume", "latest", "--seeds", "1"], ["leave --seeds out"]),
+        (["--resume", "latest", "--fresh"], ["--fresh", "leave out --resume"]),
+        (["--retry-failed", "--fresh"], ["--fresh"]),
+        (["--address", "127.0.0.1:9"], ["no Ray cluster answers at 127.0.0.1:9"]),
+        (["--address", "somewhere"], ["'somewhere'", "host:port"]),
+        (["--storage-path", "magic://x"], ["'magic://x'", "s3://"]),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_one_sentence(
+    arguments: list[str],
+    words: list[str],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(root)
+    assert main(arguments) == 2
+    last = [line for line in capsys.readouterr().err.splitlines() if line.strip()][-1]
+    assert last.startswith("error: ") and all(word in last for word in words)
+
+
+@pytest.mark.parametrize("kind", ["folder", "uri"])
+def test_checkpoints_come_back_and_a_torn_one_is_passed_over(tmp_path: Path, kind: str) -> None:
+    checkpoints = TrialCheckpoints(str(tmp_path) if kind == "folder" else tmp_path.as_uri(), "t")
+    assert checkpoints.newest() is None and checkpoints.newest_name() == "start"
+    for step in (5, 10, 100):
+        checkpoints.write(
+            {"step": step, "best_score": float("-inf"), "generator": {"w": torch.full((3,), float(step))}}
+        )
+    names = sorted(path.name for path in (tmp_path / "t").iterdir())
+    assert names == ["step_00000010.pt", "step_00000100.pt"] and len(names) == KEPT
+    state = checkpoints.newest()
+    assert state is not None and state["step"] == 100 and state["generator"]["w"].tolist() == [100.0] * 3
+    last = tmp_path / "t" / names[-1]
+    for torn in (last.read_bytes()[:-1], b"", last.read_bytes()[:40] + b"x" + last.read_bytes()[41:]):
+        last.write_bytes(torn)
+        state = checkpoints.newest()
+        assert state is not None and state["step"] == 10
+    (tmp_path / "t" / "step_00000200.pt.writing").write_bytes(b"half")
+    assert checkpoints.newest_name() == "step_00000100.pt"
+    checkpoints.remove()
+    checkpoints.remove()
+    assert checkpoints.newest() is None
+
+
+def _hold(storage: str, held: multiprocessing.synchronize.Event, release: multiprocessing.synchronize.Event) -> None:
+    with trial_lock(storage, "t"), study_lock(storage, "s"):
+        held.set()
+        release.wait(60)
+
+
+def test_two_processes_never_hold_one_trial_or_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path), held, release))
+    other.start()
+    assert held.wait(60)
+    monkeypatch.setattr("tuning.checkpoints.LOCK_SECONDS", 0.1)
+    with pytest.raises(UserError, match="trial t is being run"), trial_lock(str(tmp_path), "t"):
+        pass
+    with pytest.raises(UserError, match="study s is being run"), study_lock(str(tmp_path), "s"):
+        pass
+    other.kill()
+    other.join()
+    with trial_lock(str(tmp_path), "t"), study_lock(str(tmp_path), "s"):
+        pass
+
+
+_HALF_MADE = """
+import os, sys
+from pathlib import Path
+from tuning.tracking import StudyTracker
+os.replace = lambda *names: os._exit(9)
+StudyTracker.open(None, Path(sys.argv[1]), "ablation")
+"""
+
+
+def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", _HALF_MADE, str(tmp_path)], capture_output=True).returncode == 9
+    assert not begun(tmp_path, Study("study", (trial(0),))).live_runs()
+    assert not list((tmp_path / "mlruns").glob("*.making"))
+
+
+def test_an_unknown_kind_of_store_is_refused() -> None:
+    with pytest.raises(UserError, match="magic"):
+        open_storage("magic://x")
+
+
+def test_a_trial_id_depends_on_all_that_its_numbers_depend_on() -> None:
+    spec = trial(0)
+    others = [trial(1), replace(spec, config=replace(spec.config, steps=7)), replace(spec, world=WorldConfig("micro"))]
+    assert len({spec.id, *(other.id for other in others)}) == 4
+    assert replace(spec, name="other").id == spec.id
