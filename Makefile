@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test check smoke ui bench clean
+.PHONY: ablation test test-oldest check smoke soak bench ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -13,15 +13,31 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 check: $(READY)
-	$(BIN)/ruff check llgbm tuning tests
-	$(BIN)/ruff format --check llgbm tuning tests
+	$(BIN)/ruff check llgbm tuning tests dnd_repo benchmarks notebooks
+	$(BIN)/ruff format --check llgbm tuning tests dnd_repo benchmarks notebooks
 	$(BIN)/mypy
 
 smoke: $(READY)
 	$(BIN)/python tuning/run_ablation.py --smoke --experiment llgbm-smoke
 
+# What takes too long for `test`: fifty random kills of drivers, workers and machines, among others.
+soak: $(READY)
+	$(BIN)/python -m pytest -n 0 -s -m slow
+
+# Each prints one JSON line and writes benchmarks/results/ (from a clean tree; else benchmarks/results/scratch/).
+bench: $(READY)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
 ui: $(READY)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m tuning.ui
+
+# Pages with pictures for docs/, from a real run: phase 4.5 reads the study that `make ablation` left.
+notebooks: $(READY)
+	rm -rf docs/notebooks
+	PYTHONWARNINGS=ignore $(BIN)/python -m nbconvert --to markdown --execute --output-dir docs/notebooks notebooks/*.ipynb
+
+notebooks-clean: $(READY)
+	$(BIN)/python -m nbconvert --clear-output --inplace notebooks/*.ipynb
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,5 +45,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The oldest libraries that pyproject.toml allows, but for torch, which stays the one of constraints.txt: wheels of 2.5
+# cannot be had for every Python that is allowed. tests/test_oldest.py holds the code to the names that torch 2.5 has.
+OLDEST := .venv-oldest
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,lora functional memory cost delta losses generator training teachers \
+	sft bank world cache probes suites oldest dnd_conditions dnd_decoder dnd_tokenizer))
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -c tests/oldest.ini --rootdir . $(CORE_TESTS)
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints.txt torch
+	$(OLDEST)/bin/python -m pip install -q -r constraints-oldest.txt
+	$(OLDEST)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .llgbm mlruns
+	rm -rf $(VENV) $(OLDEST) .llgbm mlruns

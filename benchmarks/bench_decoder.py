@@ -3,9 +3,10 @@
     python benchmarks/bench_decoder.py                          # embedded and reduced sizes, on the CPU
     python benchmarks/bench_decoder.py --device cuda --shapes paper-0.5B --dtype bfloat16
 
-The two are timed in turn, forward and forward with backward; medians and their ratio are printed, and the last line of
-standard output is one JSON object. It is written to `benchmarks/results/decoder_<device>_<yyyymm>.json`, or, where the
-working tree differs from its commit, to the ignored folder `scratch/` there.
+The two are timed in turn, forward and forward with backward: on the CPU one thread in seconds of CPU time, which
+other work on the machine moves least; on a GPU in seconds by the clock. Medians and their ratio are printed, and the
+last line of standard output is one JSON object. It is written to `benchmarks/results/decoder_<device>_<yyyymm>.json`,
+or, where the working tree differs from its commit, to the ignored folder `scratch/` there.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ def plain_decoder(model: HyperConvDecoder, x_BNLC: Tensor) -> Tensor:
 
 def seconds(run: Callable[[], Tensor], backward: bool, device: str) -> float:
     """Time of one pass."""
-    started = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    started = clock()
     with torch.set_grad_enabled(backward):
         out = run()
         if backward:
             out.square().mean().backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def compare(shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: int | None) -> dict[str, object]:
@@ -116,7 +118,7 @@ def environment(device: str) -> dict[str, object]:
         "clean": bool(commit) and not changed.strip(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        "clock": "wall" if device == "cuda" else "CPU time of one thread",
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
     }
 
@@ -129,13 +131,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch", type=int, help="adapters at once (default: by the shapes)")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
-    rows = []
+    facts, rows = environment(options.device), []
     for shapes in options.shapes:
         rows.append(compare(shapes, options.device, dtype, options.repeats, options.batch))
         print(f"{shapes}: {json.dumps(rows[-1])}", file=sys.stderr)
     now = datetime.now(UTC)
-    facts = environment(options.device)
     result = {"benchmark": "decoder", "config": vars(options), "environment": facts, "results": rows}
     folder = RESULTS if facts["clean"] else RESULTS / "scratch"
     folder.mkdir(parents=True, exist_ok=True)

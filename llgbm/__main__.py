@@ -1,5 +1,5 @@
-"""What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch` asks
-a served generator for one, `evaluate` scores one; `models` says which generators are registered and which is champion.
+"""What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
+asks a served generator for one, `evaluate` scores one; `models` says which are registered and which is champion.
 """
 
 from __future__ import annotations

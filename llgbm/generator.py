@@ -180,7 +180,9 @@ def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int
 
 def token_statistics(tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64) -> tuple[Tensor, Tensor]:
     """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
-    padding."""
+    padding, and everywhere where the statistics are without values (on the meta device, for an estimate)."""
+    if statistics.mean_V.is_meta:
+        return torch.zeros(tokens.shape, device="meta"), torch.ones(tokens.shape, device="meta")
     noise_AV = torch.randn(n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0))
     drawn = tokens.encode(statistics.decode(noise_AV.to(statistics.mean_V)))
     fitted = Standardiser.fit(drawn.flatten(1).nan_to_num())

@@ -208,7 +208,12 @@ def greedy_answers(
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     encoded = base.tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
     ).to(base.model.device)
     with torch.no_grad():
         ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)

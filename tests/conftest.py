@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig, build_world
 from tuning.store import connect, local_tracking_uri
 from tuning.studies import smoke_world
+from tuning.tracking import StudyTracker
 
 pytest.register_assert_rewrite("contracts")
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,15 @@ def _run_smoke(folder: Path, cache: Path, printed: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     printed.write_text(done.stdout)
+
+
+@pytest.fixture
+def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
+    """A study without trials in a store of its own."""
+    shutil.copytree(empty_store, tmp_path / "mlruns")
+    tracker = StudyTracker.open(None, tmp_path, "ablation")
+    tracker.begin("study", "id", {}, {})
+    return tracker
 
 
 @pytest.fixture

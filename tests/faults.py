@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[1]
+# Ray kills workers when the whole machine is short of memory, and gives a busy machine up; here only the test kills.
+UNDISTURBED = {"RAY_memory_monitor_refresh_ms": "0", "RAY_health_check_timeout_ms": "60000"}
 
 
 class Sweep:
@@ -33,10 +38,11 @@ class Sweep:
         arguments = ["--resume", "latest"] if known else self.what
         command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *arguments, *self.how, *how]
         log = (self.folder / "log.txt").open("a")
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, text=True)
+        env = {**os.environ, **UNDISTURBED}
+        self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, text=True, env=env)
         return self.process
 
-    def finish(self, *how: str, timeout: float = 280) -> int:
+    def finish(self, *how: str, timeout: float = 600) -> int:
         """Start it and wait for its end; its exit status."""
         return self.start(*how).wait(timeout)
 
@@ -46,10 +52,10 @@ class Sweep:
     def checkpoints(self) -> set[str]:
         return {str(path.relative_to(self.storage)) for path in self.storage.glob("*/step_*.pt")}
 
-    def wait_for_checkpoint(self, besides: set[str] = frozenset(), seconds: float = 240) -> None:  # type: ignore[assignment]
+    def wait_for_checkpoint(self, besides: Collection[str] = (), seconds: float = 400) -> None:
         """Return when a trial has kept its state at a step that is not among `besides`."""
         deadline = time.monotonic() + seconds
-        while not self.checkpoints() - besides:
+        while not self.checkpoints() - set(besides):
             assert self.process is not None and self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
@@ -70,6 +76,22 @@ class Sweep:
         runs = [run for run in self.runs() if "mlflow.parentRunId" in run.data.tags]
         assert max(Counter(run.data.tags["llgbm.trial_id"] for run in runs).values()) == 1
         return {run.data.tags["llgbm.trial_id"]: run for run in runs}
+
+
+@contextmanager
+def two_machines() -> Iterator[tuple[Any, list[Any]]]:
+    """A Ray cluster whose head runs no trial, and its two machines of one CPU each, all on this one."""
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ.update(UNDISTURBED)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

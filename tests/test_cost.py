@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_memory import bytes_held
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,9 +49,10 @@ def test_flops_are_those_that_torch_counts(shape: dict[str, int], targets: tuple
         hidden = hidden_under(model, spec)
         forward = counter.get_total_flops()
         hidden.square().sum().backward()
-    assert cost.forward_flops(6, 24) == forward
+    # transformers 4.49 makes the angles of positions by a product of their own; it is tiny.
+    assert cost.forward_flops(6, 24) == pytest.approx(forward, rel=2e-5)
     # With few modules adapted, torch also skips what nothing adapted lies below.
-    tolerance = 1e-9 if targets == TARGET_MODULES else 0.15
+    tolerance = 2e-5 if targets == TARGET_MODULES else 0.15
     assert cost.backward_flops(6, 24) == pytest.approx(counter.get_total_flops() - forward, rel=tolerance)
 
 
@@ -72,7 +75,11 @@ def test_bytes_are_those_that_autograd_keeps(shape: dict[str, int], checkpointin
     _, held = bytes_held(lambda: hidden_under(model, spec, checkpointing), ignore=own)
     adapters = 3 * spec.n_values * cost.element
     if not checkpointing:
-        assert cost.activation_bytes(6, 24) == pytest.approx(held - adapters, rel=0.05)
+        # transformers 4.49 repeats keys and values for every head; newer ones leave that to the kernel.
+        repeated = 6 * 24 * cost.layers * cost.element * 2 * (cost.attention - cost.key_value)
+        repeats = Version(transformers.__version__) < Version("4.56")
+        tolerance = 0.1 if repeats else 0.05
+        assert cost.activation_bytes(6, 24) + repeats * repeated == pytest.approx(held - adapters, rel=tolerance)
         return
     # A block's own share comes into being when it is run again, so it is not in what is kept before.
     saved = cost.activation_bytes(6, 24, checkpointing=True)

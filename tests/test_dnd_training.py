@@ -201,6 +201,20 @@ def test_bad_input_costs_one_sentence(
     assert "torn" in refused(capsys, settings, f"--bank={good}")
 
 
+def test_the_package_needs_nothing_of_llgbm_but_for_its_bank(tmp_path: Path) -> None:
+    """What `dnd_repo/requirements.txt` does not name is made unimportable."""
+    code = (
+        "import sys, pathlib; sys.modules.update(dict.fromkeys(('llgbm', 'tuning', 'ray', 'mlflow', 'peft')));"
+        "import dnd.recipes; from dnd.commands import exit_status, generate_command, train_command;"
+        "sys.exit(exit_status(lambda: train_command(dnd.recipes.MATH, 'bank', 'out', (), sys.argv[1:])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--smoke"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --smoke needs LLGBM" in done.stderr, done.stderr
+    plain_bank(tmp_path / "bank")
+    done = subprocess.run([sys.executable, "-c", code, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 adapters of 2 tasks" in done.stderr, done.stderr
+
+
 def test_the_launcher_refuses_before_it_starts_anything(tmp_path: Path) -> None:
     for script, count, message in (
         ("workspace/main/tasks/math/nosuch.py", "2", "there is no script"),

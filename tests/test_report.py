@@ -1,23 +1,31 @@
-"""The report: its numbers against scipy, its words against its numbers."""
+"""The report: what it says against its numbers, and that of a past study from its store alone."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
+from made_study import BASELINES, LAMBDAS, TASKS, log_trial, make_study
 
-from tuning.report import DeltaMap, collect_baselines, result_json, write_report
-from tuning.tracking import TrialResult
+from tuning.analysis import group_trials
+from tuning.plots import DeltaMap, plot_heat_map
+from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, summary, write_report
+from tuning.report.__main__ import main
+from tuning.tracking import StudyTracker, TrialResult
 
 VALUES = {
     "multitask": (0.60, 0.70, 0.65),
     "weight-only": (0.40, 0.52, 0.43),
     "delta-only": (0.61, 0.66, 0.68),
 }
-BASELINES = {"base": {"accuracy": 0.0, "delta_cosine": 0.0}, "teacher": {"accuracy": 0.97, "delta_cosine": 1.0}}
+EFFECTS = {"multitask": 0.3, "delta-only": 0.31, "weight-only": 0.0}
 
 
 def trial(config: str, seed: int, accuracy: float, status: str = "FINISHED") -> TrialResult:
@@ -32,64 +40,173 @@ def trials() -> list[TrialResult]:
     return [trial(config, seed, value) for config, values in VALUES.items() for seed, value in enumerate(values)]
 
 
+def record(every: list[TrialResult]) -> StudyRecord:
+    return StudyRecord("study", tuple(every), BASELINES, deltas=(delta_map(),))
+
+
 def delta_map() -> DeltaMap:
     rng = np.random.default_rng(0)
     names = tuple(f"{op}/{op}-{form}" for op in ("reverse", "copy") for form in ("stars", "dashes"))
-    return DeltaMap(rng.normal(size=(4, 16)), rng.normal(size=(4, 16)), names, "multitask")
+    return DeltaMap(rng.normal(size=(4, 16)), rng.normal(size=(4, 16)), names, "multitask", "nano")
 
 
-def test_the_table_holds_mean_and_sample_deviation(tmp_path: Path) -> None:
-    table = write_report(tmp_path, "study", trials(), BASELINES, delta_map())
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> StudyTracker:
+    """A store with one made study of three configurations, three seeds and twelve held-out tasks."""
+    return make_study(tmp_path_factory.mktemp("made"), EFFECTS)
+
+
+def row_of(table: str, name: str) -> str:
+    return next(line for line in table.splitlines() if line.startswith(f"| {name}"))
+
+
+def test_the_table_holds_mean_and_sample_deviation() -> None:
+    table = summary(record(trials()))
     for config, values in VALUES.items():
-        row = next(line for line in table.splitlines() if line.startswith(f"| {config}"))
-        assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in row
+        assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in row_of(table, config)
     for name in BASELINES:
-        assert any(line.startswith(f"| {name}") for line in table.splitlines())
+        assert row_of(table, name)
 
 
-def test_the_file_has_pictures_that_are_there(tmp_path: Path) -> None:
-    write_report(tmp_path, "study", trials(), BASELINES, delta_map())
-    text = (tmp_path / "report.md").read_text()
-    pictures = [part.split(")")[0] for part in text.split("](")[1:]]
-    assert len(pictures) >= 3
-    for name in pictures:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def test_a_failed_stopped_or_superseded_trial_is_said_and_not_counted() -> None:
+    lost = trial("multitask", 3, 0.0, "FAILED")
+    stopped = replace(trial("multitask", 4, 0.0), stopped_at=7)
+    old = replace(trial("multitask", 5, 0.0), superseded=True)
+    text = summary(record([*trials(), lost, stopped, old]))
+    assert f"{np.mean(VALUES['multitask']):.3f}" in row_of(text, "multitask")
+    assert "1 of 11 trials did not finish" in text and "multitask seed 3" in text
+    assert "1 trial stopped early" in text and "seed 4 at step 7" in text
+    assert "1 run begun anew" in text
 
 
-def test_the_interval_of_the_difference_is_scipys(tmp_path: Path) -> None:
-    found = {c["config"]: c for c in result_json("study", trials(), BASELINES)["comparisons"]}
-    difference = np.subtract(VALUES["multitask"], VALUES["weight-only"])
-    interval = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    assert found["multitask"]["difference"] == pytest.approx(difference.mean())
-    assert found["multitask"]["interval"] == pytest.approx((interval.low, interval.high))
-    assert found["multitask"]["p"] == pytest.approx(stats.ttest_1samp(difference, 0).pvalue)
-
-
-def test_a_failed_trial_is_said_and_not_counted(tmp_path: Path) -> None:
-    every = [*trials(), trial("multitask", 3, 0.0, "FAILED")]
-    table = write_report(tmp_path, "study", every, BASELINES, None)
-    row = next(line for line in table.splitlines() if line.startswith("| multitask"))
-    assert f"{np.mean(VALUES['multitask']):.3f}" in row
-    assert "fail" in table.lower()
-
-
-def test_a_worse_method_is_called_worse(tmp_path: Path) -> None:
-    flipped = [trial("multitask", s, 0.2) for s in range(3)] + [trial("weight-only", s, 0.5) for s in range(3)]
-    top = write_report(tmp_path, "study", flipped, BASELINES, None).splitlines()[0]
+def test_a_worse_method_is_called_worse() -> None:
+    flipped = [trial("multitask", s, 0.2 + 0.01 * s) for s in range(3)]
+    flipped += [trial("weight-only", s, 0.5 - 0.01 * s) for s in range(3)]
+    top = summary(record(flipped)).splitlines()[0]
     assert top.index("weight-only") < top.index("multitask")
+    assert "did not help" in top
 
 
-def test_one_seed_claims_no_spread(tmp_path: Path) -> None:
-    table = write_report(tmp_path, "study", [trial("multitask", 0, 0.5)], BASELINES, None)
-    row = next(line for line in table.splitlines() if line.startswith("| multitask"))
-    assert "±" not in row
+def test_the_top_says_what_can_be_concluded_and_what_cannot(made: StudyTracker) -> None:
+    top = summary(read_study(made.tracking_uri, made.parent_run_id)).splitlines()[0]
+    assert re.search(r"^\*\*delta-only\*\* has the highest .* higher than weight-only \(difference \+0.3", top)
+    assert "whether it differs from multitask cannot be concluded" in top
+    assert "3 seeds × 12 tasks" in top
+
+
+def test_one_seed_claims_no_spread() -> None:
+    assert "±" not in row_of(summary(record([trial("multitask", 0, 0.5)])), "multitask")
 
 
 def test_no_finished_trial_still_makes_a_report(tmp_path: Path) -> None:
-    assert write_report(tmp_path, "study", [trial("multitask", 0, float("nan"), "FAILED")], BASELINES, None)
-    json.dumps(result_json("study", [trial("multitask", 0, float("nan"), "FAILED")], BASELINES), allow_nan=False)
+    failed = record([trial("multitask", 0, float("nan"), "FAILED")])
+    assert "nothing to conclude" in write_report(tmp_path, failed)
+    assert "0 of 1 trial counted" in (tmp_path / "report.md").read_text()
+    json.dumps(result_json(failed), allow_nan=False)
 
 
 def test_baselines_are_found_again_in_the_parents_metrics() -> None:
     logged = {"baseline/ridge/accuracy": 0.4, "baseline/ridge/delta_cosine": 0.8, "world/nano/base_accuracy": 0.0}
     assert collect_baselines(logged) == {"ridge": {"accuracy": 0.4, "delta_cosine": 0.8}}
+    sized = {"baseline/best_single_nano/accuracy": 0.1, "baseline/best_single_micro/accuracy": 0.2}
+    found = collect_baselines(sized, ["nano", "micro"])
+    assert found == {"best_single (nano)": {"accuracy": 0.1}, "best_single (micro)": {"accuracy": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def written(made: StudyTracker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `python -m tuning.report` writes for the made study."""
+    out = tmp_path_factory.mktemp("report")
+    assert main(["made0001", "--tracking-uri", made.tracking_uri, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_past_study_is_reported_from_its_store_alone(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    wanted = ("Results", "Differences in heldout/accuracy", "Learning curves", "Held-out tasks", "Delta maps")
+    for title in (*wanted, "Memorisation", "Seconds and memory", "Baselines", "Trials"):
+        assert f"\n## {title}\n" in text
+    assert all(f"| {task} " in text for task in TASKS)
+    assert "[0.97]" not in text and "*teacher*" in text
+    with (written / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and {row["lambda_delta"] for row in rows} == {"0.0", "1.0"}
+    found = json.loads((written / "results.json").read_text())
+    by_config = {row["configuration"]: [] for row in rows}
+    for row in rows:
+        by_config[row["configuration"]].append(float(row["heldout/accuracy"]))
+    for group in found["configurations"]:
+        assert group["metrics"]["heldout/accuracy"]["mean"] == pytest.approx(np.mean(by_config[group["config"]]))
+
+
+def test_the_page_needs_nothing_beside_itself(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len([s for s in sources if s.startswith("data:image/png;base64,")]) == 4
+    assert all(s.startswith(("data:", "#")) for s in sources)
+    ids = set(re.findall(r'<h2 id="([^"]+)"', page))
+    assert ids and {s[1:] for s in sources if s.startswith("#")} == ids
+    assert "<script" not in page and "prefers-color-scheme: dark" in page
+
+
+def test_names_from_a_store_cannot_break_the_page(tmp_path: Path) -> None:
+    bad = [replace(t, config="a|b <script>alert(1)</script>") for t in trials()[:3]]
+    write_report(tmp_path, record(bad))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "a|b &lt;script&gt;" in page
+
+
+def test_a_grid_of_lambdas_has_a_heat_map_and_three_points_have_none(tmp_path: Path) -> None:
+    grid = [(w, d) for w in (0.0, 0.3, 1.0) for d in (0.0, 1.0) if w or d]
+    every = [
+        replace(trial(f"{w} {d}", 0, 0.5), params={"lambda_weight": str(w), "lambda_delta": str(d)}) for w, d in grid
+    ]
+    assert plot_heat_map(tmp_path / "grid.png", group_trials(every))
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    three = [t for t in every if t.config in {f"{w} {d}" for w, d in LAMBDAS.values()}]
+    assert len(three) == 3 and plot_heat_map(tmp_path / "three.png", group_trials(three)) == ""
+
+
+def test_a_study_is_found_by_id_run_or_as_the_latest(made: StudyTracker) -> None:
+    for asked in ("made0001", made.parent_run_id, "latest"):
+        assert find_study(made.tracking_uri, asked, "llgbm").info.run_id == made.parent_run_id
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_an_unknown_study_names_the_known_ones(made: StudyTracker, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["nothing", "--tracking-uri", made.tracking_uri], capsys)
+    assert "no study 'nothing'" in line and "made0001 (made)" in line
+    line = refused(["latest", "--tracking-uri", made.tracking_uri, "--experiment", "other"], capsys)
+    assert "no experiment 'other'" in line and "llgbm" in line
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["latest", "--tracking-uri", f"sqlite:///{tmp_path}/none/mlflow.db"], capsys)
+    assert "no MLflow store" in line and not (tmp_path / "none").exists()
+
+
+def test_a_store_of_a_newer_schema_is_named_so(
+    made: StudyTracker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(made.tracking_uri.removeprefix("sqlite:///"))) as old:
+        with closing(sqlite3.connect(copy)) as new:
+            old.backup(new)
+            new.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+            new.commit()
+    assert "cannot be used" in refused(["latest", "--tracking-uri", f"sqlite:///{copy}"], capsys)
+
+
+def test_a_damaged_artifact_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = StudyTracker.open(None, tmp_path, "llgbm")
+    tracker.begin("damaged", "damaged1", {}, {})
+    run_id = log_trial(tracker, "multitask", 0, {task: 0.5 for task in TASKS}, (0.3, 1.0))
+    (broken,) = tmp_path.rglob("per_task.json")
+    broken.write_text("{")
+    line = refused(["damaged1", "--tracking-uri", tracker.tracking_uri, "--out", str(tmp_path / "out")], capsys)
+    assert "per_task.json" in line and run_id in line

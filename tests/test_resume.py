@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
-from tuning import studies
+from tuning import space
+from tuning.arguments import parse_arguments
 from tuning.checkpoints import KEPT, TrialCheckpoints, open_storage, study_lock, trial_lock
-from tuning.cluster import Node, check_resources, memory_fraction
 from tuning.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -27,8 +28,10 @@ from tuning.resume import (
     recorded_arguments,
     trials_to_run,
 )
-from tuning.run_ablation import main, parse_arguments
-from tuning.studies import Study, StudyOptions, TrialSpec, make_study
+from tuning.run_ablation import main
+from tuning.space import TrialSpec
+from tuning.studies import Study, StudyOptions
+from tuning.study_files import make_study
 from tuning.tracking import StudyTracker, TrialTracker, finished_metrics, read_trials
 
 SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
@@ -38,8 +41,15 @@ def trial(seed: int, name: str = "multitask") -> TrialSpec:
     return TrialSpec(name, TrainingConfig(seed=seed), WorldConfig())
 
 
-def begun(tmp_path: Path, study: Study, arguments: str = "{}") -> StudyTracker:
-    tracker = StudyTracker.open(None, tmp_path, "ablation")
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Path:
+    """A folder with a store that holds nothing."""
+    shutil.copytree(empty_store, tmp_path / "mlruns")
+    return tmp_path
+
+
+def begun(root: Path, study: Study, arguments: str = "{}") -> StudyTracker:
+    tracker = StudyTracker.open(None, root, "ablation")
     tracker.begin(study.name, study.id, {}, {ARGUMENTS_TAG: arguments})
     return tracker
 
@@ -53,9 +63,9 @@ def ran(tracker: StudyTracker, spec: TrialSpec, status: str) -> str:
     return run.run_id
 
 
-def test_only_what_did_not_finish_is_run_again(tmp_path: Path) -> None:
+def test_only_what_did_not_finish_is_run_again(root: Path) -> None:
     study = Study("study", tuple(trial(seed) for seed in range(4)))
-    tracker = begun(tmp_path, study)
+    tracker = begun(root, study)
     for spec, status in zip(study.trials, ("FINISHED", "FAILED", "KILLED"), strict=False):
         ran(tracker, spec, status)
     runs = tracker.live_runs()
@@ -68,11 +78,11 @@ def test_only_what_did_not_finish_is_run_again(tmp_path: Path) -> None:
     assert seeds(resume=True, retry_failed=True) == seeds(resume=False, retry_failed=True) == [1]
 
 
-def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(tmp_path: Path) -> None:
-    first = begun(tmp_path, Study("first", (trial(0),)))
+def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(root: Path) -> None:
+    first = begun(root, Study("first", (trial(0),)))
     run_id = ran(first, trial(0), "FINISHED")
     second = Study("second", (trial(0, "here"), trial(1, "here")))
-    tracker = begun(tmp_path, second)
+    tracker = begun(root, second)
     assert [t.config.seed for t in adopt_finished(second.trials, tracker.live_runs(), tracker)] == [0]
     ran(tracker, second.trials[1], "FINISHED")
     found = {t.seed: (t.config, t.status) for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)}
@@ -84,29 +94,29 @@ def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(t
     assert finished_metrics(tracker.target, "unknown") is None
 
 
-def test_an_unfinished_trial_moves_to_the_study_that_goes_on_with_it(tmp_path: Path) -> None:
-    run_id = ran(begun(tmp_path, Study("first", (trial(0),))), trial(0), "KILLED")
-    tracker = begun(tmp_path, Study("second", (trial(0), trial(1))))
+def test_an_unfinished_trial_moves_to_the_study_that_goes_on_with_it(root: Path) -> None:
+    run_id = ran(begun(root, Study("first", (trial(0),))), trial(0), "KILLED")
+    tracker = begun(root, Study("second", (trial(0), trial(1))))
     assert ran(tracker, trial(0), "FINISHED") == run_id
     (moved,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
     assert moved.curves["val/accuracy"] == [(1, 0.5)]
 
 
-def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(tmp_path: Path) -> None:
+def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> None:
     study = Study("study", (trial(0),))
-    tracker = begun(tmp_path, study)
+    tracker = begun(root, study)
     old, parent = ran(tracker, trial(0), "FINISHED"), tracker.parent_run_id
-    checkpoints = TrialCheckpoints(str(tmp_path), trial(0).id)
+    checkpoints = TrialCheckpoints(str(root), trial(0).id)
     checkpoints.write({"step": 3})
-    begin_anew(study, tracker, str(tmp_path))
+    begin_anew(study, tracker, str(root))
     assert checkpoints.newest() is None and not tracker.live_runs()
-    tracker = begun(tmp_path, study)
+    tracker = begun(root, study)
     assert tracker.parent_run_id != parent and ran(tracker, trial(0), "FINISHED") != old
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
 
 
-def test_a_trial_stopped_early_is_done_but_not_whole(tmp_path: Path) -> None:
-    tracker = begun(tmp_path, Study("study", (trial(0),)))
+def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
+    tracker = begun(root, Study("study", (trial(0),)))
     ran(tracker, trial(0), "FINISHED")
     tracker.finish_trial(trial(0).id, "FINISHED", {"llgbm.stopped_at_step": "40"})
     (result,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
@@ -114,9 +124,9 @@ def test_a_trial_stopped_early_is_done_but_not_whole(tmp_path: Path) -> None:
     assert not trials_to_run([trial(0)], tracker.live_runs(), resume=True, retry_failed=False)
 
 
-def test_a_study_is_found_and_made_again_from_what_it_recorded(tmp_path: Path) -> None:
-    tracker = begun(tmp_path, SMOKE, '{"smoke": true, "seeds": [0]}')
-    begun(tmp_path, Study("later", (trial(0),)))
+def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> None:
+    tracker = begun(root, SMOKE, '{"smoke": true, "seeds": [0]}')
+    begun(root, Study("later", (trial(0),)))
     given = Namespace(**{**vars(parse_arguments([])), "resume": SMOKE.id, "max_concurrent": 1})
     arguments, recorded = recorded_arguments(given, parse_arguments([]), tracker)
     assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
@@ -129,7 +139,7 @@ def test_a_study_is_found_and_made_again_from_what_it_recorded(tmp_path: Path) -
 def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = SMOKE.id
     check_same_study(SMOKE, before)
-    monkeypatch.setattr(studies, "TRAINING_VERSION", 99)
+    monkeypatch.setattr(space, "TRAINING_VERSION", 99)
     with pytest.raises(UserError, match=f"study {before} cannot be resumed.*changed with the code"):
         check_same_study(SMOKE, before)
 
@@ -149,11 +159,11 @@ def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_gone_on_with_is_one_sentence(
     arguments: list[str],
     words: list[str],
-    tmp_path: Path,
+    root: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(root)
     assert main(arguments) == 2
     last = [line for line in capsys.readouterr().err.splitlines() if line.strip()][-1]
     assert last.startswith("error: ") and all(word in last for word in words)
@@ -206,29 +216,24 @@ def test_two_processes_never_hold_one_trial_or_study(tmp_path: Path, monkeypatch
         pass
 
 
+_HALF_MADE = """
+import os, sys
+from pathlib import Path
+from tuning.tracking import StudyTracker
+os.replace = lambda *names: os._exit(9)
+StudyTracker.open(None, Path(sys.argv[1]), "ablation")
+"""
+
+
+def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", _HALF_MADE, str(tmp_path)], capture_output=True).returncode == 9
+    assert not begun(tmp_path, Study("study", (trial(0),))).live_runs()
+    assert not list((tmp_path / "mlruns").glob("*.making"))
+
+
 def test_an_unknown_kind_of_store_is_refused() -> None:
     with pytest.raises(UserError, match="magic"):
         open_storage("magic://x")
-
-
-def test_four_quarters_of_a_gpu_run_side_by_side_on_each_machine() -> None:
-    found = check_resources(1, 0.25, None, [Node(8, 1), Node(2, 1)])
-    assert found.concurrent == 6 and found.describe() == "6 at a time on 2 machines, 1 CPUs and 0.25 GPUs each"
-    assert check_resources(1, 0.25, None, [Node(16, 1)]).concurrent == 4
-    assert check_resources(None, None, None, [Node(16, 1)]).gpus == 0.25
-    with pytest.raises(UserError, match="the largest of 2 machines has 1"):
-        check_resources(1, 2, None, [Node(8, 1), Node(2, 1)])
-    with pytest.raises(UserError, match="no machine has 4 CPUs and 1 GPUs together"):
-        check_resources(4, 1, None, [Node(8, 0), Node(2, 1)])
-
-
-@given(parts=st.integers(2, 16), gigabytes=st.integers(16, 192))
-def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(parts: int, gigabytes: int) -> None:
-    total = gigabytes * 2**30
-    each = memory_fraction(1 / parts, total)
-    assert 0 < each < 1 / parts
-    assert parts * (each * total + 600 * 2**20) <= total or each == 0.01
-    assert memory_fraction(1.0, total) == memory_fraction(0.0, total) == memory_fraction(2.0, total) == 1.0
 
 
 def test_a_trial_id_depends_on_all_that_its_numbers_depend_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from faults import Sweep, kill_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from llgbm.runtime import UserError, stream_seed
 from llgbm.training import TrainingConfig
+from llgbm.world import World
+from tuning.arguments import parse_arguments, study_of
+from tuning.plan import past_runs
 from tuning.search import (
     RETRY_OF,
     STOPPED,
@@ -23,6 +28,7 @@ from tuning.search import (
     describe_best,
     find_search,
     make_scheduler,
+    make_searcher,
     open_search,
     optuna_url,
 )
@@ -213,6 +219,32 @@ def test_half_a_point_is_no_point() -> None:
     assert params_of(study)[1:] == params_of(straight.study)
 
 
+def test_a_storage_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = STUDIES["optuna_lambda"](StudyOptions(seeds=(0,)))
+    url = optuna_url(None, tmp_path)
+    search = PointSearch(study.space, open_search(study, url), 3)
+    searcher = make_searcher(search, url)
+    first, second = (searcher.suggest(name)["trial"] for name in "ab")
+    database = tmp_path / "mlruns" / "optuna.db"
+    search.study._storage.remove_session()
+    database.rename(tmp_path / "away.db")
+    database.mkdir()
+    searcher.on_trial_complete("a", score(first))
+    assert "told of a point later" in caplog.text
+    assert searcher.suggest("c") is None
+    searcher.on_trial_complete("b", score(second))
+    with pytest.raises(UserError, match="optuna.db cannot be used"):
+        searcher.suggest("c")
+    database.rmdir()
+    (tmp_path / "away.db").rename(database)
+    third = searcher.suggest("c")["trial"]
+    searcher.on_trial_complete("c", score(third))
+    assert searcher.suggest("d") == searcher.FINISHED
+    assert [t.state for t in search.study.trials] == [TrialState.COMPLETE] * 3
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -288,3 +320,50 @@ def test_a_fixed_field_is_no_parameter() -> None:
     search = fresh(space, 2)
     assert {spec.config.lambda_weight for spec in finish(search)} == {0.3}
     assert {frozenset(params) for params in params_of(search.study)} == {frozenset(("lambda_delta", "learning_rate"))}
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
+    killed: bool, tmp_path: Path, cache: Path, world: World
+) -> None:
+    """Real Ray, MLflow and storage; killed when the second point was asked for and resumed, it ends the same."""
+    what = ("--search", "random", "--num-samples", "4", "--seeds", "0", "--scheduler", "asha")
+    sweep = Sweep(tmp_path, cache, *what, "--metric", "val/delta_cosine")
+    sweep.how += ["--max-concurrent", "1"]
+    study = study_of(parse_arguments(sweep.what))
+    url = optuna_url(None, tmp_path)
+    if killed:
+        process = sweep.start()
+        while len(states := [trial.state for trial in points(study, url)]) < 2:
+            assert process.poll() is None, sweep.log()
+            time.sleep(0.2)
+        assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+        kill_driver(process)
+    assert sweep.finish() == 0, sweep.log()
+
+    found, runs = find_search(study, url), sweep.trials()
+    assert found is not None and study.space is not None
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    stopped = {trial_id for trial_id, run in runs.items() if STOPPED in run.data.tags}
+    for point in found.trials:
+        (trial,) = study.space.trials(point.params)
+        assert point.state == (TrialState.PRUNED if trial.id in stopped else TrialState.COMPLETE)
+        assert point.values == [runs[trial.id].data.metrics["val/delta_cosine"]]
+        assert ("heldout/accuracy" in runs[trial.id].data.metrics) == (trial.id not in stopped)
+    assert len(found.trials) == len(runs) == 4
+    assert 1 <= len(stopped) <= 3
+    known = {run.trial_id: run.last_result for run in past_runs(None, tmp_path, "llgbm")}
+    directly = PointSearch(
+        study.space, optuna.create_study(direction="maximize", study_name=found.study_name), 4, known
+    )
+    assert directly.ask() is None
+    assert params_of(directly.study) == params_of(found)
+
+
+def points(study: Study, url: str) -> list[optuna.trial.FrozenTrial]:
+    """What a search has drawn so far; a storage that is being made counts as empty."""
+    try:
+        found = find_search(study, url)
+        return found.trials if found else []
+    except UserError:
+        return []

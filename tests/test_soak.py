@@ -8,10 +8,12 @@ import os
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver
+from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver, two_machines
 
 from llgbm.world import World
 
@@ -23,16 +25,11 @@ STUDY = ("--seeds", "0", "1", "--steps", "40")
 class Chaos:
     """One sweep, on this machine alone or on two machines of a cluster, and the kills that befall it."""
 
-    def __init__(self, sweep: Sweep, rng: random.Random, kills: int, spread: bool) -> None:
-        from ray.cluster_utils import Cluster
-
+    def __init__(self, sweep: Sweep, rng: random.Random, kills: int, cluster: Any = None, nodes: Any = ()) -> None:
         self.sweep, self.rng, self.left = sweep, rng, kills
         self.done: Counter[str] = Counter()
-        self.cluster = None
-        if spread:
-            self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-            self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
-        self.how = ["--address", self.cluster.address] if self.cluster else []
+        self.cluster, self.nodes = cluster, list(nodes)
+        self.how = ["--address", cluster.address] if cluster else []
 
     def run(self) -> None:
         """Start the sweep, kill at random until no kill is left, and see it end well."""
@@ -73,12 +70,6 @@ class Chaos:
         self.nodes.append(self.cluster.add_node(num_cpus=1))
         return True
 
-    def close(self) -> None:
-        if self.sweep.process is not None and self.sweep.process.poll() is None:
-            kill_driver(self.sweep.process)
-        if self.cluster is not None:
-            self.cluster.shutdown()
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
@@ -95,11 +86,9 @@ def test_fifty_random_kills_change_no_number(tmp_path: Path, cache: Path, world:
         folder = tmp_path / f"sweep_{number}"
         folder.mkdir()
         sweep = Sweep(folder, cache, *STUDY)
-        chaos = Chaos(sweep, random.Random(number), min(KILLS_PER_SWEEP, left), spread=number % 2 == 1)
-        try:
+        with two_machines() if number % 2 else nullcontext((None, ())) as (cluster, nodes):
+            chaos = Chaos(sweep, random.Random(number), min(KILLS_PER_SWEEP, left), cluster, nodes)
             chaos.run()
-        finally:
-            chaos.close()
         check_whole(sweep, reference, client)
         check_registry(sweep)
         total += chaos.done

@@ -184,6 +184,15 @@ def test_the_documented_file_is_a_study(example: Path) -> None:
     assert (len(grid.trials), grid.metric, grid.name) == (4, "val/delta_cosine", "small_grid")
 
 
+def test_a_study_file_is_found_again_from_another_folder(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(example.parent)
+    parsed = parse_arguments(["--study", f"{example.name}:rates"])
+    monkeypatch.chdir("/")
+    assert study_of(parsed).name == "rates"
+
+
 def test_the_table_of_the_documentation_has_every_study() -> None:
     assert re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE) == list(STUDIES)
 

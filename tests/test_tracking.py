@@ -328,12 +328,15 @@ def test_a_deleted_experiment_says_how_to_bring_it_back(study: StudyTracker, tmp
     one_sentence(error)
 
 
-def test_a_schema_of_another_version_is_refused(study: StudyTracker, tmp_path: Path) -> None:
-    copy = tmp_path / "old.db"
+@pytest.mark.parametrize(
+    ("schema", "remedy"), [("451aebb31d03", "mlflow db upgrade"), ("ffffffffffff", "a newer MLflow made it")]
+)
+def test_a_schema_of_another_version_is_refused(study: StudyTracker, tmp_path: Path, schema: str, remedy: str) -> None:
+    copy = tmp_path / "other.db"
     with sqlite3.connect(copy) as database, sqlite3.connect(tmp_path / "mlruns/mlflow.db") as source:
         source.backup(database)
-        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
-    with pytest.raises(UserError, match="mlflow db upgrade") as error:
+        database.execute("UPDATE alembic_version SET version_num = ?", (schema,))
+    with pytest.raises(UserError, match=remedy) as error:
         StudyTracker.open(f"sqlite:///{copy}", tmp_path, "ablation")
     one_sentence(error)
 

@@ -13,7 +13,7 @@ from tuning.real import add_real_arguments, own_worlds
 from tuning.run_notes import KEEP_ARTIFACTS
 from tuning.space import SAMPLERS, VAL_METRICS
 from tuning.studies import STUDIES, Study, StudyOptions
-from tuning.study_files import make_study
+from tuning.study_files import make_study, whole_name
 
 SEARCHES = ("grid", *reversed(SAMPLERS))
 SCHEDULERS = ("none", "asha")
@@ -28,7 +28,9 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None = N
     _add_search(parser.add_argument_group("search (how a study's trials are chosen, and stopped early)"))
     _add_execution(parser.add_argument_group("how it is run"))
     _add_stores(parser.add_argument_group("where things are kept"))
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.study = parsed.study and whole_name(parsed.study)
+    return parsed
 
 
 def _add_study(what: Any) -> None:

@@ -21,9 +21,13 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A machine that is too busy to answer within ten seconds is not dead; one that is gone refuses at once.
+    "RAY_health_check_timeout_ms": "60000",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # A trial that a scheduler stopped still sends its metrics: its worker is reused when that is done, not after 2 s.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -41,6 +41,7 @@ MEMORISATION = {
 MARKERS = ("o", "D", "x")
 POINTS_PER_CURVE = 120
 DPI = 120
+WIDEST = 15.0  # inches of a figure, before panels go below one another
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,10 @@ def plot_outcomes(path: Path, groups: Sequence[Group], baselines: Mapping[str, M
     if not present:
         return ""
     width = 2.2 + 0.75 * max(sum(group.size == size for group in groups) for size in sizes) + 2.4
-    figure = Figure(figsize=(width * len(present), 4.2 * len(sizes)), layout="constrained")
-    grid = figure.subplots(len(sizes), len(present), squeeze=False)
+    columns = len(present) if width * len(present) <= WIDEST else 1
+    rows = len(sizes) * len(present) // columns
+    figure = Figure(figsize=(width * columns, 4.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).reshape(len(sizes), len(present))
     styles = _styles(groups)
     for row, size in zip(grid, sizes, strict=True):
         for ax, key in zip(row, present, strict=True):

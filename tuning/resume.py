@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError
 from tuning.checkpoints import TrialCheckpoints
 from tuning.studies import Study, TrialSpec
-from tuning.tracking import STUDY_ID_TAG, STUDY_TAG, StudyTracker
+from tuning.tracking import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG, StudyTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -97,5 +97,7 @@ def adopt_finished(trials: Sequence[TrialSpec], runs: Mapping[str, Run], tracker
     """Count trials that are finished already, by whichever study, in this one, and return them."""
     finished = [trial for trial in trials if trial.id in runs and runs[trial.id].info.status == "FINISHED"]
     for trial in finished:
-        tracker.adopt(trial.id, trial.name)
+        tags = runs[trial.id].data.tags
+        if tags.get(PARENT_TAG) != tracker.parent_run_id:
+            tracker.adopt(trial.id, trial.name)
     return finished

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ logger = logging.getLogger("tuning.search")
 Result = Mapping[str, Any]
 STARTUP_POINTS = 5
 STOPPED, RETRY_OF, TRIALS = "llgbm.stopped_at_step", "llgbm.retry_of", "llgbm.trial_ids"
-STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError, ValueError)
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError)
 
 
 def optuna_url(tracking_uri: str | None, root: Path) -> str:
@@ -36,6 +37,21 @@ def optuna_url(tracking_uri: str | None, root: Path) -> str:
     local = tracking_uri is not None and tracking_uri.startswith("sqlite:")
     folder = sqlite_path(str(tracking_uri)).parent if local else Path(root).resolve() / "mlruns"
     return f"sqlite:///{folder / 'optuna.db'}"
+
+
+@contextmanager
+def explained_storage(url: str) -> Iterator[None]:
+    """Turn what Optuna, the database and the disk raise in the block into a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except STORAGE_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the Optuna storage {shown(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
+            "sqlite:///path/optuna.db say"
+        ) from error
 
 
 def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
@@ -46,15 +62,13 @@ def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
     if study.space is None:
         raise ValueError(f"study {study.name} has no search space")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    with explained_storage(url):
         if url.startswith("sqlite:"):
             sqlite_path(url).parent.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.get_storage(url)
+        storage = _storage(url)
         name = _study_name(study, storage, fresh)
         directions = [optuna.study.StudyDirection.MAXIMIZE] * len(study.space.objectives)
         return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    except STORAGE_ERRORS as error:
-        raise _unusable(url, error) from error
 
 
 def find_search(study: Study, url: str) -> optuna.Study | None:
@@ -64,14 +78,18 @@ def find_search(study: Study, url: str) -> optuna.Study | None:
     """
     if url.startswith("sqlite:") and not sqlite_path(url).is_file():
         return None
-    try:
-        storage = optuna.storages.get_storage(url)
+    with explained_storage(url):
+        storage = _storage(url)
         name = _study_name(study, storage, fresh=False)
-        if name not in optuna.get_all_study_names(storage):
-            return None
-        return optuna.load_study(storage=storage, study_name=name)
-    except STORAGE_ERRORS as error:
-        raise _unusable(url, error) from error
+        known = name in optuna.get_all_study_names(storage)
+        return optuna.load_study(storage=storage, study_name=name) if known else None
+
+
+def _storage(url: str) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the Optuna storage {shown(url)} cannot be opened ({error})") from error
 
 
 def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:
@@ -79,14 +97,6 @@ def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool)
     stem = f"{study.name}-{study.id}-"
     numbers = [int(n.removeprefix(stem)) for n in optuna.get_all_study_names(storage) if n.startswith(stem)]
     return f"{stem}{max(numbers, default=0) + 1 if fresh or not numbers else max(numbers)}"
-
-
-def _unusable(url: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return UserError(
-        f"the Optuna storage {shown(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
-        "sqlite:///path/optuna.db say"
-    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,10 @@ class PointSearch:
         """Take the last result of a trial; None or `failed` in it: the trial failed."""
         self.running.discard(spec.id)
         self.results[spec.id] = result
-        self._settle()
+        try:
+            self._settle()
+        except STORAGE_ERRORS as error:
+            logger.warning("Optuna is told of a point later, its storage fails: %s", error)
 
     def trials(self) -> tuple[TrialSpec, ...]:
         """The trials of all points asked for so far, those of earlier runs too, each once."""
@@ -248,8 +261,11 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_POINTS, constant_liar=True)
 
 
-def make_searcher(search: PointSearch) -> Any:
-    """The same as a Ray Tune searcher, which suggests {"trial": TrialSpec}."""
+def make_searcher(search: PointSearch, url: str) -> Any:
+    """The same as a Ray Tune searcher, which suggests {"trial": TrialSpec}; `url` is what errors call the storage.
+
+    A storage that fails is asked again as long as trials run; after that the sweep ends with a UserError.
+    """
     from ray.tune.search import Searcher
 
     class PointSearcher(Searcher):
@@ -260,7 +276,13 @@ def make_searcher(search: PointSearch) -> Any:
             self.specs: dict[str, TrialSpec] = {}
 
         def suggest(self, trial_id: str) -> Any:
-            spec = search.ask()
+            try:
+                with explained_storage(url):
+                    spec = search.ask()
+            except UserError:
+                if search.running:
+                    return None
+                raise
             if spec is None:
                 return self.FINISHED
             self.specs[trial_id] = spec

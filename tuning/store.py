@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 3.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
+# The ones that `llgbm[postgresql]` and `llgbm[mysql]` install; SQLAlchemy's own choice differs between its versions.
+DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
 UNWRITABLE = ("unable to open", "readonly", "read-only", "permission denied", "no such file", "file exists")
 ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
 
@@ -95,10 +98,21 @@ def _remedy(reason: str) -> str:
     if any(sign in text for sign in UNWRITABLE):
         return "choose a folder that you may write to"
     if "out-of-date database schema" in text:
-        return "copy the database and run `mlflow db upgrade` on it, or choose another one"
+        return _schema_remedy(text)
     if "no module named" in text:
         return "install the driver of that database, or use sqlite:///path"
     return f"check the address and its log, or choose another one ({ALLOWED})"
+
+
+def _schema_remedy(reason: str) -> str:
+    """MLflow calls a schema of the future out of date too; its own migrations tell the two apart."""
+    import mlflow
+
+    found = re.search(r"found version (\w+)", reason)
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if found and not any(migrations.glob(f"{found[1]}_*.py")):
+        return "a newer MLflow made it, so install that version, or choose another store"
+    return "copy the database and run `mlflow db upgrade` on it, or choose another one"
 
 
 def usable_uri(tracking_uri: str) -> str:
@@ -116,7 +130,7 @@ def usable_uri(tracking_uri: str) -> str:
         return f"sqlite:///{path}"
     if scheme in DATABASE_PORTS:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
-        return tracking_uri
+        return with_driver(tracking_uri)
     raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
 
 
@@ -128,6 +142,12 @@ def existing_uri(tracking_uri: str) -> str:
             "(`make ablation`), or give the address of another store."
         )
     return usable_uri(tracking_uri)
+
+
+def with_driver(uri: str) -> str:
+    """The address of a database with the driver that this package installs, where it names none itself."""
+    scheme, rest = uri.split(":", 1)
+    return f"{scheme}+{DRIVERS[scheme]}:{rest}" if scheme in DRIVERS else uri
 
 
 def _probe_http(uri: str) -> None:

@@ -27,6 +27,12 @@ def make_study(name: str, options: StudyOptions) -> Study:
     return STUDIES[name](options)
 
 
+def whole_name(name: str) -> str:
+    """The same study, found from every folder: the path of a file is made absolute."""
+    path, colon, function = name.rpartition(":")
+    return f"{Path(path).expanduser().resolve()}:{function}" if colon and path.endswith(".py") else name
+
+
 def _study_from_file(name: str, options: StudyOptions) -> Study:
     path, _, function = name.rpartition(":")
     if not path or not function.isidentifier():

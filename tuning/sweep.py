@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +18,7 @@ from llgbm.world import World
 from tuning.checkpoints import TrialCheckpoints, open_storage, remove_folder
 from tuning.cluster import Resources
 from tuning.studies import Study, TrialSpec
-from tuning.tracking import ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
+from tuning.tracking import DEATH_TAG, ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
 from tuning.trainable import TrialSetting, ray_trainable
 
 
@@ -51,14 +53,19 @@ class Watcher(tune.Callback):
         self._tracker, self._storage = tracker, storage
         self._bar = progress_bar("trials", total_steps)
         self._seen: dict[str, int] = {}
-        self._unsaid: list[Callable[[], None]] = []
+        self._unsaid: list[Callable[[], object]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A bar does not travel; over `ray://` none is shown."""
+        return {**vars(self), "_bar": None}
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """Move the bar."""
         spec: TrialSpec = trial.config["trial"]
         self._seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
-        self._bar.n = sum(self._seen.values())
-        self._bar.refresh()
+        if self._bar is not None:
+            self._bar.n = sum(self._seen.values())
+            self._bar.refresh()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial returned, well or with the cause of its failure, or a scheduler stopped it."""
@@ -73,7 +80,9 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its process or machine is gone; Ray starts it again."""
-        logger.warning("the worker of trial %s died and is started again", trial.config["trial"].id)
+        spec, cause = trial.config["trial"], death_of(trial)
+        logger.warning("the worker of trial %s died and is started again: %s", spec.id, cause)
+        self._tell(partial(self._tracker.tag_trial, spec.id, {DEATH_TAG: cause}))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Ray gave the trial up."""
@@ -85,7 +94,7 @@ class Watcher(tune.Callback):
         if self._storage:
             TrialCheckpoints(self._storage, trial_id).remove()
 
-    def _tell(self, saying: Callable[[], None]) -> None:
+    def _tell(self, saying: Callable[[], object]) -> None:
         self._unsaid.append(saying)
         try:
             self._say_all()
@@ -99,8 +108,17 @@ class Watcher(tune.Callback):
 
     def close(self) -> None:
         """Say what is left to be said. Raises UserError if the store still fails."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._say_all()
+
+
+def death_of(trial: Any) -> str:
+    """What Ray wrote of a worker's last end, in one line, without the names that Ray gives to processes."""
+    written = Path(trial.error_file).read_text() if trial.error_file else ""
+    lines = written.rpartition("Failure # ")[2].splitlines()[1:]
+    told = [line.strip() for line in lines if line.strip() and not re.match(r"\s+\w+: ", line)]
+    return " ".join(told)[:500] or "no cause known"
 
 
 def run_sweep(

@@ -37,6 +37,7 @@ CONFIG_TAG = "llgbm.config"
 SUPERSEDED_TAG = "llgbm.superseded"
 ATTEMPTS_TAG = "llgbm.attempts"
 ERROR_TAG = "llgbm.error"
+DEATH_TAG = "llgbm.last_death"
 STOPPED_TAG = "llgbm.stopped_at_step"
 MEMBER_TAG = "llgbm.member_of."
 FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -179,14 +180,23 @@ class StudyTracker:
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
+        run_id = self.tag_trial(trial_id, tags or {})
+        if run_id is None:
+            logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
+            return
+        with explained(self.tracking_uri):
+            self.client.set_terminated(run_id, status)
+
+    def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
+        """Set tags of the run of a trial and return its id, None if there is no run.
+
+        Raises UserError if the store fails.
+        """
         with explained(self.tracking_uri):
             run_id = self.child_run_id(trial_id)
-            if run_id is None:
-                logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
-                return
-            for key, value in (tags or {}).items():
-                self.client.set_tag(run_id, key, value)
-            self.client.set_terminated(run_id, status)
+            for key, value in tags.items() if run_id else ():
+                self.client.set_tag(str(run_id), key, value)
+            return run_id
 
     def finish(self, status: str) -> None:
         """Set how the study ended; unless FINISHED, kill the children that still count as running.
@@ -278,7 +288,8 @@ class TrialTracker:
             attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
             own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, ATTEMPTS_TAG: str(attempts), **tags}
-            run_id = _open_run(client, target.experiment_id, found, run_name, own)
+            shown_name = f"{run_name}, seed {params['seed']}" if "seed" in params else run_name
+            run_id = _open_run(client, target.experiment_id, found, shown_name, own)
             _log_params(client, run_id, params)
         return cls(client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts)
 

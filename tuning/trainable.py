@@ -28,7 +28,7 @@ from tuning import run_notes
 from tuning.checkpoints import TrialCheckpoints, trial_lock
 from tuning.cluster import take_share
 from tuning.studies import TrialSpec
-from tuning.tracking import TrackingTarget, TrialTracker, finished_metrics
+from tuning.tracking import DEATH_TAG, TrackingTarget, TrialTracker, finished_metrics
 
 CHECKPOINT_SECONDS = 300.0
 HOPELESS_STARTS = 10
@@ -185,9 +185,10 @@ def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: st
     tag = tracker.tag(STARTS_TAG)
     starts = 1 + (int(tag.rpartition(" ")[2]) if tag.startswith(f"{place} ") else 0)
     if starts > HOPELESS_STARTS:
+        cause = tracker.tag(DEATH_TAG) or "no cause known"
         raise UserError(
-            f"its worker died {starts - 1} times in a row without reaching another checkpoint: look for what kills it, "
-            "most often the host's memory"
+            f"its worker died {starts - 1} times in a row without reaching another checkpoint ({cause}): look for what "
+            "kills it, most often the host's memory, and use --retry-failed"
         )
     tracker.set_tag(STARTS_TAG, f"{place} {starts}")
 

@@ -26,20 +26,26 @@ TESTS = (
 def write_report(out: Path, record: StudyRecord) -> str:
     """Write `report.md` with its plots, `report.html`, `results.csv` and `results.json` into `out`.
 
-    Return the sentence, its caveats and the main tables, in Markdown. Raises OSError if `out` cannot be written.
+    Return the summary. Raises OSError if `out` cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    groups, notes, top = record.groups, caveats(record), "\n\n".join(headlines(record))
     sections = _sections(record, _plots(out, record))
-    head = [f"# Study {record.study}", top, "**What cannot be concluded**\n\n" + bullets(notes), _origin(record)]
+    notes = "**What cannot be concluded**\n\n" + bullets(caveats(record))
+    head = [f"# Study {record.study}", *headlines(record), notes, _origin(record)]
     body = [f"## {title}\n\n" + "\n\n".join(filter(None, parts)) for title, parts in sections.items() if any(parts)]
     text = "\n\n".join(filter(None, (*head, *body))) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8")
     _write_csv(out / "results.csv", record)
-    summary = (top, bullets(notes), tables.metric_table(groups, tables.SHORT), tables.baseline_table(record.baselines))
-    return "\n\n".join(filter(None, summary))
+    return summary(record)
+
+
+def summary(record: StudyRecord) -> str:
+    """The sentence, its caveats and the main tables, in Markdown."""
+    short = tables.metric_table(record.groups, tables.SHORT)
+    parts = (*headlines(record), bullets(caveats(record)), short, tables.baseline_table(record.baselines))
+    return "\n\n".join(filter(None, parts))
 
 
 def _origin(record: StudyRecord) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+MAY_BREAK = "\u200b"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a6069; --page: #ffffff; --line: #d9dce1; --band: #f4f6f8;
   --link: #0b5cad; }
@@ -18,19 +19,18 @@ STYLE = """
   --band: #1f2329; --link: #7db8f5; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-nav { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .6rem 1rem;
-  overflow-x: auto; white-space: nowrap; z-index: 1; }
-nav a { margin-right: 1.1rem; font-size: .88rem; }
+nav { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .5rem 1rem;
+  display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; z-index: 1; }
 main { max-width: 72rem; margin: 0 auto; padding: 0 1rem 4rem; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
 h1 { margin: 1.5rem 0 .5rem; line-height: 1.2; }
 h1 + p { font-size: 1.12rem; border-left: 4px solid var(--link); padding: .4rem 0 .4rem 1rem; }
-h2 { margin-top: 2.6rem; padding-top: .4rem; border-top: 1px solid var(--line); scroll-margin-top: 3rem; }
+h2 { margin-top: 2.6rem; padding-top: .4rem; border-top: 1px solid var(--line); scroll-margin-top: 3.5rem; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { background: var(--band); vertical-align: bottom; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+th { background: var(--band); vertical-align: bottom; white-space: normal; }
 tbody tr:hover { background: var(--band); }
 img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px;
   padding: .4rem; }
@@ -47,11 +47,12 @@ def html_page(markdown: str, folder: Path) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
     titles = _linked_headings(tokens)
-    for token in tokens:
+    for before, token in zip(tokens, tokens[1:], strict=False):
         for child in token.children or ():
             if child.type == "image":
                 child.attrs["src"] = _inlined(folder / str(child.attrs["src"]))
-                child.attrs["loading"] = "lazy"
+            elif before.type == "th_open":
+                child.content = child.content.replace("/", "/" + MAY_BREAK).replace("_", "_" + MAY_BREAK)
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     links = "".join(f'<a href="#{slug}">{html.escape(title)}</a>' for slug, title, level in titles if level == "h2")

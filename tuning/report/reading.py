@@ -57,7 +57,7 @@ def find_study(tracking_uri: str, asked: str, experiment: str | None = None) -> 
     """
     with explained(tracking_uri):
         client = connect(tracking_uri)
-        runs = _parent_runs(client, _experiment_ids(client, experiment, tracking_uri))
+        runs = parent_runs(client, _experiment_ids(client, experiment, tracking_uri))
     found = [run for run in runs if asked in ("latest", run.data.tags[STUDY_ID_TAG], run.info.run_id)]
     if found:
         return max(found, key=lambda run: (SUPERSEDED_TAG not in run.data.tags, run.info.start_time))
@@ -81,7 +81,8 @@ def _experiment_ids(client: MlflowClient, name: str | None, tracking_uri: str) -
     return [known[name]]
 
 
-def _parent_runs(client: MlflowClient, experiment_ids: Sequence[str]) -> list[Run]:
+def parent_runs(client: MlflowClient, experiment_ids: Sequence[str]) -> list[Run]:
+    """The parent runs of all studies in these experiments."""
     where = f"tags.`{STUDY_ID_TAG}` LIKE '%'"
     runs = [run for one in experiment_ids for run in client.search_runs([one], where, max_results=10_000)]
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]

@@ -19,18 +19,16 @@ from dnd.errors import DndError
 from dnd.generation import AdapterWriter
 from dnd.training import Trained, TrainSettings, train
 
-SMOKE = {
-    "n_prompts": 4,
-    "max_length": 24,
-    "length": None,
-    "features": ((8, 12, 66),),
-    "kernel_size": 3,
-    "token_size": None,
-    "steps": 8,
-    "batch_size": 4,
-    "learning_rate": 1e-3,
-    "save_every": 4,
-}
+SMOKE = TrainSettings(
+    n_prompts=4,
+    max_length=24,
+    features=((8, 12, 66),),
+    kernel_size=3,
+    steps=8,
+    batch_size=4,
+    learning_rate=1e-3,
+    save_every=4,
+)
 
 
 def feature_shape(text: str) -> tuple[int, int, int]:
@@ -80,8 +78,8 @@ def train_command(
     chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
     if parsed.smoke:
         parsed.bank, encoder, chosen = embedded_bank(parsed.cache)
-        defaults = replace(defaults, **SMOKE, encoder=str(encoder))
-    settings = override(defaults, parsed)
+        defaults = replace(SMOKE, encoder=str(encoder))
+    settings = replace(defaults, **given_settings(parsed))
     found = AdapterBank.open(parsed.bank, chosen, parsed.data, settings.part)
     say(f"{len(found.adapters)} adapters of {len(found.texts)} tasks in {parsed.bank}")
     if parsed.dry_run:
@@ -93,10 +91,8 @@ def train_command(
     return trained
 
 
-def generate_command(
-    defaults: TrainSettings, checkpoint: str, out: str, task: str, arguments: Sequence[str] | None = None
-) -> list[str]:
-    """A generation script: returns the folders written. Raises DndError for a user's mistake."""
+def generation_parser(checkpoint: str, out: str, task: str) -> argparse.ArgumentParser:
+    """The options of a generation script."""
     parser = common_options("Write PEFT adapters from prompts of a task that no adapter was trained on.")
     parser.add_argument("--checkpoint", type=Path, default=Path(checkpoint), help="a training's --out, or a .pth file")
     parser.add_argument("--like", type=Path, metavar="DIR", help="for a .pth file: an adapter like those it writes")
@@ -104,15 +100,20 @@ def generate_command(
     parser.add_argument("--task", default=task, help=f"the task whose prompts are read from --data (default: {task})")
     parser.add_argument("--count", type=int, default=1, help="adapters, each from another draw of prompts")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where adapters go (default: {out})")
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def generate_command(
+    defaults: TrainSettings, checkpoint: str, out: str, task: str, arguments: Sequence[str] | None = None
+) -> list[str]:
+    """A generation script: returns the folders written. Raises DndError for a user's mistake."""
+    parsed = generation_parser(checkpoint, out, task).parse_args(arguments)
     if parsed.smoke:
-        parsed.prompts = next((embedded_bank(parsed.cache)[0]).glob("*/*/prompts.json")).parent
-    if parsed.data is None and parsed.prompts is None:
-        raise DndError("there are no prompts: name --data with DnD's files, --prompts with a prompts.json, or --smoke")
-    settings = override(defaults, parsed)
-    folder = parsed.prompts or Path()
-    texts = task_texts(folder, parsed.task, parsed.data, settings.part, "evaluation")
-    writer = AdapterWriter.load(parsed.checkpoint, settings, parsed.like)
+        parsed.prompts = next(embedded_bank(parsed.cache)[0].glob("*/*/prompts.json")).parent
+    if (parsed.data is None) == (parsed.prompts is None):
+        raise DndError("prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke")
+    writer = load_writer(defaults, parsed)
+    texts = task_texts(parsed.prompts or Path(), parsed.task, parsed.data, writer.settings.part, "evaluation")
     folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
     for index, target in enumerate(folders):
         writer.write(texts, target, seed=index)
@@ -120,14 +121,21 @@ def generate_command(
     return [str(target) for target in folders]
 
 
-def override(defaults: TrainSettings, parsed: argparse.Namespace) -> TrainSettings:
-    """The settings with every option that was given."""
+def load_writer(defaults: TrainSettings, parsed: argparse.Namespace) -> AdapterWriter:
+    """The trained model that a generation script names. Raises DndError for options that its folder already settles."""
+    given = given_settings(parsed)
+    if parsed.checkpoint.is_file():
+        return AdapterWriter.load(parsed.checkpoint, replace(defaults, **given), parsed.like)
+    odd = sorted({*given, *(["like"] if parsed.like else [])})
+    if odd:
+        raise DndError(f"{', '.join(odd)} stand in the settings of {parsed.checkpoint}: leave these options out")
+    return AdapterWriter.load(parsed.checkpoint)
+
+
+def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that options were given for."""
     given = {name: getattr(parsed, name, None) for name in TrainSettings.__dataclass_fields__}
-    return replace(defaults, **{name: _frozen(value) for name, value in given.items() if value is not None})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
 
 
 def exit_status(command: Callable[[], object]) -> int:

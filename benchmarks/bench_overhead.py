@@ -1,0 +1,154 @@
+"""What the platform costs: `phase_4_5` under Ray and MLflow beside the same trainings in one plain process.
+
+    python benchmarks/bench_overhead.py                       # all 600 steps, about 20 minutes on two idle cores
+    python benchmarks/bench_overhead.py --steps 200 --seeds 0
+
+Both sides have their caches warm and one thread a training. The plain side trains and evaluates the trials one after
+the other, with neither Ray nor MLflow; the ideal is the sum of its seconds over the number of trials at once. The
+platform's side is the whole command from start to exit: imports, Ray, baselines, trials, artifacts, registration,
+report. The two take turns `--repeats` times. `over_ideal` is the platform's wall time over the ideal (to be at most
+1.15); `over_own` takes the seconds that the platform's own trials report instead, which a loaded machine or cores that
+slow each other down do not move; `side_by_side` says how much: one training's seconds while another one runs, over its
+seconds alone. The last line of standard output is one JSON object; it is written to
+`benchmarks/results/overhead_cpu_<yyyymm>.json`, or, where the working tree differs from its commit, to the ignored
+folder `scratch/` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench_decoder import RESULTS
+from bench_tracking import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def plain(options: argparse.Namespace) -> list[float]:
+    """Seconds of each trial of the study, trained and evaluated in this process, one after the other."""
+    import torch
+
+    from llgbm.evaluation import evaluate_generator
+    from llgbm.training import train
+    from llgbm.world import build_world
+    from tuning.studies import STUDIES, StudyOptions
+
+    torch.set_num_threads(1)
+    study = STUDIES["phase_4_5"](StudyOptions(steps=options.steps, seeds=tuple(options.seeds)))
+    world = build_world(options.cache, study.worlds[0], "cpu")
+    found = []
+    for trial in study.trials[: options.first]:
+        started = time.perf_counter()
+        outcome = train(trial.config, world.data, world.flora)
+        for part in ("test", "val", "train"):
+            evaluate_generator(outcome.generator, world.data, world.flora, part)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def study_arguments(options: argparse.Namespace) -> list[str]:
+    steps = ["--steps", str(options.steps)] if options.steps else []
+    return [*steps, "--cache", str(options.cache), "--seeds", *map(str, options.seeds)]
+
+
+def start_plain(options: argparse.Namespace, first: int | None) -> subprocess.Popen[str]:
+    """The plain side in a fresh process; `first` limits it to the first trials of the study."""
+    few = ["--first", str(first)] if first else []
+    command = [sys.executable, __file__, "--plain", *few, *study_arguments(options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def seconds_of(process: subprocess.Popen[str]) -> list[float]:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the plain trainings ended with status {process.returncode}")
+    return json.loads(out.splitlines()[-1])
+
+
+def run_platform(options: argparse.Namespace) -> dict[str, Any]:
+    """Wall time of the whole command in an empty folder, and what its own trials say that they took."""
+    from tuning.tracking import StudyTracker, read_trials
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *study_arguments(options)]
+        command += ["--max-concurrent", str(options.concurrent)]
+        started = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - started
+        tracker = StudyTracker.open(None, Path(folder), "llgbm")
+        (parent,) = tracker.studies()
+        trials = read_trials(tracker.tracking_uri, parent.info.run_id, curve_keys=())
+    return {"wall_s": wall, "own_s": [trial.metrics["time/seconds"] for trial in trials]}
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Both sides once, one after the other."""
+    load = os.getloadavg()[0]
+    ours = run_platform(options)
+    plain_s = seconds_of(start_plain(options, None))
+    ideal, own_ideal = sum(plain_s) / options.concurrent, sum(ours["own_s"]) / options.concurrent
+    return {
+        **ours,
+        "plain_s": plain_s,
+        "over_ideal": ours["wall_s"] / ideal,
+        "over_own": ours["wall_s"] / own_ideal,
+        "load_before_and_after": [load, os.getloadavg()[0]],
+    }
+
+
+def side_by_side(options: argparse.Namespace) -> float:
+    """Seconds of the first training while its twin runs, over its seconds alone."""
+    alone = seconds_of(start_plain(options, 1))[0]
+    twins = [start_plain(options, 1) for _ in range(options.concurrent)]
+    return median(seconds_of(twin)[0] for twin in twins) / alone
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="training steps (default: the study's own)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--concurrent", type=int, default=2, help="trials at once, and cores used (default: 2)")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=ROOT / ".llgbm", help="where the world is kept, built if absent")
+    parser.add_argument("--plain", action="store_true", help="run the plain side alone and print its seconds")
+    parser.add_argument("--first", type=int, help="with --plain: only the first trials")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    options.cache = options.cache.resolve()
+    if options.plain:
+        print(json.dumps(plain(options)))
+        return 0
+    slowed = side_by_side(options)
+    runs = [compare(options) for _ in range(options.repeats)]
+    result = {
+        "benchmark": "overhead",
+        "config": {"steps": options.steps, "seeds": options.seeds, "concurrent": options.concurrent},
+        "environment": environment(),
+        "over_ideal": median(run["over_ideal"] for run in runs),
+        "over_own": median(run["over_own"] for run in runs),
+        "side_by_side": slowed,
+        "runs": runs,
+    }
+    folder = RESULTS if result["environment"]["clean"] else RESULTS / "scratch"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"overhead_cpu_{datetime.now(UTC):%Y%m}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

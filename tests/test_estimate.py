@@ -1,0 +1,107 @@
+"""An estimate against what a real step on this machine is counted to do and seen to hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_memory import bytes_held
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llgbm.dataset import batch_deltas
+from llgbm.estimate import TrialEstimate, estimate_trial, human, weightless_generator
+from llgbm.generator import GENERATORS
+from llgbm.lora import LoraSpec
+from llgbm.models import PublishedSize, model_size, weightless_model
+from llgbm.training import TrainingConfig, Trial
+from llgbm.world import World
+from tuning.estimates import WorldSketch, estimate_study
+from tuning.studies import StudyOptions, phase_4_5
+
+SAVERS = (
+    {},
+    {"probe_chunk": 1},
+    {"activation_checkpointing": True},
+    {"probe_chunk": 1, "activation_checkpointing": True},
+    {"lambda_delta": 0.0},
+)
+
+
+def one_step(world: World, config: TrainingConfig) -> tuple[Trial, dict[str, torch.Tensor], TrialEstimate]:
+    """A trial, its first batch, and the estimate for probes as long as that batch's."""
+    trial = Trial(config, world.data, world.flora)
+    batch = next(iter(trial.batches()))
+    tokens = batch_deltas(batch).probes.ids_APT.shape[-1]
+    width = world.data.conditions.train_ANC.shape[-1]
+    n_teachers = len(world.data.rows["train"])
+    return trial, batch, estimate_trial(config, world.base.model, world.bank.spec, n_teachers, width, tokens)
+
+
+@pytest.mark.parametrize("change", SAVERS, ids=str)
+def test_flops_of_a_step_are_those_that_torch_counts(
+    world: World, config: TrainingConfig, change: dict[str, float]
+) -> None:
+    trial, batch, estimate = one_step(world, replace(config, **change))  # type: ignore[arg-type]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trial.compute_loss(batch)["loss"].backward()
+    assert estimate.step_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_every_generator_can_be_estimated(world: World, config: TrainingConfig, name: str) -> None:
+    settings = replace(config, generator=replace(config.generator, name=name))
+    trial, batch, estimate = one_step(world, settings)
+    assert estimate.generator_parameters == sum(p.numel() for p in trial.generator.parameters())
+    generator = weightless_generator(settings, world.bank.spec, batch["condition"].shape[-1])
+    assert all(p.is_meta for p in generator.parameters())
+
+
+def test_what_a_step_holds_is_what_was_estimated(world: World, config: TrainingConfig) -> None:
+    """Probes enough that the base's activations outweigh the rest, as at full size."""
+    trial, batch, estimate = one_step(world, replace(config, n_probes=4, batch_size=8))
+    modules = (*trial.generator.parameters(), *trial.generator.buffers(), *world.base.model.parameters())
+    own = {t.untyped_storage().data_ptr() for t in modules}
+    own |= {t.untyped_storage().data_ptr() for t in (*batch.values(), *world.base.model.buffers())}
+    _, held = bytes_held(lambda: trial.compute_loss(batch)["loss"], ignore=own)
+    adapters = 2 * 8 * world.bank.spec.n_values * 4
+    assert estimate.memory["activations"] + adapters == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters", "generator", "values"),
+    [("qwen2.5-0.5b", 16, 59e6, 4_399_104), ("qwen2.5-1.5b", 8, 212e6, 18_464_768)],
+)
+def test_published_sizes_fit_a_gpu_of_80_gigabytes(name: str, adapters: int, generator: float, values: int) -> None:
+    """With no saver of memory on: 5 probes of 64 tokens each, a bank of 100, 384 values a condition."""
+    size = model_size(name)
+    assert isinstance(size, PublishedSize)
+    base = weightless_model(name)
+    spec = LoraSpec.from_model(base, size.rank, size.alpha)
+    config = TrainingConfig(model_size=name, batch_size=adapters, n_probes=5)
+    estimate = estimate_trial(config, base, spec, 100, 384, 64)
+    assert estimate.adapter_values == values
+    assert estimate.generator_parameters == pytest.approx(generator, rel=0.02)
+    assert estimate.peak_bytes < 0.8 * 80e9
+    saving = replace(config, activation_checkpointing=True, probe_chunk=1)
+    saved = estimate_trial(saving, base, spec, 100, 384, 64)
+    assert saved.memory["activations"] < estimate.memory["activations"] / 10
+    assert saved.step_flops == pytest.approx(2 * estimate.step_flops, rel=0.05)
+
+
+def test_a_study_is_a_table_before_anything_is_built() -> None:
+    study = phase_4_5(StudyOptions(seeds=(0, 1)))
+    text = estimate_study(study)
+    lines = text.splitlines()
+    assert [sum(name in line for line in lines) for name in ("multitask", "delta-only", "weight-only")] == [1, 1, 1]
+    assert "training of 6 trials" in text and "adapters of a step" in lines[0]
+    sketch = WorldSketch(study.worlds[0])
+    assert all(p.is_meta for p in sketch.base.parameters())
+    assert sketch.probe_tokens(study.trials[0].config) > 10
+    assert sketch.teacher_flops > 1e12
+
+
+def test_numbers_for_people() -> None:
+    assert [human(n) for n in (0, 12, 1500, 4_399_104, 2.5e12)] == ["0", "12", "1.5 k", "4.4 M", "2.5 T"]
+    assert human(1e9, "B") == "1 GB"
