@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,19 @@ from contracts import WIDTH, make_spec, random_conditions, random_statistics
 from dnd.errors import DndError
 from dnd.tokenizer import LoraTokenizer2D
 
+from llgbm.bundle import GeneratorBundle
 from llgbm.conditions import BaseModelEncoder
 from llgbm.dataset import Draw, Standardiser, Text2Qwen25LoRA_DeltaDataset
 from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator, token_statistics
-from llgbm.lora import load_adapter
+from llgbm.lora import LoraSpec, load_adapter
 from llgbm.losses import weight_loss
+from llgbm.models import Base
 from llgbm.probes import create_generic_probes
 from llgbm.tokens import TokenStandardiser
+from llgbm.training import TrainingConfig, train
 from llgbm.world import World
+from tuning.registry import fetch_bundle, register_generator
+from tuning.tracking import StudyTracker, TrialTracker
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -78,3 +84,39 @@ def test_hyperconv_reads_its_shapes_off_the_spec() -> None:
     generator = hyperconv()
     assert generator.decoder.token_dim == TokenStandardiser(make_spec()).shape
     assert generator(random_conditions(2)).shape == (2, *generator.decoder.token_dim)
+
+
+@pytest.mark.parametrize(("weights", "name"), [((1.0, 0.0), "loss/weight"), ((0.0, 1.0), "loss/delta")])
+def test_hyperconv_trains_on_weights_and_on_behaviour(
+    world: World, config: TrainingConfig, weights: tuple[float, float], name: str
+) -> None:
+    own = replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=40, eval_every=40)
+    found: list[float] = []
+    own = replace(own, generator=GeneratorConfig("hyperconv", 64))
+    train(own, world.data, world.flora, lambda step, metrics: found.append(metrics[name]) or True)
+    assert sum(found[-5:]) < sum(found[:5])
+
+
+def test_a_registered_hyperconv_writes_the_adapter_that_its_bundle_writes(
+    tiny_base: Base, tiny_spec: LoraSpec, tmp_path: Path
+) -> None:
+    config, width = GeneratorConfig("hyperconv", 32), tiny_base.model.config.hidden_size
+    made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
+    facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "bank"}
+    (tmp_path / "bundle").mkdir()
+    GeneratorBundle.save(tmp_path / "bundle", made, config, {**facts, "encoder": f"base:{tiny_base.hash}"})
+    study = StudyTracker.open(None, tmp_path, "hyperconv")
+    study.begin("study", "id", {}, {})
+    assert study.target is not None
+    run_id = TrialTracker.open(study.target, "t", "multitask", {}, {}).run_id
+    tags = {"llgbm.val_data": "val"}
+    registered = register_generator(
+        study.tracking_uri, run_id, tmp_path / "bundle", "hyperconv", tags, 0.5, "val/accuracy", True
+    )
+    prompts = ["give the last word : red green =>", "give the last word : one two =>"]
+    wanted = GeneratorBundle(made, {**facts, "encoder": f"base:{tiny_base.hash}"}).generate(prompts)
+    fetched = fetch_bundle(registered.uri, study.tracking_uri)
+    got = GeneratorBundle.load(fetched).generate(prompts)
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+    shipped = {path.parent.name for path in fetched.parents[1].rglob("decoderonly.py")}
+    assert shipped == {"model"}, "the registered model does not carry the decoder's code"
