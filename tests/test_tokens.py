@@ -22,8 +22,7 @@ from llgbm.probes import create_generic_probes
 from llgbm.tokens import TokenStandardiser
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World
-from tuning.registry import fetch_bundle, register_generator
-from tuning.tracking import StudyTracker, TrialTracker
+from tuning.registry import _code_paths
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -97,26 +96,16 @@ def test_hyperconv_trains_on_weights_and_on_behaviour(
     assert sum(found[-5:]) < sum(found[:5])
 
 
-def test_a_registered_hyperconv_writes_the_adapter_that_its_bundle_writes(
+def test_a_bundle_of_hyperconv_writes_what_it_wrote_before_and_its_code_is_shipped(
     tiny_base: Base, tiny_spec: LoraSpec, tmp_path: Path
 ) -> None:
     config, width = GeneratorConfig("hyperconv", 32), tiny_base.model.config.hidden_size
     made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
     facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "bank"}
-    (tmp_path / "bundle").mkdir()
-    GeneratorBundle.save(tmp_path / "bundle", made, config, {**facts, "encoder": f"base:{tiny_base.hash}"})
-    study = StudyTracker.open(None, tmp_path, "hyperconv")
-    study.begin("study", "id", {}, {})
-    assert study.target is not None
-    run_id = TrialTracker.open(study.target, "t", "multitask", {}, {}).run_id
-    tags = {"llgbm.val_data": "val"}
-    registered = register_generator(
-        study.tracking_uri, run_id, tmp_path / "bundle", "hyperconv", tags, 0.5, "val/accuracy", True
-    )
+    facts["encoder"] = f"base:{tiny_base.hash}"
+    GeneratorBundle.save(tmp_path, made, config, facts)
     prompts = ["give the last word : red green =>", "give the last word : one two =>"]
-    wanted = GeneratorBundle(made, {**facts, "encoder": f"base:{tiny_base.hash}"}).generate(prompts)
-    fetched = fetch_bundle(registered.uri, study.tracking_uri)
-    got = GeneratorBundle.load(fetched).generate(prompts)
+    wanted, got = GeneratorBundle(made, facts).generate(prompts), GeneratorBundle.load(tmp_path).generate(prompts)
     assert all(torch.equal(got[key], value) for key, value in wanted.items())
-    shipped = {path.parent.name for path in fetched.parents[1].rglob("decoderonly.py")}
-    assert shipped == {"model"}, "the registered model does not carry the decoder's code"
+    shipped = [Path(folder) for folder in _code_paths()]
+    assert any((folder / "model" / "decoderonly.py").is_file() for folder in shipped)
