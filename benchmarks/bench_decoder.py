@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 RESULTS = Path(__file__).parent / "results"
 PAPER = ((128, 384, 384), *COMMON_SENSE.features, (4296, 10, 130))
-# (features, kernel size, batch). `paper-0.5B` holds 1.8 G weights, for a GPU; the one of an eighth has an eighth of its
-# widths and rows and the same depth, kernel and token height.
+# (features, kernel size, batch). The embedded sizes are those of LLGBM's generator `hyperconv`. `paper-0.5B` holds
+# 1.11 G weights, for a GPU; the one of an eighth has an eighth of its widths and rows, the same depth and kernel.
 SHAPES: dict[str, tuple[tuple[tuple[int, int, int], ...], int, int]] = {
     "nano": (((32, 6, 66), (128, 6, 66)), 3, 16),
-    "micro": (((50, 6, 66), (200, 6, 66)), 3, 16),
+    "micro": (((66, 6, 66), (265, 6, 66)), 3, 16),
     "paper-0.5B/8": (tuple((n // 8, max(10, length // 8), max(16, c // 8)) for n, length, c in PAPER), 9, 1),
     "paper-0.5B": (PAPER, 9, 1),
 }
