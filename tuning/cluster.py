@@ -200,4 +200,4 @@ def is_spread() -> bool:
 
 def terminate_as_interrupt() -> None:
     """Make SIGTERM end the program as Ctrl-C does. Ray puts a handler of its own in place, so call it after too."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
