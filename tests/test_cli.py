@@ -100,9 +100,7 @@ def test_dry_run_names_every_trial_and_writes_nothing(here: Path, capsys: pytest
     assert not list(here.iterdir())
 
 
-def test_an_estimate_hears_what_saves_memory_and_writes_nothing(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_estimate_hears_what_saves_memory_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for saver in ([], ["--probe-chunk", "1", "--activation-checkpointing"]):
         assert ablation_main(["--estimate", "--smoke", "--lambda-delta", "1", "--lambda-weight", "0", *saver]) == 0
