@@ -21,8 +21,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A machine that is too busy to answer within ten seconds is not dead; one that is gone refuses at once.
+    # The only machine of a Ray of our own is not dead because it is too busy to answer; were it, so would this be.
     "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "100",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
