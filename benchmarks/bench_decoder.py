@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from dnd.model import HyperConvDecoder
 from dnd.recipes import COMMON_SENSE
+from record import environment, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESULTS = Path(__file__).parent / "results"
 PAPER = ((128, 384, 384), *COMMON_SENSE.features, (4296, 10, 130))
-# (features, kernel size, batch). `paper-0.5B` holds 1.8 G weights, for a GPU; the one of an eighth has an eighth of its
-# widths and rows and the same depth, kernel and token height.
+# (features, kernel size, batch). The embedded sizes are those of LLGBM's generator `hyperconv`. `paper-0.5B` holds
+# 1.11 G weights, for a GPU; the one of an eighth has an eighth of its widths and rows, the same depth and kernel.
 SHAPES: dict[str, tuple[tuple[tuple[int, int, int], ...], int, int]] = {
     "nano": (((32, 6, 66), (128, 6, 66)), 3, 16),
-    "micro": (((50, 6, 66), (200, 6, 66)), 3, 16),
+    "micro": (((66, 6, 66), (265, 6, 66)), 3, 16),
     "paper-0.5B/8": (tuple((n // 8, max(10, length // 8), max(16, c // 8)) for n, length, c in PAPER), 9, 1),
     "paper-0.5B": (PAPER, 9, 1),
 }
@@ -108,21 +105,6 @@ def compare(shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: i
     return result
 
 
-def environment(device: str) -> dict[str, object]:
-    """Commit, versions and machine, as far as a reader needs them."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True).stdout
-    return {
-        "commit": commit,
-        "clean": bool(commit) and not changed.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "clock": "wall" if device == "cuda" else "CPU time of one thread",
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -133,16 +115,17 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
-    facts, rows = environment(options.device), []
+    facts: dict[str, Any] = {
+        **environment("torch"),
+        "clock": "wall" if options.device == "cuda" else "CPU time of one thread",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+    }
+    rows = []
     for shapes in options.shapes:
         rows.append(compare(shapes, options.device, dtype, options.repeats, options.batch))
         print(f"{shapes}: {json.dumps(rows[-1])}", file=sys.stderr)
-    now = datetime.now(UTC)
     result = {"benchmark": "decoder", "config": vars(options), "environment": facts, "results": rows}
-    folder = RESULTS if facts["clean"] else RESULTS / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"decoder_{options.device}_{now:%Y%m}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    save(f"decoder_{options.device}", result)
     return 0
 
 

@@ -23,13 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_decoder import RESULTS
-from bench_tracking import environment
+from record import environment, save
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,16 +135,13 @@ def main() -> int:
     result = {
         "benchmark": "overhead",
         "config": {"steps": options.steps, "seeds": options.seeds, "concurrent": options.concurrent},
-        "environment": environment(),
+        "environment": environment("ray", "mlflow", "torch"),
         "over_ideal": median(run["over_ideal"] for run in runs),
         "over_own": median(run["over_own"] for run in runs),
         "side_by_side": slowed,
         "runs": runs,
     }
-    folder = RESULTS if result["environment"]["clean"] else RESULTS / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"overhead_cpu_{datetime.now(UTC):%Y%m}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    save("overhead_cpu", result)
     return 0
 
 

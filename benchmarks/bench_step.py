@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import resource
 import statistics
 import time
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
-import transformers
-from bench_decoder import RESULTS, environment
+from record import environment, save
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
@@ -159,13 +156,11 @@ def main() -> None:
     for name in arguments.sizes:
         results.append(measure(name, arguments, device))
         gc.collect()
-    facts = {**environment(device), "transformers": transformers.__version__}
+    card = torch.cuda.get_device_name() if device == "cuda" else device
+    facts = {**environment("torch", "transformers"), "device": card}
     result = {"benchmark": "step", "config": vars(arguments), "environment": facts, "results": results}
-    folder = RESULTS if facts["clean"] else RESULTS / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
     cut = "" if arguments.layers is None else "_cut"
-    (folder / f"step_{device}{cut}_{datetime.now(UTC):%Y%m}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    save(f"step_{device}{cut}", result)
 
 
 if __name__ == "__main__":

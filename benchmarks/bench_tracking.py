@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from record import environment, save
 
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World, WorldConfig, build_world
@@ -36,7 +33,6 @@ from tuning.store import shown
 from tuning.studies import TrialSpec, smoke_world
 from tuning.tracking import StudyTracker, TrialTracker, read_trials
 
-RESULTS = Path(__file__).parent / "results"
 STEP_KEYS = (
     "loss/total",
     "loss/weight",
@@ -187,16 +183,6 @@ def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int
     return clock.seconds
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions and machine, as far as a reader needs them."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True).stdout
-    versions = {name: version(name) for name in ("mlflow", "sqlalchemy", "torch")}
-    machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
-    return {"commit": commit, "clean": bool(commit) and not changed.strip(), **versions, **machine}
-
-
 @contextmanager
 def folder_for(path: Path | None) -> Iterator[Path]:
     """The given folder, or one that is removed afterwards."""
@@ -205,14 +191,6 @@ def folder_for(path: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as made:
         yield Path(made)
-
-
-def save(result: dict[str, Any]) -> None:
-    """Write a result where it can be found, apart from those of a dirty tree, and print it."""
-    folder = RESULTS if result["environment"]["clean"] else RESULTS / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"tracking_cpu_{datetime.now(UTC):%Y%m}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
 
 
 def main() -> int:
@@ -226,14 +204,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     config = {**vars(options), "cache": None, "tracking_uri": options.tracking_uri and shown(options.tracking_uri)}
-    result: dict[str, Any] = {"benchmark": "tracking", "config": config, "environment": environment()}
+    result: dict[str, Any] = {
+        "benchmark": "tracking",
+        "config": config,
+        "environment": environment("mlflow", "sqlalchemy", "torch"),
+    }
     with tempfile.TemporaryDirectory() as root, folder_for(options.cache) as cache:
         result["scale"] = measure_scale(options.tracking_uri, Path(root), options.trials, options.steps)
         print(json.dumps(result["scale"], indent=1), file=sys.stderr)
         size = WorldConfig(size=options.size) if options.size else smoke_world(WorldConfig())
         world = build_world(cache, size)
         result["cost"] = measure_cost(options.tracking_uri, Path(root), world, options.cost_steps, options.repeats)
-    save(result)
+    save("tracking_cpu", result)
     return 0
 
 

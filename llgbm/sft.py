@@ -113,8 +113,10 @@ class Run:
 
     @property
     def adapter_ids(self) -> list[str]:
+        """In the order of `saved_at`. The last checkpoint has the lowest number: a task's first teacher, which stands for
+        a held-out task and answers its prompts, is a fully trained one."""
         n = self.config.checkpoints
-        return [f"{self.task}_{self.subset * n + i}" for i in range(n)]
+        return [f"{self.task}_{self.subset * n + i}" for i in reversed(range(n))]
 
     @property
     def share(self) -> tuple[int, int]:
@@ -153,8 +155,8 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
             (out / LISTING).unlink(missing_ok=True)
             (_train_with_peft if config.method == "peft" else _train_batched)(target, open_runs)
         if not (out / LISTING).is_file():
-            ids = [i for run in runs for i in run.adapter_ids]
-            tasks = {i: run.task for run in runs for i in run.adapter_ids}
+            ids = [i for run in runs for i in reversed(run.adapter_ids)]
+            tasks = {i: run.task for run in runs for i in reversed(run.adapter_ids)}
             states = [load_adapter(out / "checkpoints" / tasks[i] / i, spec) for i in ids]
             batch = _on(LoraBatch.from_state_dicts(states), base)
             index_bank(out, base, suite, teachers, batch, spec)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import UNDISTURBED
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -76,7 +77,9 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
     assert tracker.target is not None
     for spec in specs:
         TrialTracker.open(tracker.target, spec.id, spec.name, {"seed": spec.config.seed}, {})
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    for name, value in UNDISTURBED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that has nothing to do with this sweep
     monkeypatch.setattr(sweep, "ray_trainable", waiting_for_four(tmp_path / "there"))
     resources = check_resources(0.25, 0.25, None, [Node(1, 1)])
     try:

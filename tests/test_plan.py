@@ -55,7 +55,7 @@ def test_a_dry_run_beside_a_finished_study_knows_it_and_changes_nothing(
     assert main(["--dry-run", "--smoke", "--cache", str(cache), "--search", "optuna", "--num-samples", "2"]) == 0
     searched = capsys.readouterr().out
     assert "in the Optuna study: none yet" in searched
-    assert "2 trials, 0 finished already, 2 to run, 2 of them still to be drawn: about" in searched
+    assert "4 trials, 0 finished already, 4 to run, 4 of them still to be drawn: about" in searched
     assert folder_hash(finished[0] / "mlruns") == before
 
 

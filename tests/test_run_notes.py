@@ -18,7 +18,7 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning import run_notes
-from tuning.studies import StudyOptions, TrialSpec, make_study
+from tuning.studies import StudyOptions, TrialSpec, phase_4_5
 from tuning.tracking import StudyTracker, TrialResult, TrialTracker, read_trials
 from tuning.trainable import bundle_facts
 
@@ -29,7 +29,7 @@ def open_trial(study: StudyTracker, trial_id: str = "t1", **tags: str) -> TrialT
 
 
 def test_a_note_says_what_is_changed_and_why() -> None:
-    trials = make_study("phase_4_5", StudyOptions(steps=50)).trials
+    trials = phase_4_5(StudyOptions(steps=50)).trials
     notes = {trial.name: run_notes.trial_note(trial, "because") for trial in trials if trial.config.seed == 0}
     assert "λ_w = 1, λ_d = 0" in notes["weight-only"] and "weights alone" in notes["weight-only"]
     assert "* `lambda_delta`: 0.0 (default 1.0)" in notes["weight-only"]
@@ -49,7 +49,7 @@ def test_the_note_is_where_mlflow_shows_it_and_fits(study: StudyTracker) -> None
 
 
 def test_a_studys_note_counts_trials_seeds_and_configurations() -> None:
-    study = make_study("phase_4_5", StudyOptions(seeds=(3, 1)))
+    study = phase_4_5(StudyOptions(seeds=(3, 1)))
     note = run_notes.study_note(study.name, study.trials, "Does it help?")
     assert "6 trials over seeds 1, 3" in note and "24 held-out tasks" in note and "Why: Does it help?" in note
     assert [line for line in note.splitlines() if line.startswith("*")][1:] == [

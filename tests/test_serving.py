@@ -167,8 +167,9 @@ def test_a_refusal_carries_the_servers_reason(tmp_path: Path) -> None:
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("url", ["nowhere", "ftp://127.0.0.1/", f"http://127.0.0.1:{free_port()}"])
-def test_an_address_that_serves_nothing_is_refused(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1/", "http://127.0.0.1:{free}"])
+def test_an_address_that_serves_nothing_is_refused(address: str, tmp_path: Path) -> None:
+    url = address.format(free=free_port())
     with pytest.raises(UserError, match="no address of a server|no generator is served at"):
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")
 

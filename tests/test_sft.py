@@ -81,14 +81,14 @@ def test_peft_trains_what_the_batched_primitive_trains(banks: dict[str, Bank]) -
 def test_a_run_leaves_its_last_checkpoints(banks: dict[str, Bank]) -> None:
     manifest = read_manifest(banks["two"].folder)
     assert {i: e["step"] for i, e in manifest["adapters"].items()} == {
-        "copy-plain_0": 2,
-        "copy-plain_1": 4,
-        "reverse-brackets_0": 2,
-        "reverse-brackets_1": 4,
+        "copy-plain_0": 4,
+        "copy-plain_1": 2,
+        "reverse-brackets_0": 4,
+        "reverse-brackets_1": 2,
     }
     # One run over the whole share of rows is not one of two runs over halves.
     assert {e["subset"] for e in manifest["adapters"].values()} == {"1 of 1"}
-    first, last, start = values(banks["two"])[0], values(banks["two"])[1], start_of(banks["two"].spec)[0]
+    last, first, start = values(banks["two"])[0], values(banks["two"])[1], start_of(banks["two"].spec)[0]
     assert 0 < (first - start).norm() < (last - start).norm()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,18 @@ from contracts import WIDTH, make_spec, random_conditions, random_statistics
 from dnd.errors import DndError
 from dnd.tokenizer import LoraTokenizer2D
 
+from llgbm.bundle import GeneratorBundle
 from llgbm.conditions import BaseModelEncoder
 from llgbm.dataset import Draw, Standardiser, Text2Qwen25LoRA_DeltaDataset
 from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator, token_statistics
-from llgbm.lora import load_adapter
+from llgbm.lora import LoraSpec, load_adapter
 from llgbm.losses import weight_loss
+from llgbm.models import Base
 from llgbm.probes import create_generic_probes
 from llgbm.tokens import TokenStandardiser
+from llgbm.training import TrainingConfig, train
 from llgbm.world import World
+from tuning.registry import _code_paths
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -78,3 +83,29 @@ def test_hyperconv_reads_its_shapes_off_the_spec() -> None:
     generator = hyperconv()
     assert generator.decoder.token_dim == TokenStandardiser(make_spec()).shape
     assert generator(random_conditions(2)).shape == (2, *generator.decoder.token_dim)
+
+
+@pytest.mark.parametrize(("weights", "name"), [((1.0, 0.0), "loss/weight"), ((0.0, 1.0), "loss/delta")])
+def test_hyperconv_trains_on_weights_and_on_behaviour(
+    world: World, config: TrainingConfig, weights: tuple[float, float], name: str
+) -> None:
+    own = replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=40, eval_every=40)
+    found: list[float] = []
+    own = replace(own, generator=GeneratorConfig("hyperconv", 64))
+    train(own, world.data, world.flora, lambda step, metrics: found.append(metrics[name]) or True)
+    assert sum(found[-5:]) < sum(found[:5])
+
+
+def test_a_bundle_of_hyperconv_writes_what_it_wrote_before_and_its_code_is_shipped(
+    tiny_base: Base, tiny_spec: LoraSpec, tmp_path: Path
+) -> None:
+    config, width = GeneratorConfig("hyperconv", 32), tiny_base.model.config.hidden_size
+    made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
+    facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "bank"}
+    facts["encoder"] = f"base:{tiny_base.hash}"
+    GeneratorBundle.save(tmp_path, made, config, facts)
+    prompts = ["give the last word : red green =>", "give the last word : one two =>"]
+    wanted, got = GeneratorBundle(made, facts).generate(prompts), GeneratorBundle.load(tmp_path).generate(prompts)
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+    shipped = [Path(folder) for folder in _code_paths()]
+    assert any((folder / "model" / "decoderonly.py").is_file() for folder in shipped)

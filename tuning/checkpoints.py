@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
+from llgbm.cache import disk_errors
 from llgbm.runtime import UserError
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[Non
         yield
         return
     folder = Path(root) / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{name}.lock", timeout=seconds)
     try:
         lock.acquire()

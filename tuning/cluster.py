@@ -21,13 +21,15 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A machine that is too busy to answer within ten seconds is not dead; one that is gone refuses at once.
+    # The only machine of a Ray of our own is not dead because it is too busy to answer; were it, so would this be.
     "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "100",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # A trial that a scheduler stopped still sends its metrics: its worker is reused when that is done, not after 2 s.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -130,6 +132,7 @@ def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
     if not ray.is_initialized():
         (node,) = resources.nodes
         ray.init(
+            address="local",  # never some cluster that happens to run on this machine
             num_cpus=int(node.cpus),
             num_gpus=int(node.gpus),
             include_dashboard=False,
@@ -198,4 +201,4 @@ def is_spread() -> bool:
 
 def terminate_as_interrupt() -> None:
     """Make SIGTERM end the program as Ctrl-C does. Ray puts a handler of its own in place, so call it after too."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
