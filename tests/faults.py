@@ -100,12 +100,12 @@ def two_machines() -> Iterator[tuple[Any, list[Any]]]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """The Ray workers that run a trial below a process."""
+    """The Ray workers below a process, busy or idle; Ray's agents, whose death ends their whole node, are none."""
     try:
         below = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return [process for process in below if _command(process).startswith("ray::")]
+    return [process for process in below if _command(process).startswith(("ray::ImplicitFunc", "ray::IDLE"))]
 
 
 def _command(process: psutil.Process) -> str:

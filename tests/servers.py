@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +27,11 @@ def serving(command: Sequence[str], log: Path, health: str, env: Mapping[str, st
     """Run a program that takes `--port`; yield its address once `/health` answers there, end it afterwards."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    # As in an activated environment: MLflow calls uvicorn by its name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with log.open("w") as stream:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=stream, stderr=stream, env=env)
+        command = [*command, "--port", str(port)]
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**(env or os.environ), "PATH": path})
         try:
             _wait_for(process, f"{url}/{health}", log)
             yield url

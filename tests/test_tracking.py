@@ -57,7 +57,8 @@ def test_children_are_nested_below_the_study_and_carry_its_tags(study: StudyTrac
     assert parent.data.params == {"seeds": "2", "model.size": "tiny"}
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["llgbm.trial_id"] == "t1"
-    assert child.data.tags["llgbm.config"] == child.info.run_name == "weight-only"
+    assert child.data.tags["llgbm.config"] == "weight-only"
+    assert child.info.run_name == f"weight-only, seed {child.data.params['seed']}"
     assert child.data.tags["llgbm.study"] == "phase_4_5"
     assert child.data.tags["llgbm.gpu"] == "no"
     assert child.info.status == "RUNNING"
