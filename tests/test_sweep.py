@@ -130,7 +130,7 @@ def test_a_failed_trial_is_failed_and_hurts_no_other(tmp_path: Path, cache: Path
     assert json.loads(out.rstrip().rsplit("\n", 1)[1])["registered"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupt_ends_within_seconds_and_marks_runs_killed(
     sent: signal.Signals, tmp_path: Path, cache: Path, world: World
 ) -> None:
