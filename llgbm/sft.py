@@ -113,8 +113,8 @@ class Run:
 
     @property
     def adapter_ids(self) -> list[str]:
-        """In the order of `saved_at`. The last checkpoint has the lowest number: a task's first teacher, which stands for
-        a held-out task and answers its prompts, is a fully trained one."""
+        """In the order of `saved_at`. The last checkpoint has the lowest number, so that a task's first teacher, which
+        stands for a held-out task and answers its prompts, is a fully trained one."""
         n = self.config.checkpoints
         return [f"{self.task}_{self.subset * n + i}" for i in reversed(range(n))]
 
