@@ -38,6 +38,7 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cach
     assert any("died" in death for death in deaths)
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_costs_nothing_but_time(tmp_path: Path, cache: Path, reference: Reference) -> None:
     sweep = Sweep(tmp_path, cache)
     with two_machines() as (cluster, nodes):
