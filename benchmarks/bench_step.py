@@ -78,6 +78,7 @@ def make_data(flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: s
         families=names,
         rows={"train": tuple(range(n)), "val": (), "test": ()},
         values_AV=0.01 * torch.randn(n, flora.spec.n_values),
+        multitask_V=torch.zeros(flora.spec.n_values),
         conditions=ConditionPools(
             torch.randn(n, 32, CONDITION), torch.randn(n, 16, CONDITION), torch.randn(4, CONDITION)
         ),

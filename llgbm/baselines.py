@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llgbm.cache import build_entry
 from llgbm.dataset import ExperimentData, Standardiser
 from llgbm.evaluation import PartResult, evaluate_adapters
 from llgbm.functional import FunctionalLoRA
 from llgbm.lora import LoraBatch
+from llgbm.runtime import content_hash
 from llgbm.training import accuracy_per_adapter
+from llgbm.world import VERSIONS, World
 
+VERSION = 1
 RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
+    """The numbers of every baseline on the held-out tasks of a world, by name; measured once and kept in the cache."""
+    key = content_hash("baselines", VERSION, VERSIONS, world.config, world.data.hash)
+
+    def write(folder: Path) -> None:
+        found = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+        (folder / "metrics.json").write_text(json.dumps(found, indent=1))
+
+    return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
 
 
 def evaluate_baselines(data: ExperimentData, flora: FunctionalLoRA, part: str = "test") -> dict[str, PartResult]:
@@ -24,6 +41,7 @@ def evaluate_baselines(data: ExperimentData, flora: FunctionalLoRA, part: str = 
     makers = {
         "base": no_adapter,
         "teacher": teacher,
+        "multitask_lora": multitask_lora,
         "mean_adapter": mean_adapter,
         "nearest_teacher": nearest_teacher,
         "ridge": ridge,
@@ -44,6 +62,11 @@ def no_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int])
 def teacher(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
     """The task's own teacher, the upper bound, [A, V]."""
     return data.values_AV[list(rows)]
+
+
+def multitask_lora(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The one adapter trained on all training tasks together, for every task, [A, V]."""
+    return data.multitask_V.expand(len(rows), -1)
 
 
 def mean_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:

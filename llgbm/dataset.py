@@ -58,7 +58,8 @@ class ExperimentData:
     """Everything of a world that does not depend on a trial, on one device; row i of all tables is one adapter.
 
     `loss_deltas` is what the delta loss follows, `shared_deltas` (the suite's domain probes) and `generic_deltas` are
-    what is reported. `examples` are evaluation examples, adapter-major, `n_examples` a task.
+    what is reported. `examples` are evaluation examples, adapter-major, `n_examples` a task. `multitask_V` is the one
+    adapter trained on all training tasks together.
     """
 
     adapter_ids: tuple[str, ...]
@@ -66,6 +67,7 @@ class ExperimentData:
     families: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
     values_AV: Tensor
+    multitask_V: Tensor
     conditions: ConditionPools
     loss_deltas: DeltaTable
     shared_deltas: DeltaTable
@@ -82,7 +84,8 @@ class ExperimentData:
 
     def to(self, device: str | torch.device) -> ExperimentData:
         """The same data with all tensors on a device."""
-        moved = ("values_AV", "conditions", "loss_deltas", "shared_deltas", "generic_deltas", "examples")
+        tables = ("loss_deltas", "shared_deltas", "generic_deltas")
+        moved = ("values_AV", "multitask_V", "conditions", *tables, "examples")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
@@ -168,7 +171,10 @@ class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """Batches of draws for steps `start` to `stop`: every row once an epoch, each epoch in an order of its own."""
+    """Batches of draws for steps `start` to `stop`: no row twice an epoch, each epoch in an order of its own.
+
+    The rows that are left when an epoch has no whole batch more wait for the next one.
+    """
 
     def __init__(self, n_rows: int, batch_size: int, start: int, stop: int, seed: int) -> None:
         if n_rows < 1 or batch_size < 1:

@@ -5,8 +5,9 @@ Letters: A adapters, N prompts, C condition width, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -73,9 +74,17 @@ def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: Function
         "delta_norm_ratio": (delta_AD.norm(dim=-1) / teacher_AD.norm(dim=-1)).mean().item(),
         "delta_w_error": delta_w_error(adapters, teachers).mean().item(),
     }
-    names = [data.tasks[i] for i in rows]
-    by_task = [dict(zip(names, values.tolist(), strict=True)) for values in (accuracy_A, cosine_A)]
-    return PartResult(metrics, by_task[0], by_task[1], adapters, delta_AD, teacher_AD)
+    tasks = [data.tasks[i] for i in rows]
+    by_task = mean_by_task(tasks, accuracy_A), mean_by_task(tasks, cosine_A)
+    return PartResult(metrics, *by_task, adapters, delta_AD, teacher_AD)
+
+
+def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
+    """The mean of a task's values, in order of first appearance: a training task may have several teachers."""
+    found: dict[str, list[float]] = {}
+    for task, value in zip(tasks, values_A.tolist(), strict=True):
+        found.setdefault(task, []).append(value)
+    return {task: fmean(values) for task, values in found.items()}
 
 
 def other_task(data: ExperimentData, rows: list[int]) -> list[int]:

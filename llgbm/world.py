@@ -30,6 +30,7 @@ from llgbm.models import (
     new_model,
     pretrain,
 )
+from llgbm.multitask import build_multitask
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, say, stream_seed
 from llgbm.suites import Suite, SyntheticSuite
@@ -206,6 +207,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         families=tuple(suite.task(task).family for task in tasks),
         rows=rows_by_part(suite, bank),
         values_AV=batch.flatten(bank.spec),
+        multitask_V=build_multitask(cache, base, suite, config.teachers, bank.spec),
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],

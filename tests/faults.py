@@ -147,7 +147,7 @@ def check_whole(sweep: Sweep, reference: dict[str, Run], reference_client: Mlflo
         assert final_metrics(run) == final_metrics(undisturbed)
         for key in final_metrics(run):
             own, other = (
-                [(metric.step, metric.value) for metric in c.get_metric_history(r.info.run_id, key)]
+                [(metric.step, repr(metric.value)) for metric in c.get_metric_history(r.info.run_id, key)]
                 for c, r in ((client, run), (reference_client, undisturbed))
             )
             assert sorted(own) == sorted(other), f"{key} of {trial_id}"

@@ -22,6 +22,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig
 from tuning.checkpoints import TrialCheckpoints
 from tuning.cluster import Node, check_resources, memory_fraction, start_ray
+from tuning.order import TrialOrder
 from tuning.space import TrialSpec
 from tuning.studies import Study
 from tuning.tracking import StudyTracker, TrialTracker, read_trials
@@ -84,7 +85,7 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
     resources = check_resources(0.25, 0.25, None, [Node(1, 1)])
     try:
         start_ray(resources)
-        searcher, storage = sweep.ListSearcher(specs), str(tmp_path / "state")
+        searcher, storage = sweep.ListSearcher(TrialOrder(specs, 4)), str(tmp_path / "state")
         TrialCheckpoints(storage, specs[0].id).write({"step": 1})
         sweep.run_sweep(Study("s", specs), {}, tracker.target, tracker, resources, searcher, storage=storage)
     finally:

@@ -1,26 +1,22 @@
-"""Many trials in one store: processes that log at once, curves read in bulk, a server over PostgreSQL."""
+"""Many trials in one store: processes that log at once, curves read in bulk, a server over PostgreSQL and MySQL."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import pwd
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import free_port, mlflow_server, serving
+from databases import DATABASES, missing
+from servers import mlflow_server, serving
 
 from tuning import history
 from tuning.store import with_driver
 from tuning.tracking import StudyTracker, TrackingTarget, TrialTracker, read_trials
 
 PROCESSES, STEPS, KEYS = 16, 60, 4
-POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
 def log_trial(target: TrackingTarget, number: int) -> None:
@@ -79,55 +75,20 @@ def test_curves_read_in_bulk_are_those_read_one_by_one(
     assert first.curves == {"system/cpu": [(0, 1.0), (1, 1.0), (2, 1.0)]}
 
 
-def as_postgres(command: list[str]) -> list[str]:
-    """PostgreSQL does not run as root; Debian's package brings a user for it."""
-    return (
-        ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *command] if not os.getuid() else command
-    )
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of an empty database of each kind."""
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    with DATABASES[request.param]() as address:
+        yield address
 
 
-def missing() -> str:
-    """Why there can be no PostgreSQL here; empty if there can."""
-    if not POSTGRES:
-        return "PostgreSQL is not installed (Debian: apt-get install postgresql)"
-    try:
-        import psycopg2  # noqa: F401
-    except ImportError:
-        return "psycopg2 is not installed (pip install 'llgbm[postgresql]')"
-    try:
-        pwd.getpwnam("postgres")
-    except KeyError:
-        return "root may not run PostgreSQL and there is no user postgres" if not os.getuid() else ""
-    return ""
-
-
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A private cluster on a free port of 127.0.0.1, with an empty database."""
-    if missing():
-        pytest.skip(missing())
-    folder, port = Path(subprocess.check_output(as_postgres(["mktemp", "-d"]), text=True).strip()), free_port()
-    control = [str(POSTGRES[-1] / "pg_ctl"), "-D", str(folder / "data"), "-l", str(folder / "log"), "-w"]
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-
-    def call(*command: str) -> None:
-        subprocess.run(as_postgres(list(command)), check=True, cwd=folder, stdout=subprocess.DEVNULL)
-
-    try:
-        call(str(POSTGRES[-1] / "initdb"), "-D", str(folder / "data"), "-U", "llgbm", "--auth=trust", "--no-sync")
-        call(*control, "-o", options, "start")
-        call(str(POSTGRES[-1] / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "llgbm", "mlflow")
-        yield f"postgresql://llgbm@127.0.0.1:{port}/mlflow"
-    finally:
-        subprocess.run(as_postgres([*control, "-m", "immediate", "stop"]), stdout=subprocess.DEVNULL)
-        shutil.rmtree(folder)
-
-
-def test_sixteen_trials_log_through_a_server_over_postgresql_and_lose_nothing(postgres: str, tmp_path: Path) -> None:
-    with serving(mlflow_server(sys.executable, with_driver(postgres), tmp_path), tmp_path / "log", "health") as server:
+def test_sixteen_trials_log_through_a_server_over_a_database_and_lose_nothing(database: str, tmp_path: Path) -> None:
+    with serving(mlflow_server(sys.executable, with_driver(database), tmp_path), tmp_path / "log", "health") as server:
         study = StudyTracker.open(server, tmp_path, "ablation")
         log_many(study.begin("study", "id", {}, {}))
         check_nothing_is_lost(study)
-    study = StudyTracker.open(postgres, tmp_path, "ablation")
+    study = StudyTracker.open(database, tmp_path, "ablation")
     study.begin("study", "id", {}, {})
     check_nothing_is_lost(study)

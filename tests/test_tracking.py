@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,7 @@ from tuning.tracking import (
     StudyTracker,
     TrackingTarget,
     TrialTracker,
+    finished_metrics,
     local_tracking_uri,
     read_trials,
 )
@@ -99,6 +101,23 @@ def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(s
     assert len(study.client.get_metric_history(result.run_id, "loss/total")) == 12
     assert (result.status, result.seed, result.config) == ("FINISHED", 3, "weight-only")
     assert result.metrics == {"loss/total": 11.0}
+
+
+def test_the_metric_to_show_first_is_announced_once_and_read_when_it_is_measured(study: StudyTracker) -> None:
+    for _ in range(2):
+        trial = open_trial(study)
+        trial.show_first("heldout/accuracy")
+        trial.log(1, {"loss/total": 1.0})
+        trial.close()
+    assert list(trial.client.get_run(trial.run_id).data.metrics) == ["heldout/accuracy", "loss/total"]
+    (result,) = read_trials(study.tracking_uri, study.parent_run_id)
+    assert result.metrics == {"loss/total": 1.0}
+    trial.log(2, {"heldout/accuracy": 0.5})
+    trial.close()
+    study.finish_trial("t1", "FINISHED")
+    assert finished_metrics(study.target, "t1") == {"heldout/accuracy": 0.5, "loss/total": 1.0}
+    history = trial.client.get_metric_history(trial.run_id, "heldout/accuracy")
+    assert [metric.step for metric in history] == [0, 2] and math.isnan(history[0].value)
 
 
 def test_a_study_is_continued_under_the_run_that_it_has(tmp_path: Path) -> None:

@@ -135,9 +135,10 @@ def test_the_compare_page_shows_parallel_coordinates(
     asked = f"runs={quote(json.dumps(children))}&experiments={quote(json.dumps([experiment]))}"
     browser.get(f"{served}/#/compare-runs?{asked}")
     wait_for(browser, "Comparing 3 Runs", "Parallel Coordinates Plot", "lambda_delta", "lambda_weight")
-    box = browser.find_elements(By.CSS_SELECTOR, "input[type='search']")[-1]
-    box.send_keys("heldout/accuracy", Keys.ENTER)
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "heldout/accuracy"})
+    box = browser.find_elements(By.CSS_SELECTOR, "input[type='search']")[0]
+    box.send_keys("seed", Keys.ENTER)
+    wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "seed", "heldout/accuracy"})
 
 
 def test_only_this_machine_is_served(served: str) -> None:

@@ -17,7 +17,7 @@ from tuning.search import count_states, drawn_trials, find_search
 from tuning.space import TrialSpec
 from tuning.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
 from tuning.studies import Study
-from tuning.tracking import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG
+from tuning.tracking import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG, measured
 
 Kind = tuple[Any, ...]
 
@@ -77,7 +77,7 @@ def _finished(client: Any, experiment_id: str) -> Iterator[PastRun]:
             tags = run.data.tags
             if TRIAL_TAG in tags and SUPERSEDED_TAG not in tags:
                 stopped = tags.get(STOPPED_TAG)
-                yield PastRun(tags[TRIAL_TAG], run.data.metrics, run.data.params, int(stopped) if stopped else None)
+                yield PastRun(tags[TRIAL_TAG], measured(run), run.data.params, int(stopped) if stopped else None)
         token = page.token
         if not token:
             return

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llgbm.baselines import evaluate_baselines
+from llgbm.baselines import known_baselines
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 from llgbm.world import World, build_world
 from tuning import registry, run_notes
@@ -23,7 +23,8 @@ from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.checkpoints import TrialCheckpoints, study_lock
 from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
 from tuning.estimates import estimate_study
-from tuning.plan import last_results, past_runs, show_plan
+from tuning.order import TrialOrder
+from tuning.plan import Costs, last_results, past_runs, show_plan
 from tuning.report import collect_baselines, read_study, result_json, write_report
 from tuning.resume import (
     ARGUMENTS_TAG,
@@ -108,7 +109,7 @@ def run_study(
     tags = {ARGUMENTS_TAG: json.dumps(study_arguments(arguments)), "llgbm.resources": resources.describe()}
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with status_on_exit(tracker):
-        log_baselines(tracker, worlds)
+        log_baselines(tracker, worlds, cache_of(arguments))
         run_notes.log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
         study = run_trials(study, arguments, worlds, storage, tracker, resources, search)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
@@ -154,13 +155,15 @@ def run_trials(
     from tuning.sweep import ListSearcher, run_sweep
 
     assert tracker.target is not None
+    costs = Costs(past_runs(tracker.tracking_uri, Path.cwd(), arguments.experiment))
+    order = TrialOrder(left, resources.concurrent, costs.seconds)
     run_sweep(
         study,
         shared,
         tracker.target,
         tracker,
         resources,
-        make_searcher(search, optuna_storage(arguments)) if search else ListSearcher(left),
+        make_searcher(search, optuna_storage(arguments)) if search else ListSearcher(order),
         make_scheduler(arguments.scheduler, study),
         storage=storage,
         total_steps=search.steps_left() if search else sum(trial.config.steps for trial in left),
@@ -229,14 +232,14 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     }
 
 
-def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World]) -> None:
-    """Measure the baselines of every world and log them on the parent run, unless it has them."""
+def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Path) -> None:
+    """Log the baselines of every world on the parent run, unless it has them."""
     known = collect_baselines(tracker.metrics())
     for world in worlds.values():
         size = world.config.size
         mine = {n.removesuffix(f"_{size}"): m for n, m in known.items() if len(worlds) == 1 or n.endswith(f"_{size}")}
         if not mine:
-            mine = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+            mine = known_baselines(cache, world)
             slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
             logged = {f"baseline/{slugs[n]}/{key}": v for n, values in mine.items() for key, v in values.items()}
             tracker.log_metrics({**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,31 @@ from llgbm.runtime import UserError, logger, progress_bar
 from llgbm.world import World
 from tuning.checkpoints import TrialCheckpoints, open_storage, remove_folder
 from tuning.cluster import Resources
+from tuning.order import TrialOrder
 from tuning.studies import Study, TrialSpec
 from tuning.tracking import DEATH_TAG, ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
 from tuning.trainable import TrialSetting, ray_trainable
 
 
 class ListSearcher(Searcher):
-    """Gives the trials of a list, one after the other."""
+    """Gives the trials of a list, each once, in an order that ends the sweep soon."""
 
-    def __init__(self, trials: Sequence[TrialSpec]) -> None:
+    def __init__(self, order: TrialOrder) -> None:
         super().__init__()
-        self._left = list(trials)
+        self._order = order
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial; `Searcher.FINISHED` when all were given."""
-        return {"trial": self._left.pop(0)} if self._left else Searcher.FINISHED
+        spec = self._order.next(trial_id)
+        return {"trial": spec} if spec else Searcher.FINISHED
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """How far a trial is says how long it will take."""
+        self._order.progress(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """How trials end decides nothing here."""
+        """How long a trial took is what others of its kind will take."""
+        self._order.ended(trial_id, result)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: what is left to run is read off the tracked runs."""

@@ -304,6 +304,15 @@ class TrialTracker:
         if full or time.monotonic() - self._tried >= FLUSH_SECONDS:
             self._try_flush()
 
+    def show_first(self, key: str) -> None:
+        """Give a new run a metric before it is known, NaN at step 0: MLflow's compare page starts with a run's first.
+
+        Raises UserError if the store fails.
+        """
+        if key not in self._logged:
+            with explained(self.tracking_uri):
+                self.client.log_metric(self.run_id, key, math.nan, step=0)
+
     def _steps_of(self, key: str) -> set[int]:
         """Steps at which the run had a value of this key when it was opened."""
         if key not in self._steps:
@@ -362,7 +371,12 @@ def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] 
     quiet_mlflow()
     with explained(target.tracking_uri):
         run = _trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
-    return dict(run.data.metrics) if run and run.info.status == "FINISHED" else None
+    return measured(run) if run and run.info.status == "FINISHED" else None
+
+
+def measured(run: Run) -> dict[str, float]:
+    """The last metrics of a run without what is announced and not measured yet (see `TrialTracker.show_first`)."""
+    return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
 
 
 def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
@@ -391,7 +405,7 @@ def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> Tri
         config=data.tags.get(member_tag) or data.tags.get(CONFIG_TAG, run.info.run_name),
         seed=int(seed) if seed not in (None, "None") else None,
         status=run.info.status,
-        metrics={**data.metrics, **{key: curve[-1][1] for key, curve in curves.items() if curve}},
+        metrics={**measured(run), **{key: curve[-1][1] for key, curve in curves.items() if curve}},
         curves=curves,
         params=dict(data.params),
         run_id=run.info.run_id,

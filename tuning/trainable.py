@@ -171,6 +171,7 @@ def run_tracked(
     tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
     try:
+        tracker.show_first("heldout/accuracy")
         check_hope(tracker, checkpoints, setting.session)
         run_notes.log_datasets(tracker.client, tracker.run_id, [world])
         with run_notes.system_metrics(setting.target.tracking_uri, tracker.run_id):
