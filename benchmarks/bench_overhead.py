@@ -6,10 +6,11 @@
 Both sides have their caches warm and one thread a training. The plain side trains and evaluates the trials one after
 the other, with neither Ray nor MLflow; the ideal is the sum of its seconds over the number of trials at once. The
 platform's side is the whole command from start to exit: imports, Ray, baselines, trials, artifacts, registration,
-report. The two take turns `--repeats` times. `over_ideal` is the platform's wall time over the ideal (to be at most
-1.15); `over_own` takes the seconds that the platform's own trials report instead, which a loaded machine or cores that
-slow each other down do not move; `side_by_side` says how much: one training's seconds while another one runs, over its
-seconds alone. The last line of standard output is one JSON object; it is written to
+report. Half of the plain trials run before the platform and half after it, so that a machine that gets slower or faster
+meanwhile treats both alike; all is done `--repeats` times. `over_ideal` is the platform's wall time over the ideal (to
+be at most 1.15); `over_own` takes the seconds that the platform's own trials report instead, which a loaded machine or
+cores that slow each other down do not move; `side_by_side`, if asked for, says how much: one training's seconds while
+another one runs, over its seconds alone. The last line of standard output is one JSON object; it is written to
 `benchmarks/results/overhead_cpu_<yyyymm>.json`, or, where the working tree differs from its commit, to the ignored
 folder `scratch/` there.
 """
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +48,7 @@ def plain(options: argparse.Namespace) -> list[float]:
     study = STUDIES["phase_4_5"](StudyOptions(steps=options.steps, seeds=tuple(options.seeds)))
     world = build_world(options.cache, study.worlds[0], "cpu")
     found = []
-    for trial in study.trials[: options.first]:
+    for trial in study.trials[options.part]:
         started = time.perf_counter()
         outcome = train(trial.config, world.data, world.flora)
         for part in ("test", "val", "train"):
@@ -59,10 +62,9 @@ def study_arguments(options: argparse.Namespace) -> list[str]:
     return [*steps, "--cache", str(options.cache), "--seeds", *map(str, options.seeds)]
 
 
-def start_plain(options: argparse.Namespace, first: int | None) -> subprocess.Popen[str]:
-    """The plain side in a fresh process; `first` limits it to the first trials of the study."""
-    few = ["--first", str(first)] if first else []
-    command = [sys.executable, __file__, "--plain", *few, *study_arguments(options)]
+def start_plain(options: argparse.Namespace, part: str) -> subprocess.Popen[str]:
+    """The plain side in a fresh process: the trials `start:stop:step` of the study."""
+    command = [sys.executable, __file__, "--plain", part, *study_arguments(options)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -78,7 +80,7 @@ def run_platform(options: argparse.Namespace) -> dict[str, Any]:
     """Wall time of the whole command in an empty folder, and what its own trials say that they took."""
     from tuning.tracking import StudyTracker, read_trials
 
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *study_arguments(options)]
         command += ["--max-concurrent", str(options.concurrent)]
         started = time.perf_counter()
@@ -91,10 +93,12 @@ def run_platform(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides once, one after the other."""
+    """Both sides once: every other plain trial, the platform, the other plain trials."""
     load = os.getloadavg()[0]
+    before = seconds_of(start_plain(options, "::2"))
     ours = run_platform(options)
-    plain_s = seconds_of(start_plain(options, None))
+    after = seconds_of(start_plain(options, "1::2"))
+    plain_s = [second for pair in zip_longest(before, after) for second in pair if second is not None]
     ideal, own_ideal = sum(plain_s) / options.concurrent, sum(ours["own_s"]) / options.concurrent
     return {
         **ours,
@@ -107,8 +111,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def side_by_side(options: argparse.Namespace) -> float:
     """Seconds of the first training while its twin runs, over its seconds alone."""
-    alone = seconds_of(start_plain(options, 1))[0]
-    twins = [start_plain(options, 1) for _ in range(options.concurrent)]
+    alone = seconds_of(start_plain(options, ":1"))[0]
+    twins = [start_plain(options, ":1") for _ in range(options.concurrent)]
     return median(seconds_of(twin)[0] for twin in twins) / alone
 
 
@@ -119,18 +123,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrent", type=int, default=2, help="trials at once, and cores used (default: 2)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=ROOT / ".llgbm", help="where the world is kept, built if absent")
-    parser.add_argument("--plain", action="store_true", help="run the plain side alone and print its seconds")
-    parser.add_argument("--first", type=int, help="with --plain: only the first trials")
+    parser.add_argument("--side-by-side", action="store_true", help="time two trainings at once too")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder to leave the platform's study in")
+    parser.add_argument(
+        "--plain", metavar="A:B:C", help="run these trials of the plain side alone, print their seconds"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse_arguments()
     options.cache = options.cache.resolve()
+    if options.keep and (options.repeats > 1 or any(options.keep.iterdir())):
+        sys.exit("--keep takes an empty folder and one repeat")
     if options.plain:
+        options.part = slice(*(int(n) if n else None for n in options.plain.split(":")))
         print(json.dumps(plain(options)))
         return 0
-    slowed = side_by_side(options)
+    slowed = side_by_side(options) if options.side_by_side else None
     runs = [compare(options) for _ in range(options.repeats)]
     result = {
         "benchmark": "overhead",

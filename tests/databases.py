@@ -88,10 +88,11 @@ def _mysql() -> Iterator[str]:
         subprocess.run(_as_user("mysql", install), check=True, cwd=folder, stdout=subprocess.DEVNULL)
         setup = folder / "setup.sql"
         setup.write_text(
-            "CREATE DATABASE mlflow CHARACTER SET utf8mb4; CREATE USER llgbm@'127.0.0.1';"
-            "GRANT ALL ON mlflow.* TO llgbm@'127.0.0.1';"
+            "CREATE DATABASE mlflow CHARACTER SET utf8mb4;\n"
+            "CREATE USER llgbm@'127.0.0.1';\n"
+            "GRANT ALL ON mlflow.* TO llgbm@'127.0.0.1';\n"
         )
-        where = ["--bind-address=127.0.0.1", f"--port={port}", f"--socket={folder / 'socket'}"]
+        where = ["--skip-name-resolve", "--bind-address=127.0.0.1", f"--port={port}", f"--socket={folder / 'socket'}"]
         command = [str(MYSQL), *data, *where, f"--init-file={setup}", "--innodb-flush-log-at-trx-commit=0"]
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(_as_user("mysql", command), cwd=folder, stdout=log, stderr=log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from servers import free_port
 
 ROOT = Path(__file__).parents[1]
 # Ray kills workers when the whole machine is short of memory, gives a busy machine up,
@@ -97,6 +99,31 @@ def two_machines() -> Iterator[tuple[Any, list[Any]]]:
         cluster.shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def ray_client_server(folder: Path) -> Iterator[str]:
+    """A Ray head with two CPUs that clients reach by `ray://`; yields its address."""
+    # Ray gives ports from 10002 on to workers.
+    port, own = next(p for p in range(9901, 10002) if _is_free(p)), free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus", "2"]
+    ports = ["--port", str(own), "--ray-client-server-port", str(port)]
+    with (folder / "ray.txt").open("w") as log:
+        quiet = ["--include-dashboard", "false", "--disable-usage-stats"]
+        head = subprocess.Popen([*command, *ports, *quiet], stdout=log, stderr=log, env={**os.environ, **UNDISTURBED})
+    try:
+        deadline = time.monotonic() + 120
+        while _is_free(port) and head.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        yield f"ray://127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver, two_machines
+from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver, ray_client_server, two_machines
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -36,6 +36,15 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cach
     assert sum(attempts) > len(attempts)
     deaths = [run.data.tags.get("llgbm.last_death", "") for run in sweep.trials().values()]
     assert any("died" in death for death in deaths)
+
+
+@pytest.mark.slow
+def test_a_sweep_through_rays_client_is_the_same_sweep(tmp_path: Path, cache: Path, reference: Reference) -> None:
+    sweep = Sweep(tmp_path, cache)
+    with ray_client_server(tmp_path) as address:
+        assert sweep.finish("--address", address) == 0, sweep.log()
+    check_whole(sweep, *reference)
+    check_registry(sweep)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 CONNECT_SECONDS = 5.0
+TOKEN = Path("~/.ray/auth_token")
 OBJECT_STORE_BYTES = 512 * 2**20
 CUDA_CONTEXT_BYTES = 700 * 2**20
 
@@ -153,6 +155,8 @@ def connect_ray(address: str) -> tuple[Node, ...]:
 
     if address != "auto":
         _probe(address)
+    if address.startswith("ray://"):
+        _show_token()
     try:
         ray.init(
             address=address,
@@ -161,6 +165,8 @@ def connect_ray(address: str) -> tuple[Node, ...]:
             runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
+        if "ray[client]" in str(error):
+            raise UserError(f"{address} needs Ray's client: pip install 'llgbm[cluster]'") from error
         raise UserError(
             f"no Ray cluster can be joined at {address!r}: start one with `ray start --head --port 6379`, or leave "
             "--address out to use this machine alone"
@@ -190,6 +196,13 @@ def _probe(address: str) -> None:
             f"no Ray cluster answers at {address} ({error}): start one with `ray start --head --port 6379`, or correct "
             "the address"
         ) from error
+
+
+def _show_token() -> None:
+    """Let Ray's client show the token of this user's clusters, as every other way of joining one does by itself."""
+    known = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN.expanduser().is_file()
+    if known:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def is_spread() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import plots
-from tuning.analysis import MAIN, Group, compare, size_of
+from tuning.analysis import MAIN, Group, size_of
 from tuning.report import tables
 from tuning.report.page import html_page
 from tuning.report.reading import StudyRecord
@@ -58,7 +58,7 @@ def _origin(record: StudyRecord) -> str:
 
 def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[str]]:
     groups = record.groups
-    comparisons = compare(groups)
+    comparisons = record.comparisons
     return {
         "Results": [
             "Mean ± sample standard deviation over seeds, the 95 % interval of the mean by Student's t; baselines "
@@ -119,7 +119,7 @@ def result_json(record: StudyRecord) -> dict[str, Any]:
         "summary": headlines(record),
         "caveats": caveats(record),
         "configurations": [_group_json(group) for group in groups],
-        "comparisons": [vars(comparison) for comparison in compare(groups)],
+        "comparisons": [vars(comparison) for comparison in record.comparisons],
         "baselines": {name: {k: _finite(v) for k, v in values.items()} for name, values in record.baselines.items()},
         "trials": [
             {"trial": t.trial_id, "config": t.config, "seed": t.seed, "status": t.status} for t in record.trials

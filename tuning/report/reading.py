@@ -6,13 +6,23 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llgbm.runtime import UserError
-from tuning.analysis import CHOOSING, AccuracyByTask, Group, group_trials, ranked, size_of
+from tuning.analysis import (
+    CHOOSING,
+    AccuracyByTask,
+    Comparison,
+    Group,
+    compare,
+    group_trials,
+    ranked,
+    size_of,
+)
 from tuning.plots import CURVES, DeltaMap
 from tuning.store import connect, explained, shown
 from tuning.tracking import STUDY_ID_TAG, STUDY_TAG, SUPERSEDED_TAG, TrialResult, read_trials
@@ -43,10 +53,15 @@ class StudyRecord:
     study_id: str = ""
     run_id: str = ""
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
         """The trials that count, by configuration and model size."""
         return group_trials(self.trials, self.by_task)
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The differences between them."""
+        return compare(self.groups)
 
 
 def find_study(tracking_uri: str, asked: str, experiment: str | None = None) -> Run:

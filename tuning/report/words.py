@@ -11,7 +11,6 @@ from tuning.analysis import (
     Cell,
     Comparison,
     Group,
-    compare,
     number,
     p_text,
     ranked,
@@ -27,8 +26,7 @@ UPPER_BOUND = "teacher"
 
 def headlines(record: StudyRecord) -> list[str]:
     """One sentence per model size: what can be concluded of the best configuration, and what cannot."""
-    groups = record.groups
-    comparisons = compare(groups)
+    groups, comparisons = record.groups, record.comparisons
     sizes = list(dict.fromkeys(size_of(trial) for trial in record.trials))
     found = []
     for size in sizes:
