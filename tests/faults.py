@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from servers import free_port
+from servers import free_port, serving
 
 ROOT = Path(__file__).parents[1]
 # Ray kills workers when the whole machine is short of memory, gives a busy machine up,
@@ -119,6 +119,22 @@ def ray_client_server(folder: Path) -> Iterator[str]:
     finally:
         head.terminate()
         head.wait(60)
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """A stand-in for S3 on this machine; yields what comes behind the question mark of an address there."""
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1"]
+    with serving(command, folder / "s3.txt", "moto-api/") as url:
+        yield f"endpoint_override={url.removeprefix('http://')}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+
+
+def found_in(files: Any, folder: str) -> list[str]:
+    """Checkpoints below a folder of an object store."""
+    from pyarrow.fs import FileSelector
+
+    found = files.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
+    return [info.path for info in found if info.path.endswith(".pt")]
 
 
 def _is_free(port: int) -> bool:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
-from faults import Sweep, check_registry, check_whole, kill_a_worker, kill_driver, ray_client_server, two_machines
+from faults import (
+    Sweep,
+    check_registry,
+    check_whole,
+    found_in,
+    kill_a_worker,
+    kill_driver,
+    ray_client_server,
+    s3_server,
+    two_machines,
+)
 from mlflow import MlflowClient
 from mlflow.entities import Run
+
+from tuning.checkpoints import open_storage
 
 pytestmark = pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
 Reference = tuple[dict[str, Run], MlflowClient]
@@ -45,6 +58,30 @@ def test_a_sweep_through_rays_client_is_the_same_sweep(tmp_path: Path, cache: Pa
         assert sweep.finish("--address", address) == 0, sweep.log()
     check_whole(sweep, *reference)
     check_registry(sweep)
+
+
+@pytest.mark.slow
+def test_the_state_in_an_object_store_outlives_the_driver(
+    tmp_path: Path, cache: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("moto", reason="no stand-in for S3 (pip install 'moto[s3,server]')")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    sweep = Sweep(tmp_path, cache)
+    with s3_server(tmp_path) as settings:
+        files, root = open_storage(f"s3://bucket/state?{settings}")
+        files.create_dir("bucket")
+        sweep.how[-1] = f"s3://bucket/state?{settings}"
+        process = sweep.start()
+        deadline = time.monotonic() + 400
+        while not (kept := found_in(files, root)) and time.monotonic() < deadline:
+            assert process.poll() is None, sweep.log()
+            time.sleep(0.1)
+        assert kept
+        kill_driver(process)
+        assert sweep.finish() == 0, sweep.log()
+        assert not found_in(files, root)
+    check_whole(sweep, *reference)
 
 
 @pytest.mark.slow

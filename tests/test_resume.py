@@ -18,7 +18,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 from tuning import space
 from tuning.arguments import parse_arguments
-from tuning.checkpoints import KEPT, TrialCheckpoints, open_storage, study_lock, trial_lock
+from tuning.checkpoints import KEPT, TrialCheckpoints, below, open_storage, study_lock, trial_lock
 from tuning.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -234,6 +234,14 @@ def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Pa
 def test_an_unknown_kind_of_store_is_refused() -> None:
     with pytest.raises(UserError, match="magic"):
         open_storage("magic://x")
+
+
+def test_the_settings_of_an_object_store_stay_at_the_end_of_its_address() -> None:
+    assert below("/a/what?/", "ray/x") == "/a/what?/ray/x"
+    assert below("s3://bucket/folder", "ray/x") == "s3://bucket/folder/ray/x"
+    asked = below("s3://bucket/folder/?region=us-east-1&scheme=http", "ray/x")
+    assert asked == "s3://bucket/folder/ray/x?region=us-east-1&scheme=http"
+    assert open_storage(asked)[1] == "bucket/folder/ray/x"
 
 
 def test_a_trial_id_depends_on_all_that_its_numbers_depend_on() -> None:

@@ -50,6 +50,12 @@ def open_storage(storage: str) -> tuple[FileSystem, str]:
     return files, path
 
 
+def below(storage: str, path: str) -> str:
+    """The address of a path in a storage; an object store's settings, behind a question mark, stay at the end."""
+    address, mark, settings = storage.partition("?") if "://" in storage else (storage, "", "")
+    return f"{address.rstrip('/')}/{path}{mark}{settings}"
+
+
 def remove_folder(files: FileSystem, path: str) -> None:
     """Delete a folder with all that is in it, if it is there."""
     from pyarrow import fs

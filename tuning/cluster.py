@@ -150,13 +150,13 @@ def connect_ray(address: str) -> tuple[Node, ...]:
 
     Raises UserError if none answers there.
     """
+    if address.startswith("ray://"):
+        _show_token()
     quiet_ray()
     import ray
 
     if address != "auto":
         _probe(address)
-    if address.startswith("ray://"):
-        _show_token()
     try:
         ray.init(
             address=address,
@@ -199,7 +199,10 @@ def _probe(address: str) -> None:
 
 
 def _show_token() -> None:
-    """Let Ray's client show the token of this user's clusters, as every other way of joining one does by itself."""
+    """Let Ray's client show the token of this user's clusters, as every other way of joining one does by itself.
+
+    Ray reads the setting when it is imported.
+    """
     known = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN.expanduser().is_file()
     if known:
         os.environ.setdefault("RAY_AUTH_MODE", "token")

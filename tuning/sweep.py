@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from llgbm.runtime import UserError, logger, progress_bar
 from llgbm.world import World
-from tuning.checkpoints import TrialCheckpoints, open_storage, remove_folder
+from tuning.checkpoints import TrialCheckpoints, below, open_storage, remove_folder
 from tuning.cluster import Resources
 from tuning.order import TrialOrder
 from tuning.studies import Study, TrialSpec
@@ -149,7 +149,7 @@ def run_sweep(
     `total_steps` is the length of the progress bar. Raises KeyboardInterrupt on an interrupt, when no trial runs any
     more.
     """
-    session, own_notes = uuid.uuid4().hex[:8], f"{storage}/ray/{study.id}"
+    session, own_notes = uuid.uuid4().hex[:8], below(storage, f"ray/{study.id}")
     setting = TrialSetting(target, storage, session, resources.threads, resources.gpus, keep_adapters)
     watcher = Watcher(tracker, None if keep_checkpoints else storage, total_steps)
     remove_folder(*open_storage(own_notes))
