@@ -75,7 +75,7 @@ def test_curves_read_in_bulk_are_those_read_one_by_one(
     assert first.curves == {"system/cpu": [(0, 1.0), (1, 1.0), (2, 1.0)]}
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=["postgresql", pytest.param("mysql", marks=pytest.mark.slow)])
 def database(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of an empty database of each kind."""
     if reason := missing(request.param):
