@@ -78,7 +78,8 @@ def seconds_of(process: subprocess.Popen[str]) -> list[float]:
 
 def run_platform(options: argparse.Namespace) -> dict[str, Any]:
     """Wall time of the whole command in an empty folder, and what its own trials say that they took."""
-    from tuning.tracking import StudyTracker, read_trials
+    from tuning.runs import read_trials
+    from tuning.tracking import StudyTracker
 
     with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *study_arguments(options)]

@@ -29,9 +29,10 @@ from llgbm.training import TrainingConfig, train
 from llgbm.world import World, WorldConfig, build_world
 from tuning import run_notes
 from tuning.report.reading import read_study
+from tuning.runs import read_trials
 from tuning.store import shown
 from tuning.studies import TrialSpec, smoke_world
-from tuning.tracking import StudyTracker, TrialTracker, read_trials
+from tuning.tracking import StudyTracker, TrialTracker
 
 STEP_KEYS = (
     "loss/total",

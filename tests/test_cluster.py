@@ -23,9 +23,10 @@ from llgbm.world import World, WorldConfig
 from tuning.checkpoints import TrialCheckpoints
 from tuning.cluster import Node, check_resources, memory_fraction, start_ray
 from tuning.order import TrialOrder
+from tuning.runs import read_trials
 from tuning.space import TrialSpec
 from tuning.studies import Study
-from tuning.tracking import StudyTracker, TrialTracker, read_trials
+from tuning.tracking import StudyTracker, TrialTracker
 from tuning.trainable import HOPELESS_STARTS, TrialSetting, attempt, cause_of, check_hope, is_of_the_process
 
 

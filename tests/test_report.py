@@ -18,7 +18,8 @@ from tuning.analysis import group_trials
 from tuning.plots import DeltaMap, plot_heat_map
 from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, summary, write_report
 from tuning.report.__main__ import main
-from tuning.tracking import StudyTracker, TrialResult
+from tuning.runs import TrialResult
+from tuning.tracking import StudyTracker
 
 VALUES = {
     "multitask": (0.60, 0.70, 0.65),

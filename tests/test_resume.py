@@ -29,10 +29,11 @@ from tuning.resume import (
     trials_to_run,
 )
 from tuning.run_ablation import main
+from tuning.runs import read_trials
 from tuning.space import TrialSpec
 from tuning.studies import Study, StudyOptions
 from tuning.study_files import make_study
-from tuning.tracking import StudyTracker, TrialTracker, finished_metrics, read_trials
+from tuning.tracking import StudyTracker, TrialTracker, finished_metrics
 
 SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
 

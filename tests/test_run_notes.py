@@ -18,8 +18,9 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning import run_notes
+from tuning.runs import TrialResult, read_trials
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
-from tuning.tracking import StudyTracker, TrialResult, TrialTracker, read_trials
+from tuning.tracking import StudyTracker, TrialTracker
 from tuning.trainable import bundle_facts
 
 

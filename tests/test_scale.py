@@ -13,8 +13,9 @@ from databases import DATABASES, missing
 from servers import mlflow_server, serving
 
 from tuning import history
+from tuning.runs import read_trials
 from tuning.store import with_driver
-from tuning.tracking import StudyTracker, TrackingTarget, TrialTracker, read_trials
+from tuning.tracking import StudyTracker, TrackingTarget, TrialTracker
 
 PROCESSES, STEPS, KEYS = 16, 60, 4
 

@@ -21,6 +21,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.arguments import parse_arguments, study_of
 from tuning.plan import past_runs
+from tuning.runs import measured
 from tuning.search import (
     RETRY_OF,
     STOPPED,
@@ -34,7 +35,6 @@ from tuning.search import (
 )
 from tuning.space import SearchSpace, TrialSpec
 from tuning.studies import STUDIES, Study, StudyOptions
-from tuning.tracking import measured
 
 BOTH = ("val/accuracy", "val/delta_cosine")
 SPACE = STUDIES["optuna_lambda"](StudyOptions()).space

@@ -17,7 +17,7 @@ from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 
 from tuning.analysis import Cell, Comparison, compare, crossed_test, group_trials, holm, paired_comparison, reference_of
-from tuning.tracking import TrialResult
+from tuning.runs import TrialResult
 
 NAMES = ("weight-only", "delta-only", "multitask", "other", "more", "last")
 

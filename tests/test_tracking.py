@@ -22,6 +22,7 @@ from servers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
 from tuning.registry import fetch_bundle, register_generator
+from tuning.runs import read_trials
 from tuning.store import connect, shown
 from tuning.tracking import (
     FLUSH_ENTRIES,
@@ -30,7 +31,6 @@ from tuning.tracking import (
     TrialTracker,
     finished_metrics,
     local_tracking_uri,
-    read_trials,
 )
 
 

@@ -19,7 +19,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from tuning.tracking import TrialResult
+from tuning.runs import TrialResult
 
 MAIN = "heldout/accuracy"
 CHOOSING = "val/accuracy"

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from llgbm.runtime import UserError
 
-QUIET = {
+SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,6 +34,10 @@ QUIET = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # A training step takes and frees the same gigabyte: glibc keeps it rather than asking the system each time (-3 %).
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
 }
 CONNECT_SECONDS = 5.0
 TOKEN = Path("~/.ray/auth_token")
@@ -145,6 +150,13 @@ def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
     terminate_as_interrupt()
 
 
+def leave_ray() -> None:
+    """Leave Ray, and end one of our own, beside what is left to do: it takes two seconds, most of them waiting."""
+    import ray
+
+    threading.Thread(target=ray.shutdown, name="leaving Ray").start()
+
+
 def connect_ray(address: str) -> tuple[Node, ...]:
     """Connect to a running cluster (`auto`, `host:port` or `ray://host:port`); return what its machines have.
 
@@ -162,7 +174,7 @@ def connect_ray(address: str) -> tuple[Node, ...]:
             address=address,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
+            runtime_env={"env_vars": {key: os.environ[key] for key in SETTINGS}},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         if "ray[client]" in str(error):
@@ -178,7 +190,7 @@ def connect_ray(address: str) -> tuple[Node, ...]:
 
 def quiet_ray() -> None:
     """Import Ray with our settings made first, unless the environment says otherwise."""
-    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    os.environ.update({k: v for k, v in SETTINGS.items() if k not in os.environ})
     import ray  # noqa: F401
 
     # The shared tensors are only read, which is what Ray's note asks for.

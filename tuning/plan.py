@@ -13,11 +13,11 @@ from tabulate import tabulate
 
 from llgbm.training import TrainingConfig
 from llgbm.world import describe_world
+from tuning.runs import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG, measured
 from tuning.search import count_states, drawn_trials, find_search
 from tuning.space import TrialSpec
 from tuning.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
 from tuning.studies import Study
-from tuning.tracking import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG, measured
 
 Kind = tuple[Any, ...]
 

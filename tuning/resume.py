@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
 from tuning.checkpoints import TrialCheckpoints
+from tuning.runs import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG
 from tuning.studies import Study, TrialSpec
-from tuning.tracking import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG, StudyTracker
+from tuning.tracking import StudyTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -21,7 +21,15 @@ from llgbm.world import World, build_world
 from tuning import registry, run_notes
 from tuning.arguments import parse_arguments, points_of, study_of
 from tuning.checkpoints import TrialCheckpoints, study_lock
-from tuning.cluster import Resources, check_resources, connect_ray, is_spread, start_ray, terminate_as_interrupt
+from tuning.cluster import (
+    Resources,
+    check_resources,
+    connect_ray,
+    is_spread,
+    leave_ray,
+    start_ray,
+    terminate_as_interrupt,
+)
 from tuning.estimates import estimate_study
 from tuning.order import TrialOrder
 from tuning.plan import Costs, last_results, past_runs, show_plan
@@ -35,10 +43,11 @@ from tuning.resume import (
     study_arguments,
     trials_to_run,
 )
+from tuning.runs import TrialResult, read_trials
 from tuning.search import PointSearch, describe_best, make_scheduler, make_searcher, open_search, optuna_url, rungs
 from tuning.space import TrialSpec
 from tuning.studies import Study
-from tuning.tracking import StudyTracker, TrialResult, read_trials
+from tuning.tracking import StudyTracker
 
 
 def run(arguments: Namespace) -> int:
@@ -170,6 +179,7 @@ def run_trials(
         keep_adapters=arguments.keep_artifacts == "all",
         keep_checkpoints=arguments.keep_checkpoints,
     )
+    leave_ray()
     if search:
         say(describe_best(search.space, search.study))
         trials = settled_trials(search.trials(), arguments, storage, tracker)

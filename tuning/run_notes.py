@@ -19,9 +19,9 @@ from llgbm.lora import LoraBatch, adapter_config, write_adapter_files
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World
+from tuning.runs import TrialResult
 from tuning.store import explained
 from tuning.studies import TrialSpec
-from tuning.tracking import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

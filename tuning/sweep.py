@@ -18,8 +18,9 @@ from llgbm.world import World
 from tuning.checkpoints import TrialCheckpoints, below, open_storage, remove_folder
 from tuning.cluster import Resources
 from tuning.order import TrialOrder
+from tuning.runs import DEATH_TAG, ERROR_TAG, STOPPED_TAG
 from tuning.studies import Study, TrialSpec
-from tuning.tracking import DEATH_TAG, ERROR_TAG, STOPPED_TAG, StudyTracker, TrackingTarget
+from tuning.tracking import StudyTracker, TrackingTarget
 from tuning.trainable import TrialSetting, ray_trainable
 
 

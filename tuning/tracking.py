@@ -1,9 +1,7 @@
-"""What MLflow is told about a study and what is read back: one parent run per study, one child run per trial.
+"""What MLflow is told about a study: one parent run per study, one child run per trial.
 
 Only explicit run ids are used, never MLflow's active run: a trial that is stopped, killed or resumed keeps
-its one run, and the driver alone decides how a run ended. An experiment has one run per trial id that counts: a study
-that needs a trial which another study finished names that run as a member of its own; a run that a fresh start made
-obsolete is tagged as superseded and found no more.
+its one run, and the driver alone decides how a run ended.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +18,26 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llgbm.runtime import UserError
-from tuning.history import Curve, read_curves
-from tuning.store import all_pages, connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
+from tuning.runs import (
+    ATTEMPTS_TAG,
+    CONFIG_TAG,
+    FINAL_STATUSES,
+    MEMBER_TAG,
+    PARENT_TAG,
+    STUDY_ID_TAG,
+    STUDY_TAG,
+    SUPERSEDED_TAG,
+    TRIAL_TAG,
+    chunks,
+    find_runs,
+    flat_params,
+    is_live,
+    log_params,
+    measured,
+    open_run,
+    trial_run,
+)
+from tuning.store import connect, explained, local_tracking_uri, quiet_mlflow, sqlite_path, usable_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,21 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuning.tracking")
 
-PARENT_TAG = "mlflow.parentRunId"
-STUDY_TAG = "llgbm.study"
-STUDY_ID_TAG = "llgbm.study_id"
-TRIAL_TAG = "llgbm.trial_id"
-CONFIG_TAG = "llgbm.config"
-SUPERSEDED_TAG = "llgbm.superseded"
-ATTEMPTS_TAG = "llgbm.attempts"
-ERROR_TAG = "llgbm.error"
-DEATH_TAG = "llgbm.last_death"
-STOPPED_TAG = "llgbm.stopped_at_step"
-MEMBER_TAG = "llgbm.member_of."
-FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
-
-PARAM_LENGTH = 6000
-PARAMS_PER_CALL = 100
 METRICS_PER_CALL = 1000
 FLUSH_ENTRIES = 500
 FLUSH_SECONDS = 5.0
@@ -57,27 +58,6 @@ class TrackingTarget:
     experiment_id: str
     parent_run_id: str
     study: str
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One trial as the store remembers it: last values in `metrics`, (step, value) in `curves`."""
-
-    trial_id: str
-    config: str
-    seed: int | None
-    status: str
-    metrics: Mapping[str, float]
-    curves: Mapping[str, list[tuple[int, float]]]
-    params: Mapping[str, str]
-    run_id: str
-    stopped_at: int | None = None
-    superseded: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether it was trained to its end and evaluated: neither failed nor stopped early nor obsolete."""
-        return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
 
 class StudyTracker:
@@ -115,12 +95,12 @@ class StudyTracker:
         Raises UserError if the store fails.
         """
         own = {STUDY_TAG: study, STUDY_ID_TAG: study_id, **tags}
-        wanted = dict(_flat(params))
+        wanted = dict(flat_params(params))
         with explained(self.tracking_uri):
-            runs = _find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
-            same = [run for run in runs if _is_live(run) and run.data.params == wanted]
-            run_id = _open_run(self.client, self.experiment_id, same[-1] if same else None, study, own)
-            _log_params(self.client, run_id, params)
+            runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
+            same = [run for run in runs if is_live(run) and run.data.params == wanted]
+            run_id = open_run(self.client, self.experiment_id, same[-1] if same else None, study, own)
+            log_params(self.client, run_id, params)
         self.target = TrackingTarget(self.tracking_uri, self.experiment_id, run_id, study)
         return self.target
 
@@ -128,14 +108,14 @@ class StudyTracker:
         """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
         with explained(self.tracking_uri):
             wanted = {STUDY_ID_TAG: study_id} if study_id else {}
-            found = _find_runs(self.client, self.experiment_id, wanted)
-            return [run for run in found if STUDY_ID_TAG in run.data.tags and _is_live(run)]
+            found = find_runs(self.client, self.experiment_id, wanted)
+            return [run for run in found if STUDY_ID_TAG in run.data.tags and is_live(run)]
 
     def live_runs(self) -> dict[str, Run]:
         """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
         with explained(self.tracking_uri):
-            found = _find_runs(self.client, self.experiment_id, {})
-            return {run.data.tags[TRIAL_TAG]: run for run in found if TRIAL_TAG in run.data.tags and _is_live(run)}
+            found = find_runs(self.client, self.experiment_id, {})
+            return {run.data.tags[TRIAL_TAG]: run for run in found if TRIAL_TAG in run.data.tags and is_live(run)}
 
     def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
         """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
@@ -158,7 +138,7 @@ class StudyTracker:
         Raises UserError if the store fails.
         """
         with explained(self.tracking_uri):
-            run = _trial_run(self.client, self.experiment_id, trial_id)
+            run = trial_run(self.client, self.experiment_id, trial_id)
             if run is not None and run.data.tags.get(PARENT_TAG) != self.parent_run_id:
                 self.client.set_tag(run.info.run_id, MEMBER_TAG + self.parent_run_id, config)
 
@@ -171,7 +151,7 @@ class StudyTracker:
 
     def child_run_id(self, trial_id: str) -> str | None:
         """Id of the run of a trial, or None if the trial never opened one."""
-        run = _trial_run(self.client, self.experiment_id, trial_id)
+        run = trial_run(self.client, self.experiment_id, trial_id)
         return run.info.run_id if run else None
 
     def finish_trial(self, trial_id: str, status: str, tags: Mapping[str, str] | None = None) -> None:
@@ -210,7 +190,7 @@ class StudyTracker:
             self.client.set_terminated(self.parent_run_id, status)
 
     def _kill_running(self) -> None:
-        children = list(_find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id}))
+        children = list(find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id}))
         for run in children:
             if run.info.status not in FINAL_STATUSES:
                 self.client.set_terminated(run.info.run_id, "KILLED")
@@ -228,7 +208,7 @@ class StudyTracker:
         with explained(self.tracking_uri):
             known = self.client.get_run(self.parent_run_id).data.metrics
             entries = [Metric(key, value, now, step) for key, value in values.items() if key not in known]
-            for chunk in _chunks(entries, METRICS_PER_CALL):
+            for chunk in chunks(entries, METRICS_PER_CALL):
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
@@ -284,13 +264,13 @@ class TrialTracker:
         quiet_mlflow()
         with explained(target.tracking_uri):
             client = connect(target.tracking_uri)
-            found = _trial_run(client, target.experiment_id, trial_id)
+            found = trial_run(client, target.experiment_id, trial_id)
             attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
             own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, ATTEMPTS_TAG: str(attempts), **tags}
             shown_name = f"{run_name}, seed {params['seed']}" if "seed" in params else run_name
-            run_id = _open_run(client, target.experiment_id, found, shown_name, own)
-            _log_params(client, run_id, params)
+            run_id = open_run(client, target.experiment_id, found, shown_name, own)
+            log_params(client, run_id, params)
         return cls(client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -370,48 +350,8 @@ def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] 
     """
     quiet_mlflow()
     with explained(target.tracking_uri):
-        run = _trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
+        run = trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
     return measured(run) if run and run.info.status == "FINISHED" else None
-
-
-def measured(run: Run) -> dict[str, float]:
-    """The last metrics of a run without what is announced and not measured yet (see `TrialTracker.show_first`)."""
-    return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
-
-
-def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
-    """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: see `read_curves`).
-
-    Trials that another study ran and this one needed are among them, under this study's name for them.
-
-    Raises UserError if the store fails or has no such run.
-    """
-    quiet_mlflow()
-    with explained(tracking_uri):
-        client = connect(tracking_uri)
-        experiment_id = client.get_run(parent_run_id).info.experiment_id
-        own = list(_find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
-        members = list(_find_runs(client, experiment_id, {MEMBER_TAG + parent_run_id: None}))
-        runs = {run.info.run_id: run for run in (*own, *members)}
-        curves = read_curves(client, list(runs.values()), curve_keys)
-        return [_trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id) for run_id, run in runs.items()]
-
-
-def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> TrialResult:
-    data = run.data
-    seed = data.params.get("seed")
-    return TrialResult(
-        trial_id=data.tags.get(TRIAL_TAG, ""),
-        config=data.tags.get(member_tag) or data.tags.get(CONFIG_TAG, run.info.run_name),
-        seed=int(seed) if seed not in (None, "None") else None,
-        status=run.info.status,
-        metrics={**measured(run), **{key: curve[-1][1] for key, curve in curves.items() if curve}},
-        curves=curves,
-        params=dict(data.params),
-        run_id=run.info.run_id,
-        stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
-        superseded=not _is_live(run),
-    )
 
 
 def _make_database(path: Path) -> None:
@@ -436,63 +376,6 @@ def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> st
     )
 
 
-def _is_live(run: Run) -> bool:
-    return SUPERSEDED_TAG not in run.data.tags
-
-
-def _trial_run(client: MlflowClient, experiment_id: str, trial_id: str) -> Run | None:
-    return next(filter(_is_live, _find_runs(client, experiment_id, {TRIAL_TAG: trial_id})), None)
-
-
-def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str | None]) -> Iterator[Run]:
-    """Runs with these tags, oldest first; None stands for any value."""
-    where = " and ".join(f"tags.`{k}` LIKE '%'" if v is None else f"tags.`{k}` = '{v}'" for k, v in tags.items())
-    return all_pages(
-        lambda token: client.search_runs(
-            [experiment_id], where, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
-        )
-    )
-
-
-def _open_run(client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]) -> str:
-    if found is None:
-        return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
-    run_id = found.info.run_id
-    client.update_run(run_id, status="RUNNING")
-    for key in (ERROR_TAG, STOPPED_TAG):
-        if key in found.data.tags:
-            client.delete_tag(run_id, key)
-    for key, value in tags.items():
-        if found.data.tags.get(key) != value:
-            client.set_tag(run_id, key, value)
-    return run_id
-
-
-def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    known = client.get_run(run_id).data.params
-    wanted = dict(_flat(params))
-    changed = sorted(key for key, value in wanted.items() if known.get(key, value) != value)
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"this run was begun with {key} = {known[key]} and is opened again with {wanted[key]}: "
-            "restore the old value or start under a new name."
-        )
-    fresh = [Param(key, value) for key, value in wanted.items() if key not in known]
-    for chunk in _chunks(fresh, PARAMS_PER_CALL):
-        client.log_batch(run_id, params=chunk)
-
-
-def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)[:PARAM_LENGTH]
-
-
 def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     values = {key: float(value) for key, value in metrics.items()}
     for key, value in values.items():
@@ -504,10 +387,6 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
 def _check_status(status: str) -> None:
     if status not in FINAL_STATUSES:
         raise ValueError(f"a run cannot end as {status!r}: expected one of {', '.join(FINAL_STATUSES)}")
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _now() -> int:

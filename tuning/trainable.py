@@ -27,8 +27,9 @@ from llgbm.world import World
 from tuning import run_notes
 from tuning.checkpoints import TrialCheckpoints, trial_lock
 from tuning.cluster import take_share
+from tuning.runs import DEATH_TAG
 from tuning.studies import TrialSpec
-from tuning.tracking import DEATH_TAG, TrackingTarget, TrialTracker, finished_metrics
+from tuning.tracking import TrackingTarget, TrialTracker, finished_metrics
 
 CHECKPOINT_SECONDS = 300.0
 HOPELESS_STARTS = 10

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError, exit_status, say
 from tuning.analysis import CHOOSING, MAIN
 from tuning.report.reading import parent_runs
+from tuning.runs import TRIAL_TAG
 from tuning.store import connect, existing_uri, explained, local_tracking_uri, shown
-from tuning.tracking import TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

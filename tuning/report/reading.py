@@ -24,8 +24,8 @@ from tuning.analysis import (
     size_of,
 )
 from tuning.plots import CURVES, DeltaMap
+from tuning.runs import STUDY_ID_TAG, STUDY_TAG, SUPERSEDED_TAG, TrialResult, read_trials
 from tuning.store import connect, explained, shown
-from tuning.tracking import STUDY_ID_TAG, STUDY_TAG, SUPERSEDED_TAG, TrialResult, read_trials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

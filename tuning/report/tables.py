@@ -9,7 +9,7 @@ import pandas as pd
 
 from tuning.analysis import MAIN, Cell, Comparison, Group, number, size_of
 from tuning.report.reading import Baselines
-from tuning.tracking import TrialResult
+from tuning.runs import TrialResult
 
 METRICS = {
     "heldout/accuracy": "exact-match accuracy on tasks never seen in training or selection, zero-shot; mean over tasks",

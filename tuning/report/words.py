@@ -19,7 +19,7 @@ from tuning.analysis import (
     size_of,
 )
 from tuning.report.reading import Baselines, StudyRecord
-from tuning.tracking import TrialResult
+from tuning.runs import TrialResult
 
 UPPER_BOUND = "teacher"
 
