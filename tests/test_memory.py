@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from llgbm.delta import DeltaTable, EncodedProbes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.models import Base
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, spare_collector
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World
 
@@ -124,3 +126,21 @@ def test_a_training_that_saves_memory_follows_the_plain_one(world: World, config
 def test_a_chunk_below_zero_is_refused() -> None:
     with pytest.raises(UserError, match="probe_chunk is -1"):
         TrainingConfig(probe_chunk=-1)
+
+
+def test_the_collector_is_spared_what_was_loaded_and_still_finds_later_garbage() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    spare_collector()
+    try:
+        assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+        later = Cycle()
+        gone = weakref.ref(later)
+        del later
+        gc.collect()
+        assert gone() is None
+    finally:
+        spare_collector.cache_clear()
+        gc.unfreeze()

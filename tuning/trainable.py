@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from llgbm.bundle import GeneratorBundle
 from llgbm.evaluation import REPORTED_PARTS, PartResult, evaluate_generator
-from llgbm.runtime import UserError, pick_device, release_device_memory
+from llgbm.runtime import UserError, pick_device, release_device_memory, spare_collector
 from llgbm.training import Outcome, State, train
 from llgbm.world import World
 from tuning import run_notes
@@ -175,6 +175,7 @@ def run_tracked(
         tracker.show_first("heldout/accuracy")
         check_hope(tracker, checkpoints, setting.session)
         run_notes.log_datasets(tracker.client, tracker.run_id, [world])
+        spare_collector()
         with run_notes.system_metrics(setting.target.tracking_uri, tracker.run_id):
             return run_trial(trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters)
     finally:
