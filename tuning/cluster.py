@@ -34,7 +34,7 @@ SETTINGS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # A step takes and frees the same memory again: glibc keeps it and does not ask the system each time (-2.6 % a step).
+    # A step takes and frees the same memory again: glibc keeps it and does not ask for it each time (-2.6 % a step).
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
