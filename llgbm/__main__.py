@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.commands import bank, evaluate, teachers
+from llgbm.output import ADAPTER_PATTERNS, Output, output_path
 from llgbm.runtime import UserError, exit_status, quiet_libraries, say
 
 
@@ -25,13 +26,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder"
     )
     make.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
-    make.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
+    make.add_argument("--out", required=True, type=output_path, help="the folder that the adapter is written to")
     make.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
     make.set_defaults(do=generate)
     ask = commands.add_parser("fetch", help="ask a served generator (`mlflow models serve`) for an adapter")
     ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
     ask.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
-    ask.add_argument("--out", required=True, type=Path, help="the folder that the adapter is written to")
+    ask.add_argument("--out", required=True, type=output_path, help="the folder that the adapter is written to")
     ask.set_defaults(do=fetch)
     _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
     for command in (evaluate, teachers, bank):
@@ -74,6 +75,7 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the adapter; return where it is and what made it."""
+    Output(arguments.out, ADAPTER_PATTERNS)
     prompts = read_prompts(arguments.prompts)
     from llgbm.bundle import GeneratorBundle
     from tuning.registry import fetch_bundle

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llgbm.cache import describe_file, disk_errors, output_folder
+from llgbm.cache import describe_file, write_json
 from llgbm.encoding import chat_prompt
 from llgbm.lora import (
     ADAPTER_CONFIG,
@@ -31,11 +32,16 @@ from llgbm.lora import (
     write_adapter_files,
 )
 from llgbm.models import Base
+from llgbm.output import STAGE, Output, check_name, disk_errors, flush, flush_tree, make_folders
 from llgbm.runtime import UserError, content_hash, progress, say
 from llgbm.teachers import Bank, greedy_answers
 
 VERSION = 1
-MANIFEST, PROMPTS, LISTING = "manifest.json", "prompts.json", "bank.json"
+MANIFEST, PROMPTS, LISTING, TRAJECTORIES = "manifest.json", "prompts.json", "bank.json", "trajectories.json"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PROMPTS)
+# Where an adapter of a bank is made ready, and what else may lie in a folder that a bank is started in.
+ASIDE, LOCK = f"{STAGE}bank", ".lock"
+EMPTY = {LOCK, ASIDE, "lost+found"}
 PURPOSES = ("train", "evaluation")
 Prompts = dict[str, list[str]]
 
@@ -62,30 +68,59 @@ class BankFolder:
         }
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, keep_half: bool = True) -> Iterator[None]:
         """Keep other programs from writing here meanwhile, and start or check the manifest.
 
-        Raises UserError for a folder that holds a bank of other settings, or that another program writes to.
+        A bank that is started here and fails with no adapter in it is taken away again, and with `keep_half` off one
+        with adapters too. Raises UserError for a folder that holds a bank of other settings, or that another program
+        writes to.
         """
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        address = check_bank_address(self.folder)
+        with disk_errors(address.path):
+            made = make_folders(address.folder)
             try:
-                with FileLock(self.folder / ".lock", timeout=0):
-                    self._start_or_check()
-                    yield
+                with FileLock(self.folder / LOCK, timeout=0):
+                    is_new = not (self.folder / MANIFEST).exists()
+                    try:
+                        self._start_or_check()
+                        yield
+                    except BaseException:
+                        if is_new and not (keep_half and self.adapters):
+                            self._take_away()
+                        raise
             except Timeout as error:
                 raise UserError(f"another program is writing to {self.folder}: wait for it, or name another") from error
+            finally:
+                for folder in made:  # those that stayed empty
+                    with suppress(OSError):
+                        folder.rmdir()
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """What the manifest lists; nothing where there is none."""
+        return read_manifest(self.folder)["adapters"] if (self.folder / MANIFEST).exists() else {}
+
+    def _take_away(self) -> None:
+        """Remove what was written since the bank was started; files of others stay."""
+        places = [self.folder / "checkpoints" / entry["task"] / i for i, entry in self.adapters.items()]
+        files = [place / name for place in places for name in ADAPTER_FILES]
+        files += [self.folder / name for name in (LISTING, TRAJECTORIES, MANIFEST, LOCK)]
+        shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
+        for file in files:
+            file.unlink(missing_ok=True)
+        tasks = {place.parent for place in places}
+        for folder in (*places, *tasks, self.folder / "checkpoints"):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _start_or_check(self) -> None:
-        if not (self.folder / MANIFEST).is_file():
-            if any(p for p in self.folder.iterdir() if p.name != ".lock"):
-                raise UserError(f"{self.folder} is not empty and no bank (it has no {MANIFEST}): name another folder")
+        if not (self.folder / MANIFEST).exists():
             return write_json(self.folder / MANIFEST, {**self.head, "adapters": {}})
         found = read_manifest(self.folder)
         differ = [
             name
             for name, value in json.loads(json.dumps(self.head)).items()
-            if found[name] != value and not (name == "base" and found["base"]["hash"] == self.base.hash)
+            if found.get(name) != value and not (name == "base" and found["base"]["hash"] == self.base.hash)
         ]
         if differ:
             raise UserError(
@@ -98,15 +133,44 @@ class BankFolder:
         return [i for i in adapter_ids if i not in listed or not _is_whole(self.folder, i, listed[i])]
 
     def add(self, adapter_id: str, task: str, state: StateDict, prompts: Prompts, facts: Mapping[str, Any]) -> None:
-        """Write an adapter, whole or not at all, then its line in the manifest."""
-        own = self.folder / "checkpoints" / task / adapter_id
-        with output_folder(own, ADAPTER_CONFIG) as stage:
-            write_adapter_files(stage, state, adapter_config(self.spec, self.base.path))
-            (stage / PROMPTS).write_text(json.dumps(prompts))
+        """Write an adapter and its line in the manifest; a torn one that the manifest lists is made whole.
+
+        The line comes first: an adapter that a kill kept from its place is then missing, and what lies in a place
+        without a line is of others. Raises UserError for such a place.
+        """
+        own = self.folder / "checkpoints" / check_name(task, "the task") / check_name(adapter_id, "the adapter")
         manifest = read_manifest(self.folder)
-        digest = describe_file(own / ADAPTER_WEIGHTS)[1]
+        if adapter_id not in manifest["adapters"] and os.path.lexists(own):
+            raise UserError(f"{own} is none of the bank's adapters: move it away, or name another folder")
+        stage = self.folder / ASIDE
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        write_adapter_files(stage, state, adapter_config(self.spec, self.base.path))
+        (stage / PROMPTS).write_text(json.dumps(prompts))
+        digest = describe_file(stage / ADAPTER_WEIGHTS)[1]
         manifest["adapters"][adapter_id] = {"task": task, "sha256": digest, **facts}
+        flush_tree(stage)
         write_json(self.folder / MANIFEST, manifest)
+        own.mkdir(parents=True, exist_ok=True)
+        for name in (PROMPTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            os.replace(stage / name, own / name)
+        flush(own)
+        stage.rmdir()
+
+
+def check_bank_address(folder: Path) -> Output:
+    """Check a folder that a bank will be written to, before anything else.
+
+    Raises UserError where it cannot be written, or holds something that is no bank.
+    """
+    address = Output(folder, ())
+    with disk_errors(address.path):
+        found = set(os.listdir(address.folder)) - EMPTY if address.folder.exists() else set()
+    if found and MANIFEST not in found:
+        raise UserError(f"{folder} is not empty and no bank (it has no {MANIFEST}): name another folder")
+    if found:
+        read_manifest(address.folder)
+    return address
 
 
 def _is_whole(folder: Path, adapter_id: str, entry: Mapping[str, Any]) -> bool:
@@ -114,16 +178,6 @@ def _is_whole(folder: Path, adapter_id: str, entry: Mapping[str, Any]) -> bool:
     weights = own / ADAPTER_WEIGHTS
     others = all((own / name).is_file() for name in (ADAPTER_CONFIG, PROMPTS))
     return others and weights.is_file() and describe_file(weights)[1] == entry["sha256"]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
-    stage = path.with_name(f".{path.name}.writing")
-    with stage.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stage, path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -203,49 +257,103 @@ class ImportOptions:
     def __post_init__(self) -> None:
         if min(self.trajectories, self.max_tokens) < 1:
             raise UserError("trajectories and max_tokens must be at least 1: the teachers answer their own prompts")
+        if self.task is not None:
+            check_name(self.task, "the task")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that the trajectories depend on."""
+        return {"chat": self.chat, "trajectories": self.trajectories, "max_tokens": self.max_tokens}
 
 
 def import_bank(
     sources: Sequence[str], base: Base, out: Path, options: ImportOptions, prompts_file: Path | None = None
 ) -> Bank:
-    """Make a bank from PEFT folders, folders of such folders, and hub ids.
+    """Make a bank from PEFT folders, folders of such folders, and hub ids; find it again where it was made before.
 
-    Raises UserError, naming the adapter, for another base, rank, alpha or target modules, values that are not finite,
-    and an adapter without prompts.
+    Raises UserError for an output that cannot be written or holds another bank and, naming the adapter, for another
+    base, rank, alpha or target modules, values that are not finite, and an adapter without prompts.
     """
-    found = [foreign for source in sources for foreign in find_adapters(source, options.task)]
+    out = check_bank_address(out).path
+    found = [foreign for source in sources for foreign in find_adapters(source, options.task, besides=out)]
     spec = _spec_of(found[0].folder, base)
     given = _read_json(prompts_file) if prompts_file else {}
     names = {base.path, *options.accept_bases}
     checked = [(f, _checked(f, spec, names), _prompts_of(f, given)) for f in progress(found, "checking adapters")]
-    numbers: dict[str, int] = {}
-    digests = {f.source: [f.task, describe_file(f.folder / ADAPTER_WEIGHTS)[1]] for f in found}
-    target = BankFolder(out, base, spec, {"method": "import", "adapters": content_hash(digests)})
-    with target.opened():
-        for foreign, state, prompts in checked:
-            number = numbers[foreign.task] = numbers.get(foreign.task, -1) + 1
-            facts = {"source": foreign.source, "source_sha256": digests[foreign.source][1]}
-            target.add(f"{foreign.task}_{number}", foreign.task, state, _cut(prompts, checked), facts)
-        _finish(target, options)
+    taken = _described(checked)
+    contents = sorted([t.foreign.task, t.digest, content_hash(t.prompts)] for t in taken.values())
+    settings = {"method": "import", "adapters": content_hash(contents), **options.settings}
+    target = BankFolder(out, base, spec, settings)
+    with target.opened(keep_half=False):
+        if not (out / LISTING).is_file() or target.missing(list(taken)):
+            (out / LISTING).unlink(missing_ok=True)
+            for adapter_id, one in taken.items():
+                one.add_to(target, adapter_id)
+            _finish(target, options)
     return open_bank(out, base)
 
 
-def find_adapters(source: str, task: str | None) -> list[Foreign]:
-    """The adapters in a folder (itself one, or any depth above some) or of a hub id. Raises UserError for none."""
+@dataclass(frozen=True)
+class Taken:
+    """An adapter that was checked: where it is from, its values, its prompts, and the SHA-256 of its file."""
+
+    foreign: Foreign
+    state: StateDict
+    prompts: Prompts
+    digest: str
+
+    def add_to(self, target: BankFolder, adapter_id: str) -> None:
+        """Write it into a bank, unless it is there."""
+        known = target.adapters.get(adapter_id, {}).get("source_sha256") == self.digest
+        if not known or target.missing([adapter_id]):
+            facts = {"source": self.foreign.source, "source_sha256": self.digest}
+            target.add(adapter_id, self.foreign.task, self.state, self.prompts, facts)
+
+
+def _described(checked: Sequence[tuple[Foreign, StateDict, Prompts]]) -> dict[str, Taken]:
+    """The adapters by their ids in the bank. Raises UserError for an id that no folder can bear."""
+    taken: dict[str, Taken] = {}
+    numbers: dict[str, int] = {}
+    for foreign, state, prompts in checked:
+        number = numbers[foreign.task] = numbers.get(foreign.task, -1) + 1
+        digest = describe_file(foreign.folder / ADAPTER_WEIGHTS)[1]
+        adapter_id = check_name(f"{foreign.task}_{number}", "the adapter")
+        taken[adapter_id] = Taken(foreign, state, _cut(prompts, checked), str(digest))
+    return taken
+
+
+def find_adapters(source: str, task: str | None, besides: Path | None = None) -> list[Foreign]:
+    """The adapters in a folder (itself one, or any depth above some) or of a hub id; those in `besides` do not count.
+
+    Raises UserError for none, and for a name that no task can have.
+    """
     root = Path(source).expanduser()
     if not root.is_dir():
         root = _from_hub(source)
-    folders = sorted(path.parent for path in root.rglob(ADAPTER_CONFIG))
+    left_out = besides.resolve() if besides else None
+    found = sorted(path.parent for path in root.rglob(ADAPTER_CONFIG) if not _is_unfinished(path.relative_to(root)))
+    folders = [f for f in found if left_out is None or not f.resolve().is_relative_to(left_out)]
     if not folders:
-        raise UserError(f"{source} holds no {ADAPTER_CONFIG}: name a PEFT adapter's folder, one above it, or a hub id")
+        where = f" outside {besides}" if found else ""
+        raise UserError(
+            f"{source} holds no {ADAPTER_CONFIG}{where}: name a PEFT adapter's folder, one above it, or a hub id"
+        )
     return [Foreign(f, task or _task_of(f, root, source), _place(f, root, source)) for f in folders]
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Say if a file is among those that a command is writing, or was when it was killed."""
+    return any(part.startswith(STAGE) for part in path.parts)
 
 
 def _task_of(folder: Path, root: Path, source: str) -> str:
     """In the layout `{task}/{task}_{idx}` the task; else the folder's (or the hub repository's) own name."""
     if folder != root and folder.name.rpartition("_")[0] == folder.parent.name:
-        return folder.parent.name
-    return (source if folder == root else folder.name).rstrip("/").rsplit("/", 1)[-1]
+        return check_name(folder.parent.name, "the task")
+    name = (source if folder == root else folder.name).rstrip("/").rsplit("/", 1)[-1]
+    if name in ("", ".", ".."):
+        raise UserError(f"{source!r} does not say what the task of its adapter is called: name it with --task")
+    return check_name(name, "the task")
 
 
 def _place(folder: Path, root: Path, source: str) -> str:
@@ -341,5 +449,5 @@ def _finish(target: BankFolder, options: ImportOptions) -> None:
     say(f"answers of {len(firsts)} adapters to {len(asked[0])} prompts each")
     answers = greedy_answers(target.base, target.spec, batch, asked, options.max_tokens)
     pairs = {t: list(zip(p, a, strict=True)) for t, p, a in zip(firsts, asked, answers, strict=True)}
-    write_json(target.folder / "trajectories.json", pairs)
+    write_json(target.folder / TRAJECTORIES, pairs)
     write_json(target.folder / LISTING, {"adapters": adapters, "facts": {}})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llgbm.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator import GeneratorConfig, LoraGenerator, load_generator, save_generator
-from llgbm.lora import adapter_config, save_adapter
+from llgbm.lora import adapter_config, adapter_output, write_adapter_files
 from llgbm.models import load_base
 from llgbm.runtime import UserError
 
@@ -55,5 +55,11 @@ class GeneratorBundle:
         return adapter_config(self.generator.spec, self.facts["base_path"])
 
     def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
-        """Write the adapter for these prompts as a PEFT folder, whole or not at all. Raises UserError as `generate`."""
-        save_adapter(Path(folder), self.generate(prompts), self.adapter_config())
+        """Write the adapter for these prompts as a PEFT folder, whole or not at all.
+
+        Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
+        """
+        output = adapter_output(folder)
+        state = self.generate(prompts)
+        with output.writing() as stage:
+            write_adapter_files(stage, state, self.adapter_config())

@@ -6,19 +6,19 @@ does not agree with its list is torn or foreign: it is thrown away and built aga
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from llgbm.runtime import UserError, logger, say
+from llgbm.output import disk_errors, flush, flush_tree
+from llgbm.runtime import logger, say
 
 ENTRY_FILE = "entry.json"
 
@@ -44,16 +44,18 @@ def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) 
 
 
 def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
-    if final.exists():
-        logger.warning("cache entry %s does not agree with its list of files: built again", final)
-        shutil.rmtree(final)
-    stage = final.parent / f".{key}.building"
+    stage, torn = final.parent / f".{key}.building", final.parent / f".{key}.torn"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     build(stage)
     listing = {str(p.relative_to(stage)): describe_file(p) for p in sorted(stage.rglob("*")) if p.is_file()}
     (stage / ENTRY_FILE).write_text(json.dumps({"key": key, "files": listing}, indent=1))
+    if final.exists():
+        logger.warning("cache entry %s does not agree with its list of files: built again", final)
+        shutil.rmtree(torn, ignore_errors=True)
+        os.rename(final, torn)
     publish_folder(stage, final)
+    shutil.rmtree(torn, ignore_errors=True)
 
 
 def entry_is_whole(folder: Path) -> bool:
@@ -88,59 +90,18 @@ def hash_files(paths: list[Path], length: int = 16) -> str:
     return digest.hexdigest()[:length]
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON, whole or not at all."""
+    stage = path.with_name(f".{path.name}.writing")
+    with stage.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(stage, path)
+
+
 def publish_folder(stage: Path, final: Path) -> None:
     """Flush a finished folder to the disk and give it its name in one step."""
-    for path in [*stage.rglob("*"), stage]:
-        _flush(path)
+    flush_tree(stage)
     os.rename(stage, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def output_folder(final: Path, mark: str) -> Iterator[Path]:
-    """Yield a folder to fill; it becomes `final` only if the block ends well.
-
-    An existing `final` is replaced if it is empty or holds the file `mark` (an older output of the same kind); else
-    UserError is raised and it stays as it was.
-    """
-    if final.exists() and not (final.is_dir() and ((final / mark).is_file() or not any(final.iterdir()))):
-        raise UserError(f"{final} exists and is no earlier output (it has no {mark}): name another folder")
-    stage = final.parent / f".{final.name}.writing-{os.getpid()}"
-    with disk_errors(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-        try:
-            yield stage
-            if final.exists():
-                shutil.rmtree(final)
-            publish_folder(stage, final)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full or unwritable disk raises into a UserError that names the folder."""
-    reasons = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EACCES: "there is no permission to write there: name a folder that you own",
-        errno.EPERM: "writing there is not permitted: name a folder that you own",
-        errno.EROFS: "the file system is read-only: name another folder",
-        errno.ENOTDIR: "a file stands where a folder is needed: name another folder",
-        errno.EEXIST: "a file stands where a folder is needed: name another folder",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in reasons:
-            raise
-        raise UserError(f"cannot write under {folder}: {reasons[error.errno]}") from error
+    flush(final.parent)

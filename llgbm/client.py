@@ -15,7 +15,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from llgbm.cache import output_folder
+from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -25,17 +25,19 @@ SECONDS = 120.0
 def fetch_adapter(url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS) -> Path:
     """Send the unlabelled prompts of one task to the server at `url` and write its answer as a PEFT folder.
 
-    The folder is written whole or not at all; an earlier adapter there is replaced. Raises UserError if there is no
-    prompt, the server does not answer within `timeout` seconds or answers something else, or the folder is foreign.
+    The folder is checked first and written whole or not at all; an earlier adapter of this program there is replaced.
+    Raises UserError if there is no prompt, the folder cannot be written or holds another adapter, or the server does
+    not answer within `timeout` seconds or answers something else.
     """
     texts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not texts:
         raise UserError("there is no prompt: give at least one unlabelled prompt of the task")
+    output = Output(folder, ADAPTER_PATTERNS)
     weights, config = _adapter_of(url, _ask(url, texts, timeout))
-    with output_folder(Path(folder), CONFIG_FILE) as stage:
+    with output.writing() as stage:
         (stage / WEIGHTS_FILE).write_bytes(weights)
         (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
-    return Path(folder)
+    return output.path
 
 
 def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llgbm.cache import output_folder
+from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError, content_hash
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -241,9 +241,17 @@ def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
+def adapter_output(folder: str | Path) -> Output:
+    """Check a folder that an adapter will be written to. Raises UserError as `save_adapter`."""
+    return Output(folder, ADAPTER_PATTERNS)
+
+
 def save_adapter(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
-    """Write an adapter as a PEFT folder, whole or not at all. Raises UserError for an unwritable or foreign folder."""
-    with output_folder(folder, ADAPTER_CONFIG) as stage:
+    """Write an adapter as a PEFT folder, whole or not at all.
+
+    Raises UserError for an unwritable folder, and one with an adapter that this program did not write.
+    """
+    with adapter_output(folder).writing() as stage:
         write_adapter_files(stage, state, config)
 
 

@@ -20,12 +20,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from llgbm.banks import LISTING, BankFolder, open_bank
+from llgbm.banks import LISTING, BankFolder, check_bank_address, open_bank
 from llgbm.batched import blocks_checkpointed
 from llgbm.cost import BaseShape
 from llgbm.encoding import EncodedPairs
 from llgbm.lora import PEFT_PREFIX, LoraBatch, LoraSpec, load_adapter
 from llgbm.models import Base, answer_loss
+from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, progress_bar, say
 from llgbm.suites import Example, Suite
 from llgbm.teachers import (
@@ -143,11 +144,14 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
 
     Raises UserError for a folder that holds something else, and FloatingPointError where a loss is not finite.
     """
+    out = check_bank_address(out).path
     teachers = config.teachers
     spec = LoraSpec.from_model(base.model, teachers.rank, teachers.alpha)
     settings = {**config.settings, "data": suite.fingerprint}
     target = BankFolder(out, base, spec, settings)
     runs = [Run(task, k, config, suite, base) for task in suite.split.tasks for k in range(config.subsets)]
+    for adapter_id in (i for run in runs for i in run.adapter_ids):
+        check_name(adapter_id, "the adapter")
     with target.opened():
         open_runs = [run for run in runs if target.missing(run.adapter_ids)]
         if open_runs:

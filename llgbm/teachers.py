@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llgbm.batched import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, write_json
 from llgbm.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.lora import LoraBatch, LoraSpec, adapter_config, load_adapter, write_adapter_files
 from llgbm.models import Base
+from llgbm.output import check_name
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory, stream_seed
 from llgbm.suites import Example, Suite
@@ -274,7 +275,7 @@ def _write_bank(
     ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
     settings = adapter_config(spec, base.path)
     for index, (adapter_id, task, state) in enumerate(zip(ids, tasks, batch.to_state_dicts(), strict=True)):
-        own = folder / "checkpoints" / task / adapter_id
+        own = folder / "checkpoints" / check_name(task, "the task") / check_name(adapter_id, "the adapter")
         own.mkdir(parents=True)
         write_adapter_files(own, state, settings)
         share = (index % config.per_task, config.per_task)
@@ -294,13 +295,13 @@ def index_bank(folder: Path, base: Base, suite: Suite, config: TeacherConfig, ba
         "worst_teacher_accuracy": accuracy_A.min().item(),
         "base_accuracy": base_accuracy(base, [e for own in examples[:: config.per_task] for e in own]),
     }
-    (folder / "trajectories.json").write_text(json.dumps(_own_answers(base, suite, config, batch, spec)))
+    write_json(folder / "trajectories.json", _own_answers(base, suite, config, batch, spec))
     listing = {
         "adapters": dict(zip(ids, tasks, strict=True)),
         "facts": facts,
         "accuracy": dict(zip(ids, accuracy_A.tolist(), strict=True)),
     }
-    (folder / "bank.json").write_text(json.dumps(listing, indent=1))
+    write_json(folder / "bank.json", listing)
 
 
 def condition_prompts(suite: Suite, task: str, config: TeacherConfig, share: tuple[int, int]) -> dict[str, list[str]]:

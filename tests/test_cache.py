@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llgbm.cache import build_entry, entry_is_whole, output_folder
+from llgbm.cache import build_entry, entry_is_whole
 from llgbm.runtime import UserError
 from llgbm.world import World, WorldConfig, build_world
 from tuning.studies import smoke_world
@@ -118,25 +118,6 @@ def test_a_whole_entry_is_not_built_twice(tmp_path: Path) -> None:
 
     assert build_entry(tmp_path, "kind", "key", build) == build_entry(tmp_path, "kind", "key", build)
     assert len(calls) == 1
-
-
-def test_an_output_that_fails_midway_leaves_what_was_there(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with output_folder(final, "mark") as stage:
-        (stage / "mark").write_text("old")
-    with pytest.raises(RuntimeError), output_folder(final, "mark") as stage:
-        (stage / "mark").write_text("new")
-        raise RuntimeError("midway")
-    assert (final / "mark").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_output_never_replaces_a_foreign_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="no earlier output"), output_folder(tmp_path / "out", "mark"):
-        raise AssertionError("the block must not be entered")
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
 @pytest.fixture

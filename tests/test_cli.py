@@ -197,15 +197,15 @@ def test_generate_refuses_what_is_not_there(
         assert not out.exists()
 
 
-def test_generate_never_overwrites_a_foreign_folder(
+def test_generate_never_overwrites_a_foreign_adapter(
     bundle: Path, prompts: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "notes").mkdir()
-    (here / "notes" / "mine.txt").write_text("mine")
+    (here / "notes" / "adapter_config.json").write_text("mine")
     arguments = ["generate", "--model", str(bundle), "--prompts", str(prompts), "--out", str(here / "notes")]
     assert package_main(arguments) == 2
     one_sentence(capsys.readouterr().err)
-    assert [p.name for p in (here / "notes").iterdir()] == ["mine.txt"]
+    assert [p.read_text() for p in (here / "notes").iterdir()] == ["mine"]
 
 
 def test_evaluate_names_near_tasks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from contracts import make_spec
+from dnd.output import RECORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -212,13 +213,13 @@ def test_an_older_adapter_is_replaced_and_a_foreign_folder_is_not(adapter: Path,
     newer = random_states(2, 1, "base_model.model.", seed=1)[0]
     save_adapter(adapter, newer, adapter_config(SPEC, "some/base"))
     assert all(torch.equal(v, newer[k]) for k, v in load_adapter(adapter, SPEC).items())
-    assert set(files_under(adapter)) == {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
-    foreign, file = tmp_path / "thesis", tmp_path / "file"
+    assert set(files_under(adapter)) == {ADAPTER_WEIGHTS, ADAPTER_CONFIG, RECORD}
+    foreign, file = tmp_path / "foreign", tmp_path / "file"
     foreign.mkdir()
-    (foreign / "chapter.tex").write_text("years of work")
+    (foreign / ADAPTER_CONFIG).write_text("days of training")
     file.write_text("kept")
     for target in (foreign, file, file / "below"):
         with pytest.raises(UserError, match="name another folder"):
             save_adapter(target, newer, adapter_config(SPEC, "some/base"))
-    assert files_under(foreign) == {"chapter.tex": b"years of work"} and file.read_text() == "kept"
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "file", "thesis"]
+    assert files_under(foreign) == {ADAPTER_CONFIG: b"days of training"} and file.read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "file", "foreign"]

@@ -133,8 +133,8 @@ def test_an_answer_becomes_a_folder_and_replaces_an_earlier_adapter(tmp_path: Pa
         for _ in range(2):
             assert fetch_adapter(url, PROMPTS, str(tmp_path / "adapter")) == tmp_path / "adapter"
         (tmp_path / "mine").mkdir()
-        (tmp_path / "mine" / "notes").write_text("keep me")
-        with pytest.raises(UserError, match="no earlier output"):
+        (tmp_path / "mine" / "adapter_config.json").write_text("keep me")
+        with pytest.raises(UserError, match="did not write"):
             fetch_adapter(url, PROMPTS, tmp_path / "mine")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == WEIGHTS
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2

@@ -33,7 +33,7 @@ from tuning.cluster import (
 from tuning.estimates import estimate_study
 from tuning.order import TrialOrder
 from tuning.plan import Costs, last_results, past_runs, show_plan
-from tuning.report import collect_baselines, read_study, result_json, write_report
+from tuning.report import collect_baselines, read_study, result_json, summary, write_report_files
 from tuning.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -302,7 +302,8 @@ def publish_report(tracker: StudyTracker) -> dict[str, Any]:
     """Write the report to the parent run, print its table, return its numbers."""
     record = read_study(tracker.tracking_uri, tracker.parent_run_id)
     with tempfile.TemporaryDirectory() as folder:
-        print(write_report(Path(folder), record))
+        write_report_files(Path(folder), record)
+        print(summary(record))
         tracker.log_artifacts(Path(folder))
     return result_json(record)
 

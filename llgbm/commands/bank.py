@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llgbm.output import output_path
 from llgbm.runtime import pick_device
 
 
@@ -19,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "sources", nargs="+", metavar="PATH_OR_HUB", help="adapter folders, folders above some, or hub ids"
     )
     take.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model that they are for")
-    take.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bank that is written")
+    take.add_argument("--out", required=True, type=output_path, metavar="DIR", help="the bank that is written")
     take.add_argument(
         "--prompts", type=Path, metavar="FILE", help="JSON: prompts by task, for adapters without their own"
     )
@@ -38,12 +39,13 @@ def add_parser(commands: Any) -> None:
 
 def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
     """Import adapters; return what the bank holds."""
-    from llgbm.banks import ImportOptions, import_bank, show_bank
+    from llgbm.banks import ImportOptions, check_bank_address, import_bank, show_bank
     from llgbm.models import BaseSource
 
     options = ImportOptions(
         tuple(arguments.accept_base), arguments.task, arguments.chat, arguments.trajectories, arguments.max_tokens
     )
+    check_bank_address(arguments.out)
     base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))
     import_bank(arguments.sources, base, arguments.out, options, arguments.prompts)
     return show_bank(arguments.out)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llgbm.output import output_path
 from llgbm.runtime import pick_device
 
 
@@ -17,7 +18,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder of the dataset files")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="datasets, such as ARC-e BoolQ")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bank; a killed run goes on there")
+    parser.add_argument(
+        "--out", required=True, type=output_path, metavar="DIR", help="the bank; a killed run goes on there"
+    )
     parser.add_argument("--method", default="peft", help="peft (one run at a time) or batched (several at once)")
     parser.add_argument("--dtype", default="float32", help="of the base: float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)")
@@ -54,10 +57,12 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def do(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing; return where the bank is and how good its teachers are."""
+    from llgbm.banks import check_bank_address
     from llgbm.models import BaseSource
     from llgbm.sft import make_bank
     from llgbm.suites import FileSuite
 
+    check_bank_address(arguments.out)
     suite = FileSuite.open(
         arguments.data, train=arguments.tasks, limit=arguments.limit, skip_bad=arguments.skip_bad_rows
     )

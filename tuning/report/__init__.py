@@ -3,7 +3,16 @@
 Everything comes from MLflow: `python -m tuning.report STUDY_ID` writes the report of any past study.
 """
 
-from tuning.report.document import result_json, summary, write_report
+from tuning.report.document import result_json, summary, write_report, write_report_files
 from tuning.report.reading import StudyRecord, collect_baselines, find_study, read_study
 
-__all__ = ["StudyRecord", "collect_baselines", "find_study", "read_study", "result_json", "summary", "write_report"]
+__all__ = [
+    "StudyRecord",
+    "collect_baselines",
+    "find_study",
+    "read_study",
+    "result_json",
+    "summary",
+    "write_report",
+    "write_report_files",
+]

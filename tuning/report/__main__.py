@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llgbm.runtime import UserError, exit_status, say
+from llgbm.output import Output, output_path
+from llgbm.runtime import exit_status, say
 from tuning.report import find_study, read_study, write_report
+from tuning.report.document import REPORT_PATTERNS
 from tuning.store import existing_uri, local_tracking_uri
 
 
@@ -24,23 +26,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`")
     parser.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)")
     parser.add_argument("--experiment", metavar="NAME", help="look in this experiment only (default: in all)")
-    parser.add_argument("--out", metavar="DIR", help="where the report is written (default: reports/STUDY_ID)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=output_path, help="where the report is written (default: reports/STUDY_ID)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the study, write its report, print the summary; return the exit status."""
+    if arguments.out:
+        Output(arguments.out, REPORT_PATTERNS)
     uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
     uri = existing_uri(uri)
     parent = find_study(uri, arguments.study, arguments.experiment)
     record = read_study(uri, parent.info.run_id)
-    out = Path(arguments.out or Path("reports") / (record.study_id or record.run_id)).expanduser()
-    try:
-        summary = write_report(out, record)
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {out} ({error}): choose another folder with --out") from error
-    print(summary)
+    out = arguments.out or Path("reports") / (record.study_id or record.run_id)
+    print(write_report(out, record))
     say(f"written: {out / 'report.html'} (and report.md, results.csv, results.json)")
     return 0
 

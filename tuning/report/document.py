@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llgbm.output import Output
 from tuning import plots
 from tuning.analysis import MAIN, Group, size_of
 from tuning.report import tables
@@ -16,6 +17,8 @@ from tuning.report.page import html_page
 from tuning.report.reading import StudyRecord
 from tuning.report.words import caveats, count, headlines
 
+PICTURES = ("outcomes.png", "learning_curves.png", "heat_map.png", "memorisation.png", "delta_map*.png")
+REPORT_PATTERNS = (*PICTURES, "results.csv", "results.json", "report.html", "report.md")
 TESTS = (
     "Paired over seeds and held-out tasks: the 95 % interval and p are the wider and larger of two tests, one that "
     "takes seeds and tasks both as drawn at random (min F' of Clark 1973), one over seeds alone. p (Holm) is corrected "
@@ -26,9 +29,15 @@ TESTS = (
 def write_report(out: Path, record: StudyRecord) -> str:
     """Write `report.md` with its plots, `report.html`, `results.csv` and `results.json` into `out`.
 
-    Return the summary. Raises OSError if `out` cannot be written.
+    Return the summary. Raises UserError if `out` cannot be written or holds files of these names by others.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with Output(out, REPORT_PATTERNS).writing() as stage:
+        write_report_files(stage, record)
+    return summary(record)
+
+
+def write_report_files(out: Path, record: StudyRecord) -> None:
+    """Write the report into an empty folder."""
     sections = _sections(record, _plots(out, record))
     notes = "**What cannot be concluded**\n\n" + bullets(caveats(record))
     head = [f"# Study {record.study}", *headlines(record), notes, _origin(record)]
@@ -38,7 +47,6 @@ def write_report(out: Path, record: StudyRecord) -> str:
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8")
     _write_csv(out / "results.csv", record)
-    return summary(record)
 
 
 def summary(record: StudyRecord) -> str:

@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 from dnd.bank import AdapterBank, task_texts
 from dnd.embedded import embedded_bank
 from dnd.errors import DndError
-from dnd.generation import AdapterWriter
-from dnd.training import Trained, TrainSettings, train
+from dnd.generation import AdapterWriter, adapter_output
+from dnd.output import check_name
+from dnd.training import Trained, TrainSettings, check_training_folder, train
 
 SMOKE = TrainSettings(
     n_prompts=4,
@@ -76,6 +77,7 @@ def train_command(
     """A training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
     parsed = training_parser(bank, out).parse_args(arguments)
     chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
+    check_training_folder(parsed.out, parsed.resume)
     if parsed.smoke:
         parsed.bank, encoder, chosen = embedded_bank(parsed.cache)
         defaults = replace(SMOKE, encoder=str(encoder))
@@ -108,13 +110,16 @@ def generate_command(
 ) -> list[str]:
     """A generation script: returns the folders written. Raises DndError for a user's mistake."""
     parsed = generation_parser(checkpoint, out, task).parse_args(arguments)
+    check_name(parsed.task, "the task")
+    folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
+    for target in folders:
+        adapter_output(target)
     if parsed.smoke:
         parsed.prompts = next(embedded_bank(parsed.cache)[0].glob("*/*/prompts.json")).parent
     if (parsed.data is None) == (parsed.prompts is None):
         raise DndError("prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke")
     writer = load_writer(defaults, parsed)
     texts = task_texts(parsed.prompts or Path(), parsed.task, parsed.data, writer.settings.part, "evaluation")
-    folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
     for index, target in enumerate(folders):
         writer.write(texts, target, seed=index)
     print(json.dumps({"adapters": [str(target) for target in folders]}))

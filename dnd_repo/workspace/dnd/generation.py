@@ -16,6 +16,7 @@ from dnd.bank import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_json
 from dnd.conditions import encode_texts
 from dnd.errors import DndError
 from dnd.model import HyperConvDecoderModel, load_checkpoint
+from dnd.output import ADAPTER_PATTERNS, Output
 from dnd.tokenizer import LoraTokenizer2D, default_token_size
 from dnd.training import (
     MODEL_FILE,
@@ -73,11 +74,20 @@ class AdapterWriter:
         return {k: v.contiguous() for k, v in self.tokenizer.detokenize(self.like, tokens_BTHW[0].cpu()).items()}
 
     def write(self, texts: Sequence[str], folder: Path, seed: int = 0) -> None:
-        """One adapter as a PEFT folder."""
+        """Write one adapter as a PEFT folder, whole or not at all.
+
+        Raises DndError for a folder that cannot be written or holds an adapter of others.
+        """
+        output = adapter_output(folder)
         state = self.generate(texts, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True))
+        with output.writing() as stage:
+            save_file(state, stage / ADAPTER_WEIGHTS, {"format": "pt"})
+            (stage / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True))
+
+
+def adapter_output(folder: Path) -> Output:
+    """Check a folder that an adapter will be written to. Raises DndError as `AdapterWriter.write`."""
+    return Output(folder, ADAPTER_PATTERNS)
 
 
 def describe_file(source: Path, settings: TrainSettings | None, like: Path | None) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,9 +28,12 @@ from dnd.files import read_plain_pickle
 from dnd.importance import importance_weights, load_importance
 from dnd.model import HyperConvDecoderModel, HyperConvDecoderModel_SuperLarge, load_checkpoint
 from dnd.model.decoderonly import trained_state
+from dnd.output import Output
 from dnd.tokenizer import LoraTokenizer2D, default_token_size
 
 MODEL_FILE, SETTINGS_FILE, TRAINER_FILE = "model.safetensors", "settings.json", "trainer.pt"
+# The model comes last: a folder without it is no checkpoint.
+CHECKPOINT_PATTERNS = (TRAINER_FILE, SETTINGS_FILE, MODEL_FILE)
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def train(
     """Train on a bank and leave `folder/checkpoint-STEP`; every process of a launch calls this.
 
     Two processes do what one does with twice the batch. With `resume` it goes on from the newest checkpoint of the
-    same settings, to the same numbers. Raises DndError for a bank, encoder or checkpoint that does not fit, and where
-    the processes end with different weights.
+    same settings, to the same numbers. Raises DndError for a folder that cannot be written or holds another training, a
+    bank, encoder or checkpoint that does not fit, and where the processes end with different weights.
     """
+    check_training_folder(folder, resume)
     accelerator = make_accelerator()
     run = Run(settings, bank, accelerator)
     if resume:
@@ -180,18 +183,14 @@ class Run:
         return self.losses[-1]
 
     def save(self, folder: Path) -> None:
-        """Write `checkpoint-STEP` aside and rename it; the one before it is then removed."""
-        final, stage = folder / f"checkpoint-{self.step:06d}", folder / f".checkpoint-{self.step:06d}.writing"
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in trained_state(self.plain).items()}, stage / MODEL_FILE)
-        (stage / SETTINGS_FILE).write_text(json.dumps(self.described, indent=1))
-        trainer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        torch.save({**trainer, "step": self.step, "losses": self.losses}, stage / TRAINER_FILE)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(stage, final)
-        for older in sorted(folder.glob("checkpoint-*"))[:-1]:
-            shutil.rmtree(older)
+        """Write `checkpoint-STEP`, whole or not at all; those before it are then removed."""
+        with Output(folder / f"checkpoint-{self.step:06d}", CHECKPOINT_PATTERNS).writing() as stage:
+            save_file({k: v.contiguous() for k, v in trained_state(self.plain).items()}, stage / MODEL_FILE)
+            (stage / SETTINGS_FILE).write_text(json.dumps(self.described, indent=1))
+            trainer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+            torch.save({**trainer, "step": self.step, "losses": self.losses}, stage / TRAINER_FILE)
+        for older in checkpoints_in(folder)[:-1]:
+            Output(older, CHECKPOINT_PATTERNS).remove()
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from what `save` wrote. Raises DndError where settings or adapters are others."""
@@ -212,9 +211,35 @@ def describe(settings: TrainSettings, like: Mapping[str, Tensor], adapter_config
     return {"settings": asdict(settings), "shapes": shapes, "adapter_config": dict(adapter_config)}
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a training in the order of their steps; folders of the same name by others do not count."""
+    names = (MODEL_FILE, SETTINGS_FILE, TRAINER_FILE)
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    return sorted((p for p in found if all((p / name).is_file() for name in names)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def check_training_folder(folder: Path, resume: bool = False) -> None:
+    """Check the folder that checkpoints will be written to, before anything else.
+
+    Raises DndError where it cannot be written, and where it holds checkpoints that are not to be gone on from: a new
+    training would be mixed up with them.
+    """
+    Output(folder, ())
+    found = checkpoints_in(folder)
+    if found and not resume:
+        raise DndError(
+            f"{folder} holds {found[-1].name} of an earlier training: go on with it by --resume, or name another --out"
+        )
+
+
 def newest_checkpoint(folder: Path) -> Path:
-    """The last checkpoint that a training left. Raises DndError for none."""
-    found = sorted(folder.glob("checkpoint-*"))
+    """Return the last checkpoint that a training left. Raises DndError for none."""
+    found = checkpoints_in(folder)
     if not found:
         raise DndError(f"{folder} holds no checkpoint: train first, or name the folder that a training wrote")
     return found[-1]

@@ -1,0 +1,433 @@
+"""Folders that a user names for output: checked before the work, filled whole, nothing of the user's replaced.
+
+`.llgbm-output.json` in such a folder records the files that this program wrote, with their SHA-256. A file is the
+program's own as long as it has the recorded bytes. Only such files are replaced; all others stay as they are.
+
+A new folder appears by one rename, and one that holds nothing but own files is exchanged for its successor in one step.
+Beside files of others, or where a folder cannot be renamed (a mount point, the current folder), files are renamed one
+by one: the old ones are kept until the last is there, and what a kill leaves unfinished is undone by the next command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dnd.errors import DndError
+
+RECORD = ".llgbm-output.json"
+STAGE = ".llgbm-writing-"
+VERSION = 1
+# Files that an adapter's folder is read by; `adapter_config.json` comes last, as nothing is read without it.
+ADAPTER_PATTERNS = (
+    "adapter_model.safetensors",
+    "adapter_model.safetensors.*",
+    "adapter_model.bin",
+    "adapter_config.json",
+)
+PROBE_BYTES = 1 << 16
+# Room for the names of files inside an output, in the longest path that the system takes.
+INNER_BYTES = 128
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+WINDOWS_NAMES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
+REASONS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EACCES: "there is no permission to write there: name a folder that you own",
+    errno.EPERM: "writing there is not permitted: name a folder that you own",
+    errno.EROFS: "the file system is read-only: name another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed: name another folder",
+    errno.EEXIST: "a file stands where a folder is needed: name another folder",
+    errno.ENOTEMPTY: "another program writes to the same folder: name another",
+    errno.ENAMETOOLONG: "the name is too long: name a shorter one",
+    errno.ELOOP: "the links on the way lead in a circle: name another folder",
+    errno.EBUSY: "another file system is mounted over a file there: name another folder",
+    errno.EXDEV: "it is spread over several file systems: name another folder",
+    errno.EIO: "the disk reports an error: name a folder on another",
+}
+
+
+@contextmanager
+def disk_errors(folder: Path, error: type[Exception] = DndError) -> Iterator[None]:
+    """Turn what a full or unwritable disk raises into an `error` that names the folder."""
+    try:
+        yield
+    except OSError as raised:
+        if raised.errno not in REASONS:
+            raise
+        raise error(f"cannot write under {folder}: {REASONS[raised.errno]}") from raised
+
+
+def check_name(name: str, what: str, error: type[Exception] = DndError) -> str:
+    """Return a name that a folder inside an output can bear. Raises `error` for one that leads elsewhere."""
+    odd = not name.strip() or name.startswith((".", " ")) or name.endswith((".", " "))
+    odd = odd or any(mark in "/\\" or not mark.isprintable() for mark in name)
+    if odd or name.partition(".")[0].lower() in WINDOWS_NAMES or len(os.fsencode(name)) > 200:
+        raise error(
+            f"{what} {name[:80]!r} cannot name a folder: take at most 200 letters, digits, '-' or '_', and no separator"
+        )
+    return name
+
+
+class Output:
+    """A folder that files are written into; `patterns` match every name that is written.
+
+    The file matched by the last pattern is the one that the others are not read without.
+    """
+
+    error: ClassVar[type[Exception]] = DndError
+
+    def __init__(self, path: str | os.PathLike[str], patterns: Sequence[str]) -> None:
+        """Check the address: raises `error` as `check`."""
+        self.path, self.patterns = self._expanded(os.fspath(path)), tuple(patterns)
+        self.check()
+
+    def _expanded(self, text: str) -> Path:
+        if not text or "\0" in text:
+            raise self.error("the output has an empty or impossible name: name a folder")
+        try:
+            os.fsencode(text)
+            return Path(text).expanduser()
+        except UnicodeError as error:
+            raise self.error(f"the output's name {text!r} is no text: name another folder") from error
+        except RuntimeError as error:
+            raise self.error(f"{text} names no known user: name another folder") from error
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder itself, links followed."""
+        try:
+            return self.path.resolve()
+        except (RuntimeError, OSError) as error:
+            raise self.error(f"{self.path} cannot be followed to a folder: name another") from error
+
+    def check(self) -> None:
+        """Raise `error` where the folder could not be written, or a file of others bears a name that is written."""
+        with disk_errors(self.path, self.error):
+            for link in (self.path, *self.path.parents):
+                if link.is_symlink() and not os.path.exists(link):
+                    raise self.error(f"{link} is a link to something that is not there: name another folder")
+            there, missing = self._parted()
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+            longest = max((len(os.fsencode(name)) for name in missing), default=0)
+            length = len(os.fsencode(self.folder)) + INNER_BYTES
+            if longest > os.pathconf(there, "PC_NAME_MAX") or length > os.pathconf(there, "PC_PATH_MAX"):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(self.path))
+            probe_disk(there)
+            if not missing:
+                clear_leftovers(self.folder)
+                self._refuse_foreign()
+
+    def _parted(self) -> tuple[Path, list[str]]:
+        """Return the nearest thing that exists, and the names below it that do not."""
+        missing: list[str] = []
+        for place in (self.folder, *self.folder.parents):
+            try:
+                os.stat(place)
+                return place, missing
+            except (FileNotFoundError, NotADirectoryError):
+                missing.append(place.name)
+        return Path("/"), missing
+
+    def _refuse_foreign(self) -> None:
+        """Raise `error` for a file of others with a name that is written."""
+        own = own_files(self.folder)
+        foreign = sorted(name for name in os.listdir(self.folder) if self._is_written(name) and name not in own)
+        if foreign:
+            raise self.error(
+                f"{self.path} holds {foreign[0]!r}, which this program did not write (or which was changed since): "
+                "name another folder, or move it away"
+            )
+
+    def _is_written(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Yield an empty folder to fill with files; they take their places only if the block ends well."""
+        made = []
+        with disk_errors(self.path, self.error):
+            try:
+                made = make_folders(self.folder.parent)
+                with staged(self.folder if self._must_stay() else self.folder.parent) as stage:
+                    yield stage / "new"
+                    self._publish(stage)
+            except BaseException:
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
+                raise
+
+    def remove(self) -> None:
+        """Remove own files, then the folder if nothing of others is left in it."""
+        with disk_errors(self.path, self.error), locked(self.folder):
+            for name in sorted(own_files(self.folder), key=self._is_key, reverse=True):
+                (self.folder / name).unlink()
+            (self.folder / RECORD).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def _must_stay(self) -> bool:
+        """Say if the folder cannot be exchanged for another: a mount, the current folder, or one in a closed parent."""
+        folder = self.folder
+        if not folder.is_dir():
+            return False
+        return is_current(folder) or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+    def _publish(self, stage: Path) -> None:
+        new = stage / "new"
+        names = sorted(path.name for path in new.iterdir())
+        odd = [name for name in names if not self._is_written(name)]
+        if odd or not names:
+            raise ValueError(f"an output of {', '.join(self.patterns)} was filled with {odd or 'nothing'}")
+        write_record(new, {name: [digest_of(new / name)] for name in names})
+        flush_tree(new)
+        if not os.path.lexists(self.folder):
+            os.rename(new, self.folder)
+            return flush(self.folder.parent)
+        with locked(self.folder):
+            self._refuse_foreign()
+            if not self._exchange(stage):
+                self._fill(stage)
+
+    def _exchange(self, stage: Path) -> bool:
+        """Take the place of a folder that holds only own files, in one step; False where that cannot be done."""
+        others = set(os.listdir(self.folder)) - own_files(self.folder) - {RECORD}
+        if others or stage.parent == self.folder or self._must_stay():
+            return False
+        now, new = os.stat(self.folder), stage / "new"
+        os.chmod(new, stat.S_IMODE(now.st_mode))
+        with suppress(PermissionError):
+            os.chown(new, now.st_uid, now.st_gid)
+        if not exchange(new, self.folder):
+            return False
+        # What another program put there in the last moment.
+        for name in set(os.listdir(new)) - own_files(new) - {RECORD}:
+            os.rename(new / name, self.folder / name)
+        flush(self.folder.parent)
+        return True
+
+    def _fill(self, stage: Path) -> None:
+        """Put the new files in one by one, and take out own ones that have no successor."""
+        if stage.parent == self.folder:
+            return self._swap(stage)
+        with staged(self.folder) as inner:
+            shutil.copytree(stage / "new", inner / "new", dirs_exist_ok=True)
+            flush_tree(inner)
+            self._swap(inner)
+
+    def _swap(self, stage: Path) -> None:
+        folder, new, old = self.folder, stage / "new", stage / "old"
+        before, after = read_record(folder), read_record(new)
+        going = [name for name in own_files(folder) if not is_among(folder / name, after.get(name, []))]
+        coming = [name for name in after if not is_among(folder / name, after[name])]
+        both = {name: [*before.get(name, []), *after.get(name, [])] for name in (*before, *after)}
+        old.mkdir()
+        write_record(old, before)
+        flush_tree(old)
+        try:
+            write_record(folder, both, unfinished=stage.name)
+            if going == coming and len(coming) == 1:
+                keep_copy(folder / going[0], old / going[0])
+                os.replace(new / coming[0], folder / coming[0])
+            else:
+                for name in sorted(going, key=self._is_key, reverse=True):
+                    os.rename(folder / name, old / name)
+                for name in sorted(coming, key=self._is_key):
+                    os.rename(new / name, folder / name)
+            flush(folder)
+            write_record(folder, after)
+        except BaseException:
+            undo(folder, stage)
+            raise
+
+    def _is_key(self, name: str) -> bool:
+        return fnmatchcase(name, self.patterns[-1])
+
+
+def probe_disk(folder: Path) -> None:
+    """Write and flush a file without a name. Raises OSError where the folder takes no files."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(PROBE_BYTES))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def is_current(folder: Path) -> bool:
+    """Say if this is the folder that the program was started in."""
+    with suppress(FileNotFoundError):
+        return os.path.samefile(folder, os.curdir)
+    return False
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
+        flush(copy)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_among(path: Path, digests: Sequence[str]) -> bool:
+    """Say if a regular file has one of these contents."""
+    return bool(digests) and not path.is_symlink() and path.is_file() and digest_of(path) in digests
+
+
+def read_record(folder: Path) -> dict[str, list[str]]:
+    """The files that this program wrote into a folder, with their SHA-256; none where there is no readable record."""
+    return _record(folder).get("files", {})
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        files = {str(name): [str(digest) for digest in digests] for name, digests in found["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    inside = {name: digests for name, digests in files.items() if Path(name).name == name}
+    return {"files": inside, "unfinished": found.get("unfinished")}
+
+
+def write_record(folder: Path, files: dict[str, list[str]], unfinished: str | None = None) -> None:
+    """Record own files, whole or not at all; `unfinished` names the stage of files that are on their way."""
+    content = {"version": VERSION, "files": files, **({"unfinished": unfinished} if unfinished else {})}
+    aside = folder / f"{STAGE}record"
+    with aside.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, folder / RECORD)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files in a folder that are still as this program wrote them."""
+    return {name for name, digests in read_record(folder).items() if is_among(folder / name, digests)}
+
+
+@contextmanager
+def staged(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent` with an empty `new` in it, and remove it afterwards."""
+    clear_leftovers(parent)
+    stage = Path(tempfile.mkdtemp(prefix=f"{STAGE}{os.getpid()}-", dir=parent))
+    try:
+        with locked(stage):
+            (stage / "new").mkdir()
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Undo and remove what killed commands left unfinished in a folder."""
+    pattern = re.compile(re.escape(STAGE) + r"(\d+)-\w+")
+    for name in os.listdir(folder):
+        match, stage = pattern.fullmatch(name), folder / name
+        if match and stage.is_dir() and not stage.is_symlink() and not is_running(int(match[1])):
+            with locked(stage, wait=False) as alone:
+                if alone:
+                    undo(folder, stage)
+                    shutil.rmtree(stage, ignore_errors=True)
+    with locked(folder, wait=False) as alone:
+        if alone:
+            (folder / f"{STAGE}record").unlink(missing_ok=True)
+
+
+def undo(folder: Path, stage: Path) -> None:
+    """Put back what was there before a swap from this stage, unless the swap was finished."""
+    if _record(folder).get("unfinished") != stage.name:
+        return
+    old = stage / "old"
+    before, own = read_record(old), own_files(folder)
+    come = {name for name in own if not is_among(folder / name, before.get(name, []))}
+    back = {name for name in os.listdir(old) if name in before}
+    # A single file is put back in one step; of several none may stand beside the successor of another.
+    for name in come if come != back or len(back) > 1 else ():
+        (folder / name).unlink()
+    for name in back:
+        os.replace(old / name, folder / name)
+    if before:
+        os.replace(old / RECORD, folder / RECORD)
+    else:
+        (folder / RECORD).unlink()
+    flush(folder)
+
+
+def is_running(pid: int) -> bool:
+    """Say if there is a process of this number other than this one."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder against other programs that do the same; yields False where another holds it and `wait` is off."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            alone = False
+        except OSError:  # a file system without locks
+            alone = wait
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
+    return rename is not None and rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; return the ones that were made, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush a folder with all that is in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

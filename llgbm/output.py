@@ -1,0 +1,47 @@
+"""Folders that a user names for output, as `dnd.output` keeps them, with this package's error for people."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from dnd import output
+from dnd.output import ADAPTER_PATTERNS, STAGE, flush, flush_tree, make_folders
+
+from llgbm.runtime import UserError
+
+__all__ = [
+    "ADAPTER_PATTERNS",
+    "STAGE",
+    "Output",
+    "check_name",
+    "disk_errors",
+    "flush",
+    "flush_tree",
+    "make_folders",
+    "output_path",
+]
+
+
+class Output(output.Output):
+    """A folder that files are written into. Raises UserError where it cannot be, or holds others' files."""
+
+    error = UserError
+
+
+def disk_errors(folder: Path) -> AbstractContextManager[None]:
+    """Turn what a full or unwritable disk raises into a UserError that names the folder."""
+    return output.disk_errors(folder, UserError)
+
+
+def check_name(name: str, what: str) -> str:
+    """Return a name that a folder inside an output can bear. Raises UserError for one that leads elsewhere."""
+    return output.check_name(name, what, UserError)
+
+
+def output_path(text: str) -> Path:
+    """Read an option that names an output; an empty one (a variable that was not set) is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
