@@ -19,7 +19,7 @@ PROMPTS = ["What follows river number 3?", "What follows river number 4?"]
 ROOT_MARK = "{the folder that the store was made in}"
 ARGUMENTS = (
     "--study study.py:tiny --base base --data data --tasks river stone cloud --held-out tiger --rank 1 "
-    "--adapters-per-task 1 --encoder base --smoke --seeds 0 --steps 4"
+    "--teacher-rate 0.05 --adapters-per-task 1 --encoder base --smoke --seeds 0 --steps 20 --learning-rate 0.02"
 ).split()
 
 
