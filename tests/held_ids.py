@@ -10,8 +10,6 @@ on the machine: they are of recipes, and of the weights in `tests/data/formats`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from formats import BASE, DATA, FOLDER, TOPICS
+from held import TABLES, compare_or_write
 
 from llgbm.baselines import known_baselines
 from llgbm.cost import BaseShape
@@ -34,7 +33,7 @@ from llgbm.world import BankSource, WorldConfig, base_key, build_world
 from tuning.arguments import parse_arguments, study_of
 from tuning.studies import STUDIES, Study
 
-TABLE = Path(__file__).parent / "data" / "ids.json"
+TABLE = TABLES / "ids.json"
 ANY_BASE = "0" * 16  # The hash of a base whose weights are made here differs from processor to processor.
 OWN_DATA = "--base base --data data --tasks river stone cloud --held-out tiger"
 COMMANDS = (
@@ -129,28 +128,5 @@ def folder_ids() -> dict[str, str]:
     }
 
 
-def differences(held: Any, found: Any, place: str = "") -> Iterator[str]:
-    """Yield one line for every value that is not the held one, with its place in the table."""
-    if isinstance(held, dict) and isinstance(found, dict):
-        for key in dict.fromkeys([*held, *found]):
-            yield from differences(held.get(key), found.get(key), f"{place} / {key}" if place else str(key))
-    elif held != found:
-        yield f"{place}: held {held}, found {found}"
-
-
-def main() -> int:
-    """Compare with the table, or write it; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make the ids of today the held ones")
-    write = parser.parse_args().write
-    found = all_ids()
-    held = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    changed = list(differences(held, found))
-    print("\n".join(changed) or "all ids are the held ones")
-    if write:
-        TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 1 if changed and not write else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare_or_write(TABLE, all_ids(), __doc__))
