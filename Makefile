@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-oldest check smoke soak bench ui notebooks notebooks-clean clean
+.PHONY: ablation test test-oldest check smoke soak bench same-numbers ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -27,6 +27,11 @@ soak: $(READY)
 # Each prints one JSON line and writes benchmarks/results/ (from a clean tree; else benchmarks/results/scratch/).
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# Every metric of a short sweep, bit by bit, beside that of an earlier commit: make same-numbers BASE=main
+BASE ?= HEAD~1
+same-numbers: $(READY)
+	$(BIN)/python benchmarks/same_numbers.py --base $(BASE)
 
 ui: $(READY)
 	$(BIN)/python -m tuning.ui

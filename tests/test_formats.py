@@ -1,0 +1,139 @@
+"""Read what users made with an earlier version: bundles, banks, caches and stores, with the numbers that they held.
+
+The files are in `tests/data/formats`; `tests/make_formats.py` made them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from formats import ARGUMENTS, BASE, CACHE, DATA, FOLDER, PROMPTS, STORE, TOPICS, restore_store, shown_numbers
+from safetensors.torch import load_file
+
+from llgbm.banks import open_bank
+from llgbm.baselines import known_baselines
+from llgbm.bundle import GeneratorBundle
+from llgbm.generator import GENERATORS
+from llgbm.lora import LoraBatch
+from llgbm.models import load_base
+from llgbm.teachers import build_bank
+from llgbm.world import BankSource, World, gather_data, make_flora
+from tuning.arguments import parse_arguments, study_of
+from tuning.registry import fetch_bundle
+from tuning.report import find_study, read_study, write_report
+from tuning.resume import trials_to_run
+from tuning.tracking import StudyTracker, finished_metrics
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a copy of the fixtures: a reader may write, and paths in them are relative."""
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    shutil.copy(Path(__file__).with_name("tiny_study.py"), tmp_path / "study.py")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file that a cache holds; its locks are none."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
+    bundle = GeneratorBundle.load(Path("bundles") / name)
+    assert (bundle.facts["base_hash"], bundle.facts["generator"]["name"]) == (load_base(BASE).hash, name)
+    wrote, wanted = bundle.generate(PROMPTS), load_file(Path("bundles") / f"{name}.safetensors")
+    assert wrote.keys() == wanted.keys() and max(t.abs().max() for t in wanted.values()) > 0.01
+    for key, values in wanted.items():
+        torch.testing.assert_close(wrote[key], values, rtol=0, atol=1e-5)
+    assert bundle.adapter_config()["base_model_name_or_path"] == str(BASE)
+
+
+def test_a_bank_lists_and_loads() -> None:
+    bank = open_bank(Path("bank"), load_base(BASE))
+    assert dict(bank.adapters) == {f"{topic}_0": topic for topic in TOPICS[:3]}
+    assert (bank.spec.rank, bank.spec.alpha) == (1, 2.0)
+    files = [load_file(f"bank/checkpoints/{topic}/{topic}_0/adapter_model.safetensors") for topic in TOPICS[:3]]
+    stacked = LoraBatch.from_state_dicts(files).flatten(bank.spec)
+    assert torch.equal(bank.load().flatten(bank.spec), stacked) and stacked.abs().min(1).values.max() > 0
+    asked = {row["prompt"] for row in json.loads((DATA / "river.json").read_text())}
+    prompts = bank.prompts("river_0")
+    assert {purpose: len(own) for purpose, own in prompts.items()} == {"train": 2, "evaluation": 2}
+    assert set(prompts["train"] + prompts["evaluation"]) <= asked
+    assert bank.facts == {"base_accuracy": 0.0, "teacher_accuracy": 0.0, "worst_teacher_accuracy": 0.0}
+    stored = json.loads(Path("bank/trajectories.json").read_text())
+    probes = bank.trajectories()
+    assert [[p.prompt, p.continuation] for p in probes.of("stone")] == stored["stone"]
+    assert BankSource.find("bank").hash == bank.hash
+
+
+def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None:
+    before = contents(CACHE)
+    config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
+    bank = build_bank(CACHE, base, config.suite, config.teachers)
+    data = gather_data(CACHE, config, base, bank)
+    baselines = known_baselines(CACHE, World(config, base, bank, data, make_flora(base, bank)))
+    assert contents(CACHE) == before
+    assert {name.split("/")[0] for name in before} == {"banks", "baselines", "conditions", "deltas", "multitask"}
+    assert dict(zip(data.adapter_ids, data.tasks, strict=True)) == {f"{topic}_0": topic for topic in TOPICS}
+    assert data.values_AV.shape == (4, bank.spec.n_values) and data.multitask_V.abs().max() > 0
+    for table in (data.loss_deltas, data.shared_deltas, data.generic_deltas):
+        assert table.delta_APQD.shape == table.base_APQD.shape and table.delta_APQD.abs().max() > 0.01
+    assert data.conditions.train_ANC.shape == (4, 8, 8)
+    assert baselines == json.loads((STORE / "numbers.json").read_text())["baselines"]
+
+
+def test_cached_deltas_are_those_that_are_measured_today(tmp_path: Path) -> None:
+    config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
+    bank = build_bank(CACHE, base, config.suite, config.teachers)
+    kept, fresh = (gather_data(cache, config, base, bank) for cache in (CACHE, tmp_path / "new"))
+    for name in ("loss_deltas", "shared_deltas", "generic_deltas"):
+        old, new = getattr(kept, name), getattr(fresh, name)
+        torch.testing.assert_close(old.delta_APQD, new.delta_APQD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(old.base_APQD, new.base_APQD, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def uri(here: Path) -> str:
+    """Restore the store and return its address."""
+    return f"sqlite:///{restore_store(here)}"
+
+
+def test_a_store_gives_its_report_and_its_numbers(uri: str, tmp_path: Path) -> None:
+    record = read_study(uri, find_study(uri, "latest").info.run_id)
+    wanted = json.loads((STORE / "numbers.json").read_text())
+    assert (record.study, record.study_id) == ("tiny", study_of(parse_arguments(ARGUMENTS)).id)
+    assert json.loads(json.dumps(shown_numbers(record))) == wanted
+    assert [delta.teacher_TD.shape for delta in record.deltas] == [(1, 8), (1, 8)]
+    (tmp_path / "report").mkdir()
+    printed = write_report(tmp_path / "report", record)
+    for trial in wanted["trials"].values():
+        assert trial["config"] in printed and f"{trial['metrics']['heldout/delta_cosine']:.3f}" in printed
+    assert (tmp_path / "report" / "report.md").is_file()
+
+
+def test_trials_of_a_store_count_as_finished(uri: str, here: Path) -> None:
+    study = study_of(parse_arguments(ARGUMENTS))
+    tracker = StudyTracker.open(None, here, "llgbm")
+    assert trials_to_run(study.trials, tracker.live_runs(), resume=False, retry_failed=False) == []
+    tracker.begin(study.name, study.id, {}, {})
+    assert tracker.target is not None
+    wanted: dict[str, Any] = json.loads((STORE / "numbers.json").read_text())["trials"]
+    for trial in study.trials:
+        assert finished_metrics(tracker.target, trial.id) == wanted[trial.id]["metrics"]
+
+
+def test_the_champion_of_a_store_is_fetched(uri: str) -> None:
+    bundle = GeneratorBundle.load(fetch_bundle("models:/llgbm-generator-base-base-smoke@champion", uri))
+    wanted = load_file(Path("bundles") / "default.safetensors")
+    for key, values in bundle.generate(PROMPTS).items():
+        torch.testing.assert_close(values, wanted[key], rtol=0, atol=1e-5)
