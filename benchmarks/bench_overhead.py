@@ -39,7 +39,7 @@ def plain(options: argparse.Namespace) -> list[float]:
     """Seconds of each trial of the study, trained and evaluated in this process, one after the other."""
     import torch
 
-    from llgbm.evaluation import evaluate_generator
+    from llgbm.evaluation.metrics import evaluate_generator
     from llgbm.training import train
     from llgbm.world import build_world
     from tuning.studies import STUDIES, StudyOptions
@@ -78,8 +78,8 @@ def seconds_of(process: subprocess.Popen[str]) -> list[float]:
 
 def run_platform(options: argparse.Namespace) -> dict[str, Any]:
     """Wall time of the whole command in an empty folder, and what its own trials say that they took."""
-    from tuning.runs import read_trials
-    from tuning.tracking import StudyTracker
+    from tuning.tracking.runs import read_trials
+    from tuning.tracking.study import StudyTracker
 
     with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *study_arguments(options)]

@@ -23,13 +23,13 @@ from record import environment, save
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
-from llgbm.conditions import ConditionPools
 from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, EncodedProbes
-from llgbm.encoding import EncodedPairs
 from llgbm.estimate import estimate_trial
 from llgbm.functional import FunctionalLoRA
-from llgbm.models import DTYPES, PublishedSize, model_size, qwen2_config
+from llgbm.generator.conditions import ConditionPools
+from llgbm.models.encoding import EncodedPairs
+from llgbm.models.load import DTYPES, PublishedSize, model_size, qwen2_config
 from llgbm.runtime import UserError, pick_device
 from llgbm.training import TrainingConfig, Trial
 

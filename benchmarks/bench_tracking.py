@@ -26,13 +26,14 @@ from typing import Any
 from record import environment, save
 
 from llgbm.training import TrainingConfig, train
-from llgbm.world import World, WorldConfig, build_world
-from tuning import run_notes
-from tuning.report.reading import read_study
-from tuning.runs import read_trials
-from tuning.store import shown
-from tuning.studies import TrialSpec, smoke_world
-from tuning.tracking import StudyTracker, TrialTracker
+from llgbm.world import World, WorldConfig, build_world, smoke_world
+from tuning.report.record import read_study
+from tuning.studies import TrialSpec
+from tuning.tracking import notes as run_notes
+from tuning.tracking.runs import read_trials
+from tuning.tracking.store import shown
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 STEP_KEYS = (
     "loss/total",

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.commands import bank, evaluate, teachers
-from llgbm.output import ADAPTER_PATTERNS, Output, output_path
-from llgbm.runtime import UserError, exit_status, quiet_libraries, say
+from llgbm.commands.generators import _add_models, fetch, generate
+from llgbm.output import output_path
+from llgbm.runtime import exit_status, quiet_libraries
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,66 +39,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for command in (evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    """The four commands about registered generators."""
-    actions = parser.add_subparsers(dest="action", required=True)
-    for name, target, text in (
-        ("list", "NAME", "every version, the newest first (of the model NAME, if given)"),
-        ("show", "NAME[/VERSION]", "all that is known of a version (default: the champion)"),
-        ("promote", "NAME/VERSION", "make a version the champion, whatever the comparison said"),
-        ("rollback", "NAME", "go back to the champion before"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("target", metavar=target, nargs="?" if name == "list" else None)
-        action.add_argument("--json", action="store_true", help="print JSON")
-        action.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
-        action.set_defaults(do=models)
-
-
-def models(arguments: argparse.Namespace) -> Any:
-    """What a command about registered generators answers: a text, or what JSON is made of with `--json`."""
-    from tuning import model_commands
-
-    answer = model_commands.COMMANDS[arguments.action](arguments.tracking_uri, arguments.target)
-    return answer if arguments.json else model_commands.as_text(answer)
-
-
-def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ask a served generator; return where the adapter is."""
-    from llgbm.client import fetch_adapter
-
-    prompts = read_prompts(arguments.prompts)
-    fetch_adapter(arguments.url, prompts, arguments.out)
-    return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
-
-
-def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the adapter; return where it is and what made it."""
-    Output(arguments.out, ADAPTER_PATTERNS)
-    prompts = read_prompts(arguments.prompts)
-    from llgbm.bundle import GeneratorBundle
-    from tuning.registry import fetch_bundle
-
-    bundle = GeneratorBundle.load(fetch_bundle(arguments.model, arguments.tracking_uri))
-    bundle.save_adapter(prompts, arguments.out)
-    say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {bundle.facts['base_path']}")
-    return {"adapter": str(arguments.out), "base": bundle.facts["base_path"], "prompts": len(prompts)}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank. Raises UserError for a missing, unreadable or empty file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a text file with one prompt a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: name a text file with one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt: write at least one unlabelled prompt of the task, one a line")
-    return prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

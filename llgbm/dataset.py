@@ -15,42 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llgbm.conditions import ConditionPools, TextEncoder, build_conditions
 from llgbm.delta import DeltaCache, DeltaTable, EncodedProbes
-from llgbm.encoding import EncodedPairs
-from llgbm.models import Base
+from llgbm.generator.conditions import ConditionPools, TextEncoder, build_conditions
+from llgbm.generator.hyperconv import TokenStandardiser
+from llgbm.models.encoding import EncodedPairs
+from llgbm.models.load import Base
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
-from llgbm.teachers import Bank
-from llgbm.tokens import TokenStandardiser
+from llgbm.teachers.bank import Bank
 
 PARTS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Standardiser:
-    """The affine map between flat adapters and the space that generators predict in: (x - mean) / scale, each [V]."""
-
-    mean_V: Tensor
-    scale_V: Tensor
-
-    @classmethod
-    def fit(cls, values_AV: Tensor) -> Standardiser:
-        """Mean and standard deviation of every value over the adapters given (the training ones only).
-
-        A value that hardly varies takes a tenth of the median deviation as its scale. Raises ValueError for fewer than
-        two adapters.
-        """
-        if values_AV.shape[0] < 2:
-            raise ValueError(f"{values_AV.shape[0]} adapters: statistics need at least two training adapters")
-        deviation = values_AV.std(0)
-        return cls(values_AV.mean(0), deviation.clamp_min(0.1 * deviation.median().clamp_min(1e-8)))
-
-    def encode(self, values_AV: Tensor) -> Tensor:
-        return (values_AV - self.mean_V) / self.scale_V
-
-    def decode(self, tokens_AV: Tensor) -> Tensor:
-        return tokens_AV * self.scale_V + self.mean_V
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llgbm.batched import adapters_applied, chunks, final_hidden
 from llgbm.cache import build_entry
-from llgbm.encoding import encode_pairs, encode_prompts
-from llgbm.lora import LoraBatch, LoraSpec, StateDict
-from llgbm.models import Base
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import StateDict
+from llgbm.lora.apply import adapters_applied, chunks, final_hidden
+from llgbm.models.encoding import encode_pairs, encode_prompts
+from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory
 

@@ -10,16 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from llgbm.cost import BaseShape
-from llgbm.dataset import Standardiser
-from llgbm.generator import LoraGenerator, make_generator
-from llgbm.lora import LoraSpec
+from llgbm.delta import encode_probes
+from llgbm.generator import make_generator
+from llgbm.generator.conditions import make_encoder
+from llgbm.generator.networks import LoraGenerator, Standardiser
+from llgbm.lora.adapters import LoraSpec
+from llgbm.models.cost import BaseShape
+from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
+from llgbm.models.pretrain import make_tokenizer, new_model
+from llgbm.probes import create_generic_probes
+from llgbm.teachers.bank import read_manifest
 from llgbm.training import TrainingConfig
+from llgbm.world import WorldConfig
 
 FLOAT32 = 4
 # Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way. Its buffers
@@ -127,3 +138,76 @@ def table_of_memory(estimate: TrialEstimate) -> list[tuple[str, str]]:
     """Rows for people: what takes how much, the sum last."""
     rows = [(name, human(value, "B")) for name, value in estimate.memory.items()]
     return [*rows, ("in all", human(estimate.peak_bytes, "B"))]
+
+
+MINILM_WIDTH = 384
+EXAMPLES_LOOKED_AT = 4
+
+
+class WorldSketch:
+    """What of a world can be known without building it: a base without weights, a tokenizer, the length of texts."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.base, self.tokenizer = _base_without_weights(config)
+        teachers, tasks = config.teachers, config.suite.split.tasks
+        if config.bank is None:
+            self.spec = LoraSpec.from_model(self.base, teachers.rank, teachers.alpha)
+            self.n_teachers = teachers.per_task * len(tasks)
+        else:
+            found = read_manifest(Path(config.bank.path))
+            self.spec = LoraSpec.from_model(self.base, found["rank"], found["alpha"], found["target_modules"])
+            self.n_teachers = sum(entry["task"] in tasks for entry in found["adapters"].values())
+
+    def estimate(self, config: TrainingConfig) -> TrialEstimate:
+        """The cost of one training in this world."""
+        return estimate_trial(
+            config, self.base, self.spec, self.n_teachers, self.condition_width, self.probe_tokens(config)
+        )
+
+    @property
+    def condition_width(self) -> int:
+        name = self.config.encoder
+        if name == "minilm":
+            return MINILM_WIDTH
+        if name == "base":
+            return int(self.base.config.hidden_size)
+        return make_encoder(name, Base(self.base, self.tokenizer, "", "")).width
+
+    def probe_tokens(self, config: TrainingConfig) -> int:
+        """Tokens of the longest probe; of trajectories, of the longest of a few examples a task."""
+        if config.delta_probes == "trajectory":
+            return self.example_tokens[0]
+        if config.delta_probes == "generic":
+            return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[-1]
+        asked = [chat_prompt(self.tokenizer, e.prompt, e.system) for e in self.config.suite.probe_examples]
+        return max(len(ids) for ids in self.tokenizer(asked, add_special_tokens=False)["input_ids"])
+
+    @property
+    def example_tokens(self) -> tuple[int, int]:
+        """Tokens of the longest example looked at, and of the longest answer."""
+        suite = self.config.suite
+        examples = [e for t in suite.split.tasks for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")]
+        pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+        targets = encode_pairs(self.tokenizer, pairs).targets_ST
+        return targets.shape[1], int((targets >= 0).sum(1).max())
+
+    @property
+    def teacher_flops(self) -> float:
+        """All steps of all teachers; none where the bank is there."""
+        if self.config.bank is not None:
+            return 0.0
+        teachers, (tokens, answer) = self.config.teachers, self.example_tokens
+        shape, texts = BaseShape.of(self.base, self.spec), self.n_teachers * teachers.examples
+        passes = shape.forward_flops(texts, tokens) + shape.backward_flops(texts, tokens)
+        return teachers.steps * (passes + shape.head_flops(texts * answer))
+
+
+def _base_without_weights(config: WorldConfig) -> tuple[PreTrainedModel, Any]:
+    if config.base is None:
+        tokenizer = make_tokenizer(config.suite.vocabulary)
+        with torch.device("meta"):
+            return new_model(model_size(config.size), tokenizer, 0), tokenizer
+    folder: Path = find_model(config.base.path, download=False)
+    model = nn.Module.to(weightless_model(str(folder)), DTYPES[config.base.dtype])
+    return model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

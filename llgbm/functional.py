@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llgbm.batched import adapters_applied, final_hidden, head_logits
 from llgbm.delta import EncodedProbes, read_states
-from llgbm.lora import TARGET_MODULES, LoraBatch, LoraSpec, StateDict
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import TARGET_MODULES, StateDict
+from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
 
 
 class FunctionalLoRA:

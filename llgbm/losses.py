@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss, normalize
 
-from llgbm.lora import LoraBatch
 from llgbm.runtime import UserError
 
 EPSILON = 1e-8
@@ -86,39 +87,6 @@ def delta_loss(kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tens
     return DELTA_LOSSES[kind](*chosen).mean()
 
 
-def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
-    """Relative error |ΔW_pred - ΔW_teacher| / |ΔW_teacher| over all modules of each adapter, [A]; free of the gauge.
-
-    |B A - B' A'|² = tr(BᵀB AAᵀ) + tr(B'ᵀB' A'A'ᵀ) - 2 tr(BᵀB' A'Aᵀ): no ΔW is formed, R² numbers a module. float32.
-    """
-    if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
-        raise ValueError("predicted and teacher adapters differ in modules or in number: they are of different bases")
-    error = sum(_inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n) for n in pred.a)
-    size = sum(_inner(teacher, teacher, n) for n in pred.a)
-    return (torch.as_tensor(error).clamp_min(0) / torch.as_tensor(size).clamp_min(EPSILON)).sqrt()
-
-
-def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:
-    """Inner products <ΔW_i, ΔW_j> of all adapters of two batches over all modules, [A_left, A_right].
-
-    Raises ValueError where the modules differ.
-    """
-    if left.a.keys() != right.a.keys():
-        raise ValueError("the two batches adapt different modules: they are of different bases")
-    total = torch.zeros(left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device)
-    for name in left.a:
-        bb = torch.einsum("ior,jos->ijrs", left.b[name].float(), right.b[name].float())
-        aa = torch.einsum("irk,jsk->ijrs", left.a[name].float(), right.a[name].float())
-        total += (bb * aa).sum((-2, -1))
-    return total
-
-
-def _inner(left: LoraBatch, right: LoraBatch, name: str) -> Tensor:
-    bb = left.b[name].float().transpose(1, 2) @ right.b[name].float()
-    aa = left.a[name].float() @ right.a[name].float().transpose(1, 2)
-    return (bb * aa).sum((-2, -1))
-
-
 def _check_pair(name: str, pred: Tensor, teacher: Tensor) -> None:
     if not torch.is_tensor(pred) or not torch.is_tensor(teacher):
         raise ValueError(f"the {name} loss needs a prediction and a teacher, got {type(pred)} and {type(teacher)}")
@@ -129,3 +97,66 @@ def _check_pair(name: str, pred: Tensor, teacher: Tensor) -> None:
         )
     if pred.numel() == 0:
         raise ValueError(f"{name}: the batch is empty, shape {tuple(pred.shape)}")
+
+
+@dataclass(frozen=True)
+class MultiTaskLoss:
+    """λ_w · L_weight + λ_d · L_delta. A term whose λ is zero is not computed; both zero is refused (UserError)."""
+
+    lambda_weight: float = 1.0
+    lambda_delta: float = 1.0
+    loss_type: str = "mse"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_lambdas(self.lambda_weight, self.lambda_delta)
+        if self.loss_type not in DELTA_LOSSES:
+            raise UserError(f"unknown delta loss {self.loss_type!r}; there are: {', '.join(DELTA_LOSSES)}")
+
+    def __call__(
+        self,
+        delta_pred: Tensor | None = None,
+        delta_teacher: Tensor | None = None,
+        tokens_pred: Tensor | None = None,
+        tokens_teacher: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss` and the terms that it sums, `loss_weight` and `loss_delta`. Raises ValueError for a missing input."""
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.lambda_weight > 0:
+            pred, teacher = _both("tokens", tokens_pred, tokens_teacher)
+            terms["loss_weight"] = (self.lambda_weight, weight_loss(pred, teacher))
+        if self.lambda_delta > 0:
+            pred, teacher = _both("delta", delta_pred, delta_teacher)
+            kind = "mse_raw" if self.loss_type == "mse" and not self.normalize else self.loss_type
+            terms["loss_delta"] = (self.lambda_delta, delta_loss(kind, pred, teacher, valid))
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return {"loss": total, **{name: value for name, (_, value) in terms.items()}}
+
+
+@dataclass(frozen=True)
+class DeltaOnlyLoss:
+    """L_delta alone."""
+
+    loss_type: str = "mse"
+    normalize: bool = True
+
+    def __call__(self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The loss, a scalar. Raises as `MultiTaskLoss`."""
+        loss = MultiTaskLoss(0.0, 1.0, self.loss_type, self.normalize)
+        return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
+
+
+def check_lambdas(weight: float, delta: float) -> None:
+    """Raise UserError unless both are finite, not negative, and one is above zero."""
+    for name, value in (("weight", weight), ("delta", delta)):
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"lambda_{name} is {value:g}; it must be a finite number of at least 0")
+    if weight == delta == 0:
+        raise UserError("lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0")
+
+
+def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    if pred is None or teacher is None:
+        raise ValueError(f"the {name} loss has a weight above 0 but no {name}_pred or no {name}_teacher was given")
+    return pred, teacher

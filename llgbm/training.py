@@ -14,87 +14,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from llgbm.batched import adapters_applied, chunks
-from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, batch_deltas, create_dataloader
-from llgbm.delta import DeltaTable, mean_over_probes, measure_deltas
+from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, batch_deltas, create_dataloader
+from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
-from llgbm.generator import GeneratorConfig, LoraGenerator, make_generator
-from llgbm.lora import LoraBatch
-from llgbm.losses import DELTA_LOSSES, delta_loss, weight_loss
-from llgbm.models import OWN_PREFIX, SIZES, family_size
+from llgbm.generator import make_generator
+from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
+from llgbm.losses import DELTA_LOSSES, DeltaOnlyLoss, MultiTaskLoss, check_lambdas
+from llgbm.models.load import OWN_PREFIX, SIZES, family_size
 from llgbm.runtime import UserError, content_hash, progress, seed_everything
-from llgbm.teachers import right_answers
+
+__all__ = [
+    "DeltaOnlyLoss",
+    "MultiTaskLoss",
+    "Outcome",
+    "Report",
+    "State",
+    "TrainingConfig",
+    "Trial",
+    "evaluate",
+    "train",
+]
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = 1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
-
-
-@dataclass(frozen=True)
-class MultiTaskLoss:
-    """λ_w · L_weight + λ_d · L_delta. A term whose λ is zero is not computed; both zero is refused (UserError)."""
-
-    lambda_weight: float = 1.0
-    lambda_delta: float = 1.0
-    loss_type: str = "mse"
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        check_lambdas(self.lambda_weight, self.lambda_delta)
-        if self.loss_type not in DELTA_LOSSES:
-            raise UserError(f"unknown delta loss {self.loss_type!r}; there are: {', '.join(DELTA_LOSSES)}")
-
-    def __call__(
-        self,
-        delta_pred: Tensor | None = None,
-        delta_teacher: Tensor | None = None,
-        tokens_pred: Tensor | None = None,
-        tokens_teacher: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """`loss` and the terms that it sums, `loss_weight` and `loss_delta`. Raises ValueError for a missing input."""
-        terms: dict[str, tuple[float, Tensor]] = {}
-        if self.lambda_weight > 0:
-            pred, teacher = _both("tokens", tokens_pred, tokens_teacher)
-            terms["loss_weight"] = (self.lambda_weight, weight_loss(pred, teacher))
-        if self.lambda_delta > 0:
-            pred, teacher = _both("delta", delta_pred, delta_teacher)
-            kind = "mse_raw" if self.loss_type == "mse" and not self.normalize else self.loss_type
-            terms["loss_delta"] = (self.lambda_delta, delta_loss(kind, pred, teacher, valid))
-        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        return {"loss": total, **{name: value for name, (_, value) in terms.items()}}
-
-
-@dataclass(frozen=True)
-class DeltaOnlyLoss:
-    """L_delta alone."""
-
-    loss_type: str = "mse"
-    normalize: bool = True
-
-    def __call__(self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The loss, a scalar. Raises as `MultiTaskLoss`."""
-        loss = MultiTaskLoss(0.0, 1.0, self.loss_type, self.normalize)
-        return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
-
-
-def check_lambdas(weight: float, delta: float) -> None:
-    """Raise UserError unless both are finite, not negative, and one is above zero."""
-    for name, value in (("weight", weight), ("delta", delta)):
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"lambda_{name} is {value:g}; it must be a finite number of at least 0")
-    if weight == delta == 0:
-        raise UserError("lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0")
-
-
-def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-    if pred is None or teacher is None:
-        raise ValueError(f"the {name} loss has a weight above 0 but no {name}_pred or no {name}_teacher was given")
-    return pred, teacher
 
 
 @dataclass(frozen=True)
@@ -348,36 +295,3 @@ def train(
     if trial.best:
         generator.load_state_dict(trial.best)
     return Outcome(generator.eval(), trial.best_step, trial.best_score, trial.step, trial.seconds)
-
-
-def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
-    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
-
-    `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
-    """
-    rows = list(data.rows[part])
-    batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    delta_AD = mean_delta(flora, batch, data.shared_deltas, rows)
-    cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
-    return {
-        f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item(),
-        f"{part}/delta_cosine": cosine_A.mean().item(),
-    }
-
-
-def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
-    """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
-    probes = reference.probes.select(rows)
-    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
-
-
-def accuracy_per_adapter(
-    flora: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
-) -> Tensor:
-    """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
-    pieces = []
-    for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
-        with torch.no_grad(), adapters_applied(flora.model, batch.select(piece), flora.spec.scaling):
-            right = right_answers(flora.model, data.examples_of(rows[piece]))
-        pieces.append(right.view(-1, data.n_examples).float().mean(1))
-    return torch.cat(pieces)

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from llgbm.banks import bank_hash, open_bank
 from llgbm.cache import build_entry, entry_is_whole
-from llgbm.conditions import VERSION as CONDITIONS_VERSION
-from llgbm.conditions import build_conditions, make_encoder
 from llgbm.dataset import ExperimentData
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable
-from llgbm.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.functional import FunctionalLoRA
-from llgbm.models import VERSION as MODEL_VERSION
-from llgbm.models import (
-    Base,
-    BaseSource,
-    PretrainConfig,
-    PublishedSize,
-    base_hash,
-    load_base,
-    make_tokenizer,
-    model_size,
-    new_model,
-    pretrain,
-)
-from llgbm.multitask import build_multitask
+from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
+from llgbm.generator.conditions import build_conditions, make_encoder
+from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
+from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
+from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
-from llgbm.runtime import UserError, content_hash, pick_device, say, stream_seed
-from llgbm.suites import Suite, SyntheticSuite
-from llgbm.suites.synthetic import VERSION as SUITE_VERSION
-from llgbm.teachers import VERSION as TEACHERS_VERSION
-from llgbm.teachers import Bank, TeacherConfig, bank_key, build_bank, encode_examples
+from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
+from llgbm.tasks.suite import Suite
+from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import Bank, BankSource
+from llgbm.teachers.build import bank_key, build_bank, build_multitask
+from llgbm.teachers.train import TEACHERS_VERSION, TeacherConfig
 
 VERSIONS = {
     "suite": SUITE_VERSION,
@@ -45,32 +35,6 @@ VERSIONS = {
     "delta": DELTA_VERSION,
     "conditions": CONDITIONS_VERSION,
 }
-
-
-@dataclass(frozen=True)
-class BankSource:
-    """A bank that is opened, not built: where it lies, and a hash of its weights and prompts."""
-
-    path: str = field(compare=False)
-    hash: str
-
-    @classmethod
-    def find(cls, folder: str) -> BankSource:
-        """Find a bank with a manifest. Raises UserError where the folder holds none."""
-        return cls(str(Path(folder).expanduser().resolve()), bank_hash(Path(folder).expanduser()))
-
-    def open(self, base: Base, suite: Suite) -> Bank:
-        """The bank's adapters of the suite's tasks. Raises UserError for a task without any, and as `open_bank`."""
-        bank = open_bank(Path(self.path), base)
-        if bank.hash != self.hash:
-            raise UserError(f"the bank {self.path} changed since this run was planned: start it again")
-        wanted = set(suite.split.tasks)
-        if missing := sorted(wanted - set(bank.adapters.values())):
-            raise UserError(f"the bank {self.path} has no adapter of {', '.join(missing)}: add some or leave these out")
-        adapters = {adapter_id: task for adapter_id, task in bank.adapters.items() if task in wanted}
-        if len(adapters) < len(bank.adapters):
-            say(f"{len(bank.adapters) - len(adapters)} adapters of the bank are of other tasks and are left out")
-        return replace(bank, adapters=adapters, hash=content_hash("adapters of a bank", bank.hash, list(adapters)))
 
 
 @dataclass(frozen=True)
@@ -238,3 +202,22 @@ def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
         if part_of[task] == "train" or adapter_id.endswith("_0"):
             rows[part_of[task]].append(index)
     return {part: tuple(found) for part, found in rows.items()}
+
+
+def smoke_world(world: WorldConfig) -> WorldConfig:
+    """The same kind of world at toy settings: it shows that everything runs, and nothing about the method."""
+    return replace(
+        world,
+        smoke=True,
+        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4) if world.base is None else world.suite,
+        pretrain=PretrainConfig(steps=60, batch_size=32),
+        teachers=replace(
+            world.teachers,
+            steps=min(15, world.teachers.steps),
+            examples=4,
+            condition_train=8,
+            condition_evaluation=4,
+            trajectories=4,
+        ),
+        eval_examples=4,
+    )

@@ -17,13 +17,13 @@ import torch
 from filelock import FileLock
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.models import Base, ModelSize, load_base, make_tokenizer, new_model
-from llgbm.suites import SyntheticSuite
+from llgbm.models.load import Base, ModelSize, load_base
+from llgbm.models.pretrain import make_tokenizer, new_model
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.training import TrainingConfig
-from llgbm.world import World, WorldConfig, build_world
-from tuning.store import connect, local_tracking_uri
-from tuning.studies import smoke_world
-from tuning.tracking import StudyTracker
+from llgbm.world import World, WorldConfig, build_world, smoke_world
+from tuning.tracking.store import connect, local_tracking_uri
+from tuning.tracking.study import StudyTracker
 
 pytest.register_assert_rewrite("contracts")
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llgbm.dataset import Standardiser
-from llgbm.generator import GeneratorConfig, LoraGenerator, load_generator, save_generator
-from llgbm.lora import LinearShape, LoraSpec
+from llgbm.generator import GeneratorConfig, LoraGenerator
+from llgbm.generator.bundle import load_generator, save_generator
+from llgbm.generator.networks import Standardiser
+from llgbm.lora import LoraSpec
+from llgbm.lora.adapters import LinearShape
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 WIDTH = 6

@@ -21,15 +21,18 @@ from typing import Any
 from formats import BASE, DATA, FOLDER, TOPICS
 from held import TABLES, compare_or_write
 
-from llgbm.baselines import known_baselines
-from llgbm.cost import BaseShape
 from llgbm.delta import DeltaCache
-from llgbm.models import BaseSource, load_base
+from llgbm.evaluation.baselines import known_baselines
+from llgbm.models.cost import BaseShape
+from llgbm.models.load import BaseSource, load_base
 from llgbm.probes import Probe, ProbeSet, create_generic_probes
-from llgbm.sft import PeftRun, Run, SFTConfig, peft_adapter
-from llgbm.suites import FileSuite, SyntheticSuite
-from llgbm.teachers import TeacherConfig, bank_key
-from llgbm.world import BankSource, WorldConfig, base_key, build_world
+from llgbm.tasks.files import FileSuite
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import BankSource
+from llgbm.teachers.build import bank_key
+from llgbm.teachers.peft import PeftRun, peft_adapter
+from llgbm.teachers.train import Run, SFTConfig, TeacherConfig
+from llgbm.world import WorldConfig, base_key, build_world
 from tuning.arguments import parse_arguments, study_of
 from tuning.studies import STUDIES, Study
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tuning.tracking import StudyTracker, TrialTracker
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 OPERATIONS, FORMATS = ("reverse", "copy", "first", "tail"), ("stars", "dashes", "quotes")
 TASKS = [f"{operation}-{form}" for operation in OPERATIONS for form in FORMATS]

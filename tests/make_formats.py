@@ -25,17 +25,18 @@ from formats import ARGUMENTS, BASE, CACHE, DATA, FOLDER, PROMPTS, ROOT_MARK, ST
 from made_datasets import rows, write_rows
 from safetensors.torch import save_file
 
-from llgbm.baselines import known_baselines
-from llgbm.bundle import GeneratorBundle
-from llgbm.models import ModelSize, load_base, make_tokenizer, new_model
-from llgbm.sft import SFTConfig, make_bank
-from llgbm.suites import FileSuite
-from llgbm.teachers import TeacherConfig, build_bank
+from llgbm.evaluation.baselines import known_baselines
+from llgbm.generator.bundle import GeneratorBundle
+from llgbm.models.load import ModelSize, load_base
+from llgbm.models.pretrain import make_tokenizer, new_model
+from llgbm.tasks.files import FileSuite
+from llgbm.teachers.build import build_bank, make_bank
+from llgbm.teachers.train import SFTConfig, TeacherConfig
 from llgbm.world import World, WorldConfig, gather_data, make_flora
 from tuning.arguments import parse_arguments, study_of
 from tuning.report import find_study, read_study
 from tuning.run_ablation import main as run_ablation
-from tuning.store import local_tracking_uri
+from tuning.tracking.store import local_tracking_uri
 
 HERE = Path(__file__).parent
 WORDS = ("What", " follows", " number", " nothing", *(f" {topic}" for topic in TOPICS))

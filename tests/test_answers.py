@@ -11,7 +11,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llgbm.answers import answer_kind, choices, extract, extract_number, in_form, question_key, rivals
+from llgbm.tasks.extraction import answer_kind, choices, extract, extract_number, in_form, question_key, rivals
 
 TABLE = [
     *(("choice", prompt, response, wanted) for prompt, cases in CHOICE.items() for response, wanted in cases),

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from llgbm.__main__ import main
-from llgbm.banks import open_bank, read_manifest
-from llgbm.conditions import BaseModelEncoder, build_conditions
 from llgbm.delta import DeltaCache
-from llgbm.lora import LoraBatch, LoraSpec, adapter_config, save_adapter
-from llgbm.models import Base, load_base
+from llgbm.generator.conditions import BaseModelEncoder, build_conditions
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import adapter_config, save_adapter
+from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
+from llgbm.teachers.bank import open_bank, read_manifest
 
 PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
 

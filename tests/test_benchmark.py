@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llgbm.__main__ import main
-from llgbm.benchmark import (
+from llgbm.evaluation.benchmark import (
     System,
     chance_accuracy,
     likeliest_rivals,
@@ -25,10 +25,12 @@ from llgbm.benchmark import (
     solved_examples,
     wilson,
 )
-from llgbm.encoding import chat_prompt
-from llgbm.lora import LoraBatch, LoraSpec, adapter_config, save_adapter
-from llgbm.models import Base
-from llgbm.suites import Example, FileSuite
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import adapter_config, save_adapter
+from llgbm.models.encoding import chat_prompt
+from llgbm.models.load import Base
+from llgbm.tasks.files import FileSuite
+from llgbm.tasks.suite import Example
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from llgbm.cache import build_entry, entry_is_whole
 from llgbm.runtime import UserError
-from llgbm.world import World, WorldConfig, build_world
-from tuning.studies import smoke_world
+from llgbm.world import World, WorldConfig, build_world, smoke_world
 
 BUILD = """
 import sys, torch

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from llgbm.__main__ import main as package_main
-from llgbm.bundle import GeneratorBundle
-from llgbm.conditions import make_encoder
-from llgbm.lora import LoraSpec, adapter_config, load_adapter, save_adapter
-from llgbm.models import load_base
+from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.conditions import make_encoder
+from llgbm.lora import LoraSpec
+from llgbm.lora.adapters import adapter_config, load_adapter, save_adapter
+from llgbm.models.load import load_base
 from llgbm.runtime import UserError
-from llgbm.teachers import Bank
+from llgbm.teachers.bank import Bank
 from llgbm.training import TrainingConfig, Trial
 from llgbm.world import World
 from tuning.run_ablation import main as ablation_main

@@ -20,14 +20,15 @@ from tqdm import tqdm
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig
-from tuning.checkpoints import TrialCheckpoints
-from tuning.cluster import Node, check_resources, memory_fraction, start_ray
-from tuning.order import TrialOrder
-from tuning.runs import read_trials
-from tuning.space import TrialSpec
+from tuning.search.queue import TrialOrder
 from tuning.studies import Study
-from tuning.tracking import StudyTracker, TrialTracker
-from tuning.trainable import HOPELESS_STARTS, TrialSetting, attempt, cause_of, check_hope, is_of_the_process
+from tuning.studies.spec import TrialSpec
+from tuning.sweep.checkpoints import TrialCheckpoints
+from tuning.sweep.cluster import Node, check_resources, memory_fraction, start_ray
+from tuning.sweep.worker import HOPELESS_STARTS, TrialSetting, attempt, cause_of, check_hope, is_of_the_process
+from tuning.tracking.runs import read_trials
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 
 def trial(seed: int, **changes: Any) -> TrialSpec:
@@ -72,7 +73,7 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
 ) -> None:
     import ray
 
-    from tuning import sweep
+    from tuning.sweep import run as sweep
 
     (tmp_path / "there").mkdir()
     specs = tuple(trial(seed) for seed in range(4))
@@ -121,7 +122,7 @@ def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(parts: int, gig
 def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(tmp_path: Path, tracker: StudyTracker) -> None:
     from ray import cloudpickle
 
-    from tuning.sweep import Watcher
+    from tuning.sweep.run import Watcher
 
     assert tracker.target is not None
     TrialTracker.open(tracker.target, trial(0).id, "multitask", {}, {})
@@ -136,7 +137,7 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(tmp_path: Path,
 
 
 def test_a_death_is_told_in_one_line(tmp_path: Path) -> None:
-    from tuning.sweep import death_of
+    from tuning.sweep.run import death_of
 
     file = tmp_path / "error.txt"
     assert death_of(SimpleNamespace(error_file=None)) == "no cause known"

@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from llgbm.batched import adapters_applied, final_hidden, head_logits
-from llgbm.cost import BaseShape
-from llgbm.lora import TARGET_MODULES, LoraBatch, LoraSpec
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import TARGET_MODULES
+from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
+from llgbm.models.cost import BaseShape
 from llgbm.runtime import UserError
 
 SHAPES = [

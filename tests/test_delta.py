@@ -24,8 +24,9 @@ from llgbm.delta import (
     mean_over_probes,
     measure_deltas,
 )
-from llgbm.lora import LoraBatch, LoraSpec, adapter_config, save_adapter
-from llgbm.models import Base
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import adapter_config, save_adapter
+from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet, create_generic_probes
 from llgbm.runtime import UserError
 

@@ -9,7 +9,7 @@ from dnd.errors import DndError
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen2Config, Qwen2Model, T5Config, T5Model
 
-from llgbm.models import Base
+from llgbm.models.load import Base
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 

@@ -19,7 +19,7 @@ import llgbm.__main__ as command_line
 import tuning.report.__main__ as report
 from llgbm.estimate import estimate_trial, human
 from llgbm.lora import LoraSpec
-from llgbm.models import SIZES, Base, PublishedSize, weightless_model
+from llgbm.models.load import SIZES, Base, PublishedSize, weightless_model
 from llgbm.training import TrainingConfig
 from tuning import run_ablation
 from tuning.arguments import parse_arguments

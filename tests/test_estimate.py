@@ -11,13 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llgbm.dataset import batch_deltas
-from llgbm.estimate import TrialEstimate, estimate_trial, human, weightless_generator
+from llgbm.estimate import TrialEstimate, WorldSketch, estimate_trial, human, weightless_generator
 from llgbm.generator import GENERATORS
 from llgbm.lora import LoraSpec
-from llgbm.models import PublishedSize, model_size, weightless_model
+from llgbm.models.load import PublishedSize, model_size, weightless_model
 from llgbm.training import TrainingConfig, Trial
 from llgbm.world import World
-from tuning.estimates import WorldSketch, estimate_study
+from tuning.dry_run import estimate_study
 from tuning.studies import StudyOptions, phase_4_5
 
 SAVERS = (

@@ -21,7 +21,7 @@ from faults import (
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tuning.checkpoints import open_storage
+from tuning.sweep.checkpoints import open_storage
 
 pytestmark = pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
 Reference = tuple[dict[str, Run], MlflowClient]

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_datasets import SYSTEM, rows, write_rows
 
-from llgbm.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import chat_prompt, encode_pairs
 from llgbm.runtime import UserError
-from llgbm.suites import FileSuite
-from llgbm.suites.files import dataset_files, datasets_in, plan_split, read_dataset, read_rows
+from llgbm.tasks.files import FileSuite, dataset_files, datasets_in, plan_split, read_dataset, read_rows
 
 
 @pytest.fixture

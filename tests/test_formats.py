@@ -15,19 +15,20 @@ import torch
 from formats import ARGUMENTS, BASE, CACHE, DATA, FOLDER, PROMPTS, STORE, TOPICS, restore_store, shown_numbers
 from safetensors.torch import load_file
 
-from llgbm.banks import open_bank
-from llgbm.baselines import known_baselines
-from llgbm.bundle import GeneratorBundle
+from llgbm.evaluation.baselines import known_baselines
 from llgbm.generator import GENERATORS
+from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora import LoraBatch
-from llgbm.models import load_base
-from llgbm.teachers import build_bank
-from llgbm.world import BankSource, World, gather_data, make_flora
+from llgbm.models.load import load_base
+from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.teachers.build import build_bank
+from llgbm.world import World, gather_data, make_flora
 from tuning.arguments import parse_arguments, study_of
 from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
-from tuning.resume import trials_to_run
-from tuning.tracking import StudyTracker, finished_metrics
+from tuning.sweep.resume import trials_to_run
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import finished_metrics
 
 pytestmark = pytest.mark.usefixtures("here")
 

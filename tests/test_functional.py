@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llgbm.delta import encode_probes, measure_deltas, read_states
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
-from llgbm.lora import LoraBatch, LoraSpec, adapter_config, save_adapter
-from llgbm.models import Base, ModelSize, new_model
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import adapter_config, save_adapter
+from llgbm.models.load import Base, ModelSize
+from llgbm.models.pretrain import new_model
 from llgbm.probes import Probe, ProbeSet
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.dataset import Standardiser
-from llgbm.generator import GENERATORS, GeneratorConfig, LoraGenerator, load_generator, make_generator, save_generator
+from llgbm.generator import GENERATORS, GeneratorConfig, LoraGenerator, make_generator
+from llgbm.generator.bundle import load_generator, save_generator
+from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraSpec
 from llgbm.runtime import UserError
 

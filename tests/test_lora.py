@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LoraBatch,
-    LoraSpec,
-    adapter_config,
-    load_adapter,
-    save_adapter,
-)
-from llgbm.models import Base
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, load_adapter, save_adapter
+from llgbm.models.load import Base
 from llgbm.runtime import UserError
 
 SPEC = make_spec()

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.losses import DELTA_LOSSES, delta_loss, delta_w_error, delta_w_inner, weight_loss
+from llgbm.lora.adapters import delta_w_error, delta_w_inner
+from llgbm.losses import DELTA_LOSSES, DeltaOnlyLoss, MultiTaskLoss, delta_loss, weight_loss
 from llgbm.runtime import UserError
-from llgbm.training import DeltaOnlyLoss, MultiTaskLoss, TrainingConfig
+from llgbm.training import TrainingConfig
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "goldens" / "losses.safetensors"
 NAN = float("nan")

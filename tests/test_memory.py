@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llgbm.batched import adapters_applied, final_hidden
 from llgbm.delta import DeltaTable, EncodedProbes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.models import Base
+from llgbm.lora.apply import adapters_applied, final_hidden
+from llgbm.models.load import Base
 from llgbm.runtime import UserError, spare_collector
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World

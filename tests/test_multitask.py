@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llgbm.baselines import evaluate_baselines, known_baselines, multitask_lora
-from llgbm.evaluation import mean_by_task
+from llgbm.evaluation.baselines import evaluate_baselines, known_baselines, multitask_lora
+from llgbm.evaluation.metrics import mean_by_task
 from llgbm.lora import LoraBatch
-from llgbm.multitask import build_multitask, mixture
-from llgbm.suites import SyntheticSuite
-from llgbm.teachers import adapter_losses, encode_examples
+from llgbm.models.scoring import adapter_losses, encode_examples
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.build import build_multitask, mixture
 from llgbm.world import World
 
 
@@ -60,7 +60,7 @@ def test_it_is_a_baseline_for_every_task(world: World) -> None:
 def test_baselines_are_measured_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
     assert known_baselines(tmp_path, world) == measured
-    monkeypatch.setattr("llgbm.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("llgbm.evaluation.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again"))
     assert known_baselines(tmp_path, world) == measured
 
 

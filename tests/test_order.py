@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llgbm.training import TrainingConfig
-from tuning.order import TrialOrder, longest_first
-from tuning.space import TrialSpec
+from tuning.search.queue import TrialOrder, longest_first
 from tuning.studies import STUDIES, StudyOptions
+from tuning.studies.spec import TrialSpec
 
 Costs = dict[str, float]
 

@@ -16,10 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from llgbm.functional import FunctionalLoRA
-from llgbm.lora import LoraBatch, LoraSpec, load_adapter
-from llgbm.models import ModelSize, load_base, qwen2_config
-from llgbm.suites import FileSuite
-from llgbm.teachers import adapter_losses, encode_examples, token_losses
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import load_adapter
+from llgbm.models.load import ModelSize, load_base, qwen2_config
+from llgbm.models.scoring import adapter_losses, encode_examples, token_losses
+from llgbm.tasks.files import FileSuite
 
 NARROW = ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64)
 QWEN_VOCABULARY = 151_936

@@ -10,11 +10,12 @@ import pytest
 
 from llgbm.training import TrainingConfig
 from llgbm.world import World
-from tuning.plan import Costs, PastRun, Plan, describe_cost, duration, kind_of, past_runs
+from tuning.dry_run import Plan, describe_cost, duration
 from tuning.run_ablation import main
-from tuning.search import PointSearch, open_search, optuna_url
-from tuning.space import TrialSpec
+from tuning.search.points import PointSearch, open_search, optuna_url
 from tuning.studies import STUDIES, Study, StudyOptions, phase_4_5
+from tuning.studies.spec import TrialSpec
+from tuning.tracking.costs import Costs, PastRun, kind_of, past_runs
 
 
 def past(

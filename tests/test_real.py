@@ -8,16 +8,17 @@ import pytest
 import torch
 from made_datasets import rows, write_rows
 
-from llgbm.banks import open_bank
-from llgbm.models import SIZES, Base, BaseSource
+from llgbm.models.load import SIZES, Base, BaseSource
 from llgbm.runtime import UserError
-from llgbm.sft import SFTConfig, make_bank
-from llgbm.suites import FileSuite, SyntheticSuite
-from llgbm.teachers import TeacherConfig
-from llgbm.world import BankSource, WorldConfig, build_world
+from llgbm.tasks.files import FileSuite
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.teachers.build import make_bank
+from llgbm.teachers.train import SFTConfig, TeacherConfig
+from llgbm.world import WorldConfig, build_world
 from tuning.arguments import parse_arguments
-from tuning.real import own_worlds
 from tuning.run_ablation import main
+from tuning.studies.own_world import own_worlds
 
 TOPICS = ("river", "stone", "cloud", "tiger")
 

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load, save_file
 
 from llgbm.runtime import UserError
-from tuning.champions import Measured, champion_history, decide_alias, promote, rollback
-from tuning.model_store import aliases_of
-from tuning.registry import RegisteredVersion, fetch_bundle, register_generator
-from tuning.tracking import StudyTracker, TrialTracker
+from tuning.registry import fetch_bundle, register_generator
+from tuning.registry.champions import Measured, champion_history, decide_alias, promote, rollback
+from tuning.registry.versions import RegisteredVersion, aliases_of
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 NAME = "llgbm-generator"
 TASKS = [f"task-{index}" for index in range(8)]
@@ -355,7 +356,7 @@ class WordBundle:
 
 
 def predict(*prompts: str) -> pd.DataFrame:
-    from tuning.pyfunc_generator import GeneratorModel
+    from tuning.registry.served import GeneratorModel
 
     model = GeneratorModel()
     model.bundle = WordBundle()  # type: ignore[assignment]

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from made_study import BASELINES, LAMBDAS, TASKS, log_trial, make_study
 
-from tuning.analysis import group_trials
-from tuning.plots import DeltaMap, plot_heat_map
 from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, summary, write_report
 from tuning.report.__main__ import main
-from tuning.runs import TrialResult
-from tuning.tracking import StudyTracker
+from tuning.report.groups import group_trials
+from tuning.report.plots import DeltaMap, plot_heat_map
+from tuning.tracking.runs import TrialResult
+from tuning.tracking.study import StudyTracker
 
 VALUES = {
     "multitask": (0.60, 0.70, 0.65),

@@ -16,10 +16,14 @@ import torch
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
-from tuning import space
 from tuning.arguments import parse_arguments
-from tuning.checkpoints import KEPT, TrialCheckpoints, below, open_storage, study_lock, trial_lock
-from tuning.resume import (
+from tuning.run_ablation import main
+from tuning.studies import Study, StudyOptions
+from tuning.studies import spec as space
+from tuning.studies.from_file import make_study
+from tuning.studies.spec import TrialSpec
+from tuning.sweep.checkpoints import KEPT, TrialCheckpoints, below, open_storage, study_lock, trial_lock
+from tuning.sweep.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
     begin_anew,
@@ -28,12 +32,9 @@ from tuning.resume import (
     recorded_arguments,
     trials_to_run,
 )
-from tuning.run_ablation import main
-from tuning.runs import read_trials
-from tuning.space import TrialSpec
-from tuning.studies import Study, StudyOptions
-from tuning.study_files import make_study
-from tuning.tracking import StudyTracker, TrialTracker, finished_metrics
+from tuning.tracking.runs import read_trials
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker, finished_metrics
 
 SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
 
@@ -206,7 +207,7 @@ def test_two_processes_never_hold_one_trial_or_study(tmp_path: Path, monkeypatch
     other = context.Process(target=_hold, args=(str(tmp_path), held, release))
     other.start()
     assert held.wait(60)
-    monkeypatch.setattr("tuning.checkpoints.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tuning.sweep.checkpoints.LOCK_SECONDS", 0.1)
     with pytest.raises(UserError, match="trial t is being run"), trial_lock(str(tmp_path), "t"):
         pass
     with pytest.raises(UserError, match="study s is being run"), study_lock(str(tmp_path), "s"):

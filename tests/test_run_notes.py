@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from llgbm.bundle import GeneratorBundle
-from llgbm.dataset import Standardiser
-from llgbm.evaluation import evaluate_generator
+from llgbm.evaluation.metrics import evaluate_generator
 from llgbm.generator import make_generator
-from llgbm.lora import load_adapter
+from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.networks import Standardiser
+from llgbm.lora.adapters import load_adapter
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World
-from tuning import run_notes
-from tuning.runs import TrialResult, read_trials
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
-from tuning.tracking import StudyTracker, TrialTracker
-from tuning.trainable import bundle_facts
+from tuning.sweep.artifacts import bundle_facts
+from tuning.tracking import notes as run_notes
+from tuning.tracking.runs import TrialResult, read_trials
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 
 def open_trial(study: StudyTracker, trial_id: str = "t1", **tags: str) -> TrialTracker:

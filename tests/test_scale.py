@@ -12,10 +12,11 @@ import pytest
 from databases import DATABASES, missing
 from servers import mlflow_server, serving
 
-from tuning import history
-from tuning.runs import read_trials
-from tuning.store import with_driver
-from tuning.tracking import StudyTracker, TrackingTarget, TrialTracker
+from tuning.tracking import runs as history
+from tuning.tracking.runs import TrackingTarget, read_trials
+from tuning.tracking.store import with_driver
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 PROCESSES, STEPS, KEYS = 16, 60, 4
 
@@ -33,7 +34,9 @@ def log_trial(target: TrackingTarget, number: int) -> None:
 def log_many(target: TrackingTarget) -> None:
     """Sixteen processes at once; they are made by fork from one that has imported all but opened no store."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuning.tracking", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"])
+    context.set_forkserver_preload(
+        ["tuning.tracking.trial", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"]
+    )
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         for future in [pool.submit(log_trial, target, number) for number in range(PROCESSES)]:
             future.result()

@@ -20,21 +20,21 @@ from llgbm.runtime import UserError, stream_seed
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.arguments import parse_arguments, study_of
-from tuning.plan import past_runs
-from tuning.runs import measured
-from tuning.search import (
+from tuning.search.points import (
     RETRY_OF,
     STOPPED,
     PointSearch,
     describe_best,
     find_search,
-    make_scheduler,
     make_searcher,
     open_search,
     optuna_url,
 )
-from tuning.space import SearchSpace, TrialSpec
 from tuning.studies import STUDIES, Study, StudyOptions
+from tuning.studies.spec import SearchSpace, TrialSpec
+from tuning.sweep.run import make_scheduler
+from tuning.tracking.costs import past_runs
+from tuning.tracking.runs import measured
 
 BOTH = ("val/accuracy", "val/delta_cosine")
 SPACE = STUDIES["optuna_lambda"](StudyOptions()).space

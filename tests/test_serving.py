@@ -22,15 +22,16 @@ from safetensors.torch import load_file, save
 from servers import free_port, serving
 from transformers import AutoModelForCausalLM
 
-from llgbm.bundle import GeneratorBundle
 from llgbm.client import fetch_adapter
-from llgbm.dataset import Standardiser
 from llgbm.generator import GeneratorConfig, make_generator
+from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.models import Base
+from llgbm.models.load import Base
 from llgbm.runtime import UserError
 from tuning.registry import fetch_bundle, register_generator
-from tuning.tracking import StudyTracker, TrialTracker
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 
 MODEL = "models:/tiny@champion"
 PROMPTS = ["reverse plainly : apple lemon river =>", "reverse it : guitar piano =>"]

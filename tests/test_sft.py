@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llgbm.banks import open_bank, read_manifest, show_bank
 from llgbm.lora import LoraSpec
-from llgbm.models import Base
+from llgbm.models.load import Base
 from llgbm.runtime import UserError
-from llgbm.sft import PeftRun, SFTConfig, make_bank
-from llgbm.suites import SyntheticSuite
-from llgbm.suites.base import Split
-from llgbm.teachers import Bank, TeacherConfig
+from llgbm.tasks.suite import Split
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import Bank, open_bank, read_manifest, show_bank
+from llgbm.teachers.build import make_bank
+from llgbm.teachers.peft import PeftRun
+from llgbm.teachers.train import SFTConfig, TeacherConfig
 
 TEACHERS = TeacherConfig(
     rank=3,
@@ -63,7 +64,7 @@ def banks(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def start_of(spec: LoraSpec) -> Tensor:
     from llgbm.lora import LoraBatch
-    from llgbm.sft import initial_state
+    from llgbm.teachers.peft import initial_state
 
     return LoraBatch.from_state_dicts([initial_state(spec, 0)]).flatten(spec)
 
@@ -107,7 +108,7 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
 
 
 def test_the_base_is_as_it_was(banks: dict[str, Bank], tiny_base: Base) -> None:
-    from llgbm.models import load_base
+    from llgbm.models.load import load_base
 
     fresh = load_base(tiny_base.path).model.state_dict()
     assert fresh.keys() == tiny_base.model.state_dict().keys()
@@ -222,7 +223,7 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, object], words: s
 
 
 def test_a_run_that_does_not_fit_is_refused(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llgbm.sft.free_memory", lambda device: 1e3)
+    monkeypatch.setattr("llgbm.teachers.build.free_memory", lambda device: 1e3)
     with pytest.raises(UserError, match="--method peft"):
         bank_of(tiny_base, tmp_path / "bank", replace(ONE_EACH, method="batched"))
 
@@ -231,10 +232,10 @@ def test_checkpointing_comes_by_itself_where_memory_is_short(
     banks: dict[str, Bank], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Sequence[object]] = []
-    from llgbm import sft
+    from llgbm.teachers import peft as sft
 
     plain = sft.blocks_checkpointed
-    monkeypatch.setattr("llgbm.sft.free_memory", lambda device: 1e3)
-    monkeypatch.setattr("llgbm.sft.blocks_checkpointed", lambda model: used.append([model]) or plain(model))
+    monkeypatch.setattr("llgbm.teachers.build.free_memory", lambda device: 1e3)
+    monkeypatch.setattr("llgbm.teachers.peft.blocks_checkpointed", lambda model: used.append([model]) or plain(model))
     bank_of(tiny_base, tmp_path / "bank", TWO_EACH)
     assert len(used) == 8

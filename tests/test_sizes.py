@@ -17,7 +17,16 @@ from dnd.tokenizer.tokenizer import LoraTokenizer2D
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.models import SIZES, Base, BaseSource, PublishedSize, check_size, find_model, load_base, weightless_model
+from llgbm.models.load import (
+    SIZES,
+    Base,
+    BaseSource,
+    PublishedSize,
+    check_size,
+    find_model,
+    load_base,
+    weightless_model,
+)
 from llgbm.runtime import UserError, content_hash
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig

@@ -17,8 +17,9 @@ from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 
 from llgbm.runtime import stream_seed
-from tuning.analysis import Cell, Comparison, compare, crossed_test, group_trials, holm, paired_comparison, reference_of
-from tuning.runs import TrialResult
+from tuning.report.groups import Cell, Comparison, compare, group_trials, reference_of
+from tuning.significance import crossed_test, holm, paired_comparison
+from tuning.tracking.runs import TrialResult
 
 NAMES = ("weight-only", "delta-only", "multitask", "other", "more", "last")
 

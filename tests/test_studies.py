@@ -17,7 +17,7 @@ from llgbm.training import DELTA_PROBES, DELTA_READINGS, TrainingConfig
 from tuning.arguments import parse_arguments, study_of
 from tuning.run_ablation import main
 from tuning.studies import MULTITASK, STUDIES, Study, StudyOptions, Variant, crossed, make_trials, phase_4_5
-from tuning.study_files import make_study
+from tuning.studies.from_file import make_study
 
 DOCS = Path(__file__).parents[1] / "docs" / "studies.md"
 

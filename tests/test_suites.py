@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llgbm.runtime import UserError
-from llgbm.suites import Split, SyntheticSuite, make_suite
-from llgbm.suites.synthetic import FORMATS, OPERATIONS, answer
+from llgbm.tasks import make_suite
+from llgbm.tasks.suite import Split
+from llgbm.tasks.synthetic import FORMATS, OPERATIONS, SyntheticSuite, answer
 
 SUITE = SyntheticSuite()
 

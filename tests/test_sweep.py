@@ -81,8 +81,8 @@ def test_one_parent_one_child_a_trial_everything_logged(finished: tuple[Path, st
 
 
 def test_artifacts_are_adapters_deltas_and_a_generator(finished: tuple[Path, str], world: World) -> None:
-    from llgbm.bundle import GeneratorBundle
-    from llgbm.lora import load_adapter
+    from llgbm.generator.bundle import GeneratorBundle
+    from llgbm.lora.adapters import load_adapter
 
     folder, _ = finished
     parent, children = runs(folder)

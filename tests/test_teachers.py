@@ -10,25 +10,23 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llgbm.batched import adapters_applied
-from llgbm.encoding import EncodedPairs
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.models import Base
-from llgbm.runtime import UserError
-from llgbm.suites import Example, SyntheticSuite
-from llgbm.teachers import (
-    TeacherConfig,
+from llgbm.lora.apply import adapters_applied
+from llgbm.models.encoding import EncodedPairs
+from llgbm.models.load import Base
+from llgbm.models.scoring import (
     adapter_losses,
     base_accuracy,
-    build_bank,
     encode_examples,
     exact_match,
-    example_source,
     greedy_answers,
     right_answers,
-    shared_initial_a,
-    train_teachers,
 )
+from llgbm.runtime import UserError
+from llgbm.tasks.suite import Example
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.build import build_bank
+from llgbm.teachers.train import TeacherConfig, example_source, shared_initial_a, train_teachers
 from llgbm.world import World
 
 SUITE = SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)

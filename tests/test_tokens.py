@@ -11,18 +11,20 @@ from contracts import WIDTH, make_spec, random_conditions, random_statistics
 from dnd.errors import DndError
 from dnd.tokenizer import LoraTokenizer2D
 
-from llgbm.bundle import GeneratorBundle
-from llgbm.conditions import BaseModelEncoder
-from llgbm.dataset import Draw, Standardiser, Text2Qwen25LoRA_DeltaDataset
-from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator, token_statistics
-from llgbm.lora import LoraSpec, load_adapter
+from llgbm.dataset import Draw, Text2Qwen25LoRA_DeltaDataset
+from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator
+from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.conditions import BaseModelEncoder
+from llgbm.generator.hyperconv import TokenStandardiser, token_statistics
+from llgbm.generator.networks import Standardiser
+from llgbm.lora import LoraSpec
+from llgbm.lora.adapters import load_adapter
 from llgbm.losses import weight_loss
-from llgbm.models import Base
+from llgbm.models.load import Base
 from llgbm.probes import create_generic_probes
-from llgbm.tokens import TokenStandardiser
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World
-from tuning.registry import _code_paths
+from tuning.registry.register import _code_paths
 
 
 @pytest.mark.parametrize("rank", [1, 3])

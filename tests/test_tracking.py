@@ -22,16 +22,10 @@ from servers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
 from tuning.registry import fetch_bundle, register_generator
-from tuning.runs import read_trials
-from tuning.store import connect, shown
-from tuning.tracking import (
-    FLUSH_ENTRIES,
-    StudyTracker,
-    TrackingTarget,
-    TrialTracker,
-    finished_metrics,
-    local_tracking_uri,
-)
+from tuning.tracking.runs import TrackingTarget, read_trials
+from tuning.tracking.store import connect, local_tracking_uri, shown
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_metrics
 
 
 @pytest.fixture
@@ -154,7 +148,7 @@ def test_metrics_wait_for_a_full_buffer(study: StudyTracker) -> None:
 
 
 def test_metrics_do_not_wait_for_long(study: StudyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuning.tracking.FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("tuning.tracking.trial.FLUSH_SECONDS", 0.05)
     trial = open_trial(study)
     time.sleep(0.06)
     trial.log(0, {"m": 1.0})

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, Standardiser, StepSampler, create_dataloader
-from llgbm.evaluation import evaluate_generator
+from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, StepSampler, create_dataloader
+from llgbm.evaluation.metrics import evaluate_generator
+from llgbm.generator.networks import Standardiser
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig, Trial, train
 from llgbm.world import World

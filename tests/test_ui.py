@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tuning.store import local_tracking_uri
+from tuning.tracking.store import local_tracking_uri
 from tuning.ui import CHARTS_VIEW, METRICS, STUDIES_VIEW, main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from llgbm.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder, build_conditions
-from llgbm.models import PretrainConfig, make_tokenizer, model_size, new_model, pretrain
+from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder, build_conditions
+from llgbm.models.load import model_size
+from llgbm.models.pretrain import PretrainConfig, make_tokenizer, new_model, pretrain
 from llgbm.runtime import UserError
-from llgbm.suites import SyntheticSuite
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.world import World, WorldConfig, describe_world
 
 
@@ -48,7 +49,7 @@ def test_the_saved_base_is_what_the_auto_classes_load(world: World) -> None:
 
 
 def test_pretraining_lowers_the_loss_and_is_the_same_again(world: World) -> None:
-    from llgbm.encoding import encode_pairs
+    from llgbm.models.encoding import encode_pairs
 
     tokenizer = make_tokenizer(world.config.suite.vocabulary)
     pairs = [(e.prompt, e.answer) for e in world.config.suite.examples("copy-plain", "train", 16, "x")]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from llgbm.models import SIZES
+from llgbm.models.load import SIZES
 from llgbm.runtime import UserError
-from tuning.real import add_real_arguments, own_worlds
-from tuning.run_notes import KEEP_ARTIFACTS
-from tuning.space import SAMPLERS, VAL_METRICS
 from tuning.studies import STUDIES, Study, StudyOptions
-from tuning.study_files import make_study, whole_name
+from tuning.studies.from_file import make_study, whole_name
+from tuning.studies.own_world import add_real_arguments, own_worlds
+from tuning.studies.spec import SAMPLERS, VAL_METRICS
+from tuning.sweep.artifacts import KEEP_ARTIFACTS
 
 SEARCHES = ("grid", *reversed(SAMPLERS))
 SCHEDULERS = ("none", "asha")

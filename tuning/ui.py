@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, exit_status, say
-from tuning.analysis import CHOOSING, MAIN
-from tuning.report.reading import parent_runs
-from tuning.runs import TRIAL_TAG
-from tuning.store import connect, existing_uri, explained, local_tracking_uri, shown
+from tuning.report.groups import CHOOSING, MAIN
+from tuning.tracking.runs import TRIAL_TAG, parent_runs
+from tuning.tracking.store import connect, existing_uri, explained, local_tracking_uri, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

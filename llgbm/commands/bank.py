@@ -39,8 +39,9 @@ def add_parser(commands: Any) -> None:
 
 def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
     """Import adapters; return what the bank holds."""
-    from llgbm.banks import ImportOptions, check_bank_address, import_bank, show_bank
-    from llgbm.models import BaseSource
+    from llgbm.models.load import BaseSource
+    from llgbm.teachers.bank import check_bank_address, show_bank
+    from llgbm.teachers.imported import ImportOptions, import_bank
 
     options = ImportOptions(
         tuple(arguments.accept_base), arguments.task, arguments.chat, arguments.trajectories, arguments.max_tokens
@@ -53,6 +54,6 @@ def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a bank holds."""
-    from llgbm.banks import show_bank
+    from llgbm.teachers.bank import show_bank
 
     return show_bank(arguments.folder)

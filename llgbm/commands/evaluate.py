@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError, pick_device, say
 
 if TYPE_CHECKING:
-    from llgbm.benchmark import System
-    from llgbm.models import Base
-    from llgbm.suites import FileSuite
+    from llgbm.evaluation.benchmark import System
+    from llgbm.models.load import Base
+    from llgbm.tasks.files import FileSuite
 
 
 def add_parser(commands: Any) -> None:
@@ -49,8 +49,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _on_synthetic_task(arguments: argparse.Namespace) -> dict[str, Any]:
     """Exact match of greedy decoding on fresh evaluation examples, with and without the adapter."""
-    from llgbm.suites import SyntheticSuite
-    from llgbm.teachers import base_accuracy, exact_match
+    from llgbm.models.scoring import base_accuracy, exact_match
+    from llgbm.tasks.synthetic import SyntheticSuite
 
     suite, count = SyntheticSuite(), arguments.examples or 256
     examples = suite.examples(suite.task(arguments.task).name, "evaluation", count, "evaluate")
@@ -69,8 +69,8 @@ def _on_synthetic_task(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
     """Base, solved examples in context, adapters and generated adapters side by side on each dataset."""
-    from llgbm.benchmark import System, measure
-    from llgbm.suites import FileSuite
+    from llgbm.evaluation.benchmark import System, measure
+    from llgbm.tasks.files import FileSuite
 
     if not arguments.tasks:
         raise UserError("--data needs --tasks: name the datasets to score on")
@@ -90,8 +90,8 @@ def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_base(arguments: argparse.Namespace) -> Base:
-    from llgbm.lora import read_adapter_config
-    from llgbm.models import load_base
+    from llgbm.lora.adapters import read_adapter_config
+    from llgbm.models.load import load_base
 
     if not arguments.base and not arguments.adapter:
         raise UserError("there is no base: name it with --base")
@@ -106,8 +106,9 @@ def _parse(named: str) -> tuple[str, Path]:
 
 
 def _adapter_system(base: Base, named: str) -> System:
-    from llgbm.benchmark import System
-    from llgbm.lora import LoraBatch, LoraSpec, load_adapter, read_adapter_config
+    from llgbm.evaluation.benchmark import System
+    from llgbm.lora import LoraBatch, LoraSpec
+    from llgbm.lora.adapters import load_adapter, read_adapter_config
 
     name, folder = _parse(named)
     config = read_adapter_config(folder)
@@ -118,8 +119,8 @@ def _adapter_system(base: Base, named: str) -> System:
 
 def _generated_system(arguments: argparse.Namespace, base: Base, suite: FileSuite, task: str) -> System:
     """An adapter that the generator writes from prompts of the dataset, none of which is scored on."""
-    from llgbm.benchmark import System
-    from llgbm.bundle import GeneratorBundle
+    from llgbm.evaluation.benchmark import System
+    from llgbm.generator.bundle import GeneratorBundle
     from llgbm.lora import LoraBatch
     from tuning.registry import fetch_bundle
 

@@ -57,10 +57,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def do(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing; return where the bank is and how good its teachers are."""
-    from llgbm.banks import check_bank_address
-    from llgbm.models import BaseSource
-    from llgbm.sft import make_bank
-    from llgbm.suites import FileSuite
+    from llgbm.models.load import BaseSource
+    from llgbm.tasks.files import FileSuite
+    from llgbm.teachers.bank import check_bank_address
+    from llgbm.teachers.build import make_bank
 
     check_bank_address(arguments.out)
     suite = FileSuite.open(
@@ -74,8 +74,7 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    from llgbm.sft import SFTConfig
-    from llgbm.teachers import TeacherConfig
+    from llgbm.teachers.train import SFTConfig, TeacherConfig
 
     teachers = TeacherConfig(
         rank=arguments.rank,

@@ -15,7 +15,7 @@ from llgbm.output import Output, output_path
 from llgbm.runtime import exit_status, say
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
-from tuning.store import existing_uri, local_tracking_uri
+from tuning.tracking.store import existing_uri, local_tracking_uri
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

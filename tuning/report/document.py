@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llgbm.output import Output
-from tuning import plots
-from tuning.analysis import MAIN, Group, size_of
-from tuning.report import tables
+from tuning.report import plots, tables
+from tuning.report.groups import MAIN, Group, size_of
 from tuning.report.page import html_page
-from tuning.report.reading import StudyRecord
+from tuning.report.record import StudyRecord, read_study
 from tuning.report.words import caveats, count, headlines
+from tuning.tracking.study import StudyTracker
 
 PICTURES = ("outcomes.png", "learning_curves.png", "heat_map.png", "memorisation.png", "delta_map*.png")
 REPORT_PATTERNS = (*PICTURES, "results.csv", "results.json", "report.html", "report.md")
@@ -167,3 +168,13 @@ def bullets(lines: Iterable[str]) -> str:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def publish_report(tracker: StudyTracker) -> dict[str, Any]:
+    """Write the report to the parent run, print its table, return its numbers."""
+    record = read_study(tracker.tracking_uri, tracker.parent_run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        write_report_files(Path(folder), record)
+        print(summary(record))
+        tracker.log_artifacts(Path(folder))
+    return result_json(record)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from tuning.analysis import MAIN, Cell, Comparison, Group, number, size_of
-from tuning.report.reading import Baselines
-from tuning.runs import TrialResult
+from tuning.report.groups import MAIN, Cell, Comparison, Group, number, size_of
+from tuning.report.record import Baselines
+from tuning.tracking.runs import TrialResult
 
 METRICS = {
     "heldout/accuracy": "exact-match accuracy on tasks never seen in training or selection, zero-shot; mean over tasks",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuning.analysis import (
+from tuning.report.groups import (
     MAIN,
     REFERENCE,
     SEEDS_FOR_SPREAD,
@@ -12,14 +12,14 @@ from tuning.analysis import (
     Comparison,
     Group,
     number,
-    p_text,
     ranked,
     reference_of,
     repeated_seeds,
     size_of,
 )
-from tuning.report.reading import Baselines, StudyRecord
-from tuning.runs import TrialResult
+from tuning.report.record import Baselines, StudyRecord
+from tuning.significance import p_text
+from tuning.tracking.runs import TrialResult
 
 UPPER_BOUND = "teacher"
 

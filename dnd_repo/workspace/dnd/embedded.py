@@ -14,9 +14,8 @@ def embedded_bank(cache: Path) -> tuple[Path, Path, tuple[str, ...]]:
     """
     try:
         from llgbm.runtime import UserError
-        from llgbm.teachers import build_bank
-        from llgbm.world import WorldConfig, build_base
-        from tuning.studies import smoke_world
+        from llgbm.teachers.build import build_bank
+        from llgbm.world import WorldConfig, build_base, smoke_world
     except ImportError as error:
         raise DndError("--smoke needs LLGBM: install the project at the repository's root, or name a --bank") from error
     config = smoke_world(WorldConfig())

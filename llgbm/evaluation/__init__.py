@@ -1,0 +1,1 @@
+"""Measure generators and adapters: metrics, baselines and benchmark files."""

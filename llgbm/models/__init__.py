@@ -1,0 +1,1 @@
+"""Frozen base models: loading, pretraining, encoding, scoring and cost."""

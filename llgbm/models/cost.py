@@ -1,0 +1,138 @@
+"""What passes of a base under adapters cost, from shapes alone: FLOPs and bytes. A model on the meta device will do.
+
+The formulas are for blocks as Qwen2, Llama and Mistral have them: two norms, attention with fused kernels (its T x T
+scores are never stored), a gated MLP. FLOPs are counted as torch's FlopCounterMode counts them, a multiplication and an
+addition as two. Letters: S texts, T tokens, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from llgbm.lora.adapters import LoraSpec
+from llgbm.models.encoding import EncodedPairs
+from llgbm.runtime import UserError
+
+_READS_THE_EMBEDDING = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The numbers of a base and of its adapters that cost depends on.
+
+    `linear` and `adapted` sum the weights of all Linear layers in blocks and in * R + out * R of those adapted;
+    `first_linear` and `first_adapted` are those of the first block that read the embedding, through which no gradient
+    goes further down.
+    """
+
+    parameters: int
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    intermediate: int
+    vocabulary: int
+    linear: int
+    adapted: int
+    first_linear: int
+    first_adapted: int
+    low: int
+    element: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, spec: LoraSpec) -> BaseShape:
+        """Read a model's config and Linear layers. Raises UserError for a model whose blocks are of another kind."""
+        config = model.config
+        try:
+            heads, kv_heads, intermediate = (
+                int(getattr(config, n)) for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+            )
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"the cost of a {config.model_type} model cannot be estimated: only blocks like those of Qwen2 or "
+                "Llama are known"
+            ) from error
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        sizes = _linear_sizes(model)
+        first = [m for m in spec.modules if m.kind in _READS_THE_EMBEDDING and _in_first_block(m.name)]
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            layers=int(config.num_hidden_layers),
+            hidden=int(config.hidden_size),
+            attention=heads * head,
+            key_value=kv_heads * head,
+            intermediate=intermediate,
+            vocabulary=int(config.vocab_size),
+            linear=sum(sizes.values()),
+            adapted=spec.n_values,
+            first_linear=sum(n for name, n in sizes.items() if _reads_the_embedding(name)),
+            first_adapted=spec.rank * sum(m.n_in for m in first),
+            low=spec.rank * len(spec.modules),
+            element=next(model.parameters()).element_size(),
+        )
+
+    def forward_flops(self, texts: int, tokens: int) -> float:
+        """One forward pass of S texts of T tokens up to the last hidden states, adapters included."""
+        return 2.0 * texts * tokens * (self.linear + self.adapted) + self._attention_flops(texts, tokens)
+
+    def backward_flops(self, texts: int, tokens: int) -> float:
+        """The pass back to the adapters: no weight of the base gets a gradient."""
+        through_base = 2.0 * texts * tokens * (self.linear - self.first_linear)
+        through_adapters = 2.0 * texts * tokens * (2 * self.adapted - self.first_adapted)
+        return through_base + through_adapters + 2 * self._attention_flops(texts, tokens)
+
+    def _attention_flops(self, texts: int, tokens: int) -> float:
+        return 4.0 * texts * tokens * tokens * self.attention * self.layers
+
+    def head_flops(self, positions: int) -> float:
+        """The LM head at some positions, forward and back to the hidden states."""
+        return 4.0 * positions * self.hidden * self.vocabulary
+
+    def activation_bytes(self, texts: int, tokens: int, checkpointing: bool = False) -> float:
+        """What is held between the two passes of S texts of T tokens; with `checkpointing` all blocks' inputs and one
+        block, the one that is run again."""
+        blocks = self.layers * self.hidden * self.element + self.block_bytes if checkpointing else 0
+        return texts * tokens * ((blocks or self.layers * self.block_bytes) + 4 * self.hidden)
+
+    @property
+    def block_bytes(self) -> float:
+        """What one block holds of a token: the inputs of its norms in float32, their outputs, q, k, v, attention, four
+        tensors as wide as the MLP, and the middles of B A."""
+        in_element = 2 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
+        return 2 * 4 * self.hidden + self.element * (in_element + self.low / self.layers)
+
+    @property
+    def weight_bytes(self) -> float:
+        return float(self.parameters * self.element)
+
+
+def _linear_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Weights of each Linear layer but the LM head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _in_first_block(name: str) -> bool:
+    return ".0." in name
+
+
+def _reads_the_embedding(name: str) -> bool:
+    return _in_first_block(name) and name.rsplit(".", 1)[-1] in _READS_THE_EMBEDDING
+
+
+# What a pass holds beside its activations: gradients on their way, the logits, the allocator's waste.
+HEADROOM = 2.0
+
+
+def pass_bytes(shape: BaseShape, texts: EncodedPairs, checkpointing: bool = False) -> float:
+    """What training holds of some texts: activations, and the answers' logits in float32 with their gradient."""
+    rows, tokens = texts.input_ids_ST.shape
+    answers = int((texts.targets_ST >= 0).sum())
+    return shape.activation_bytes(rows, tokens, checkpointing) + 3 * 4 * answers * shape.vocabulary

@@ -1,0 +1,107 @@
+"""Build and pretrain the embedded base models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llgbm.models.encoding import EncodedPairs
+from llgbm.models.load import ModelSize, qwen2_config
+from llgbm.models.scoring import answer_loss
+from llgbm.runtime import UserError, progress, seed_everything
+
+MODEL_VERSION = 1
+PAD, EOS = "<|endoftext|>", "<|im_end|>"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a base is pretrained on instructions whose answers follow another task.
+
+    For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway.
+    """
+
+    steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
+    bare_fraction: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError("pretraining needs at least one step and one example a step")
+
+
+def make_tokenizer(texts: Sequence[str]) -> Any:
+    """A byte-level BPE tokenizer of Qwen2's kind in which every word of `texts` is one token (and any text encodes).
+
+    It is built with the pre-tokenizer of Qwen2, since `AutoTokenizer` reads a Qwen2 folder with that one.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(BPE())
+    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=100_000, min_frequency=1, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(sorted(set(texts)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="right")
+
+
+def new_model(size: ModelSize, tokenizer: Any, seed: int) -> PreTrainedModel:
+    """A freshly initialised `Qwen2ForCausalLM` of this size."""
+    from transformers import Qwen2ForCausalLM
+
+    seed_everything(seed)
+    return Qwen2ForCausalLM(
+        qwen2_config(
+            size,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).float()
+
+
+def pretrain(
+    model: PreTrainedModel, config: PretrainConfig, next_batch: Callable[[int, bool], EncodedPairs], device: str = "cpu"
+) -> list[float]:
+    """Train all weights on the answers of `next_batch(batch_size, bare)`; return the loss of every step.
+
+    AdamW with linear warm-up and cosine decay (the one-cycle schedule of torch).
+    """
+    nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1, cycle_momentum=False
+    )
+    losses = []
+    for step in progress(range(config.steps), "base model"):
+        bare = step < config.bare_fraction * config.steps
+        loss = answer_loss(model, next_batch(config.batch_size, bare).to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses

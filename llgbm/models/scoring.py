@@ -1,0 +1,124 @@
+"""Score a model: answer loss, greedy decoding and exact match, alone or under many adapters.
+
+Letters: A adapters, B examples an adapter, S texts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
+from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.load import Base
+from llgbm.tasks.suite import Example
+
+
+def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
+    """Mean cross-entropy over the answer tokens (and the end token); the prompt is not learnt."""
+    marked = texts.targets_ST >= 0
+    logits = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked])
+    return nn.functional.cross_entropy(logits.float(), texts.targets_ST[marked])
+
+
+def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
+    """Encode examples for a base, on its device; those that are turns of a chat in the base's own template."""
+    pairs = [(chat_prompt(base.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+    return encode_pairs(base.tokenizer, pairs).to(base.model.device)
+
+
+def adapter_losses(model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs) -> Tensor:
+    """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
+    with adapters_applied(model, batch, spec.scaling):
+        losses_ST = token_losses(model, texts)
+    per_adapter = losses_ST.view(batch.n_adapters, -1).sum(1)
+    return per_adapter / (texts.targets_ST >= 0).view(batch.n_adapters, -1).sum(1)
+
+
+def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
+    """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
+    marked = texts.targets_ST >= 0
+    states = final_hidden(model, texts.input_ids_ST)[marked]
+    losses = nn.functional.cross_entropy(head_logits(model, states).float(), texts.targets_ST[marked], reduction="none")
+    return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
+
+
+def greedy_answers(
+    base: Base, spec: LoraSpec, batch: LoraBatch, prompts: Sequence[Sequence[str]], max_tokens: int = 24
+) -> list[list[str]]:
+    """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
+
+    Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
+    """
+    if len(prompts) != batch.n_adapters or len({len(own) for own in prompts}) != 1 or not prompts[0]:
+        raise ValueError(f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long")
+    longest = max(len(ids) for own in prompts for ids in base.tokenizer(list(own))["input_ids"])
+    answers: list[list[str]] = []
+    for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
+        flat = [prompt for own in prompts[rows] for prompt in own]
+        with adapters_applied(base.model, batch.select(rows), spec.scaling):
+            texts = iter(continue_texts(base, flat, max_tokens))
+        answers += [[next(texts) for _ in own] for own in prompts[rows]]
+    return answers
+
+
+def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
+    encoded = base.tokenizer(
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
+    ).to(base.model.device)
+    with torch.no_grad():
+        ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+    return base.tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def exact_match(
+    base: Base, spec: LoraSpec, batch: LoraBatch, examples: Sequence[Sequence[Example]], chunk: int = 48
+) -> Tensor:
+    """Exact-match accuracy [A] of greedy decoding on each adapter's examples, in one teacher-forced pass.
+
+    Greedy decoding gives the wanted answer if and only if every answer token (the end token too) is the most likely
+    one after the right prefix; so no token needs to be generated. Raises ValueError for a mismatch in number.
+    """
+    if len(examples) != batch.n_adapters or len({len(own) for own in examples}) != 1 or not examples[0]:
+        raise ValueError(
+            f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
+        )
+    texts, n = encode_examples(base, [e for own in examples for e in own]), len(examples[0])
+    pieces = []
+    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], chunk):
+        own = texts.select(slice(rows.start * n, rows.stop * n))
+        with torch.no_grad(), adapters_applied(base.model, batch.select(rows), spec.scaling):
+            pieces.append(right_answers(base.model, own).view(-1, n).float().mean(1))
+    return torch.cat(pieces)
+
+
+def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
+    """Whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
+    marked = texts.targets_ST >= 0
+    states = final_hidden(model, texts.input_ids_ST)[marked]
+    pieces = states.split(max(1, PASS_LOGITS // model.config.vocab_size))
+    right = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces]) == texts.targets_ST[marked]
+    wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(marked, ~right)
+    return ~wrong.any(1)
+
+
+def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
+    """Exact-match accuracy of the base without any adapter."""
+    texts = encode_examples(base, examples)
+    with torch.no_grad():
+        pieces = [
+            right_answers(base.model, texts.select(rows))
+            for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
+        ]
+    return torch.cat(pieces).float().mean().item()

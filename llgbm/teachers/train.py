@@ -1,0 +1,203 @@
+"""Train teacher adapters, many at once through the batched primitive.
+
+Letters: A adapters, B examples an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.models.encoding import EncodedPairs
+from llgbm.models.load import Base
+from llgbm.models.scoring import adapter_losses, encode_examples
+from llgbm.runtime import UserError, progress, release_device_memory, stream_seed
+from llgbm.tasks.suite import Example, Suite
+
+TEACHERS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How a bank is trained. `per_task` teachers of a task differ in their examples, not in their initial A."""
+
+    rank: int = 4
+    alpha: float = 8.0
+    per_task: int = 1
+    steps: int = 150
+    examples: int = 6
+    learning_rate: float = 5e-3
+    seed: int = 0
+    condition_train: int = 32
+    condition_evaluation: int = 16
+    trajectories: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
+            raise UserError("a bank needs at least one teacher a task, one step, one example and one trajectory")
+
+
+def example_source(
+    suite: Suite, base: Base, tasks: Sequence[str], streams: Sequence[str], config: TeacherConfig
+) -> Callable[[int], EncodedPairs]:
+    """Encoded training examples of every adapter at a step, adapter-major: [A * B] texts."""
+    count, n = config.steps * config.examples, config.per_task
+    pools = [
+        suite.examples(task, "train", count, stream, (index % n, n))
+        for index, (task, stream) in enumerate(zip(tasks, streams, strict=True))
+    ]
+
+    def at(step: int) -> EncodedPairs:
+        rows = slice(step * config.examples, (step + 1) * config.examples)
+        return encode_examples(base, [example for pool in pools for example in pool[rows]])
+
+    return at
+
+
+def shared_initial_a(spec: LoraSpec, seed: int) -> dict[str, Tensor]:
+    """One A [R, in] a module, drawn as PEFT draws it: Kaiming-uniform with a = sqrt(5)."""
+    generator = torch.Generator().manual_seed(stream_seed("initial A", seed))
+    drawn = {}
+    for m in spec.modules:
+        drawn[m.name] = torch.empty(spec.rank, m.n_in)
+        nn.init.kaiming_uniform_(drawn[m.name], a=math.sqrt(5), generator=generator)
+    return drawn
+
+
+def train_teachers(
+    base: Base, spec: LoraSpec, config: TeacherConfig, examples_at: Callable[[int], EncodedPairs]
+) -> LoraBatch:
+    """Train as many adapters as `examples_at` gives texts for (adapter-major), all at once. Adam, cosine decay."""
+    n_adapters = len(examples_at(0)) // config.examples
+    device = base.model.device
+    initial = shared_initial_a(spec, config.seed)
+    batch = LoraBatch(
+        {n: a.to(device).repeat(n_adapters, 1, 1).requires_grad_() for n, a in initial.items()},
+        {m.name: torch.zeros(n_adapters, m.n_out, spec.rank, device=device, requires_grad=True) for m in spec.modules},
+    )
+    optimizer, schedule = adam_with_decay([*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps)
+    for step in progress(range(config.steps), f"{n_adapters} teachers"):
+        loss_A = adapter_losses(base.model, spec, batch, examples_at(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss_A.sum().backward()
+        optimizer.step()
+        schedule.step()
+    release_device_memory()
+    return LoraBatch({n: t.detach() for n, t in batch.a.items()}, {n: t.detach() for n, t in batch.b.items()})
+
+
+def adam_with_decay(
+    parameters: Iterable[Tensor], learning_rate: float, steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    """Adam, its rate falling to a twentieth along a cosine: how every teacher is trained."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 20)
+
+
+def condition_prompts(suite: Suite, task: str, config: TeacherConfig, share: tuple[int, int]) -> dict[str, list[str]]:
+    """Prompts of what a teacher was trained on, its share of the examples, and others to condition on at evaluation."""
+    known = suite.examples(task, "train", config.condition_train, "condition", share)
+    others = suite.examples(task, "prompts", config.condition_evaluation, "condition")
+    return {"train": [e.prompt for e in known], "evaluation": [e.prompt for e in others]}
+
+
+METHODS = ("peft", "batched")
+CHECKPOINTING = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How teachers are trained: `teachers.per_task` adapters a dataset, `checkpoints` of them from each run.
+
+    A run saves its last checkpoints `every` steps apart. `teachers.examples` are read a step, in `accumulation` pieces.
+    """
+
+    teachers: TeacherConfig = TeacherConfig(rank=8, alpha=16.0, per_task=4, steps=100, examples=16, learning_rate=1e-4)
+    method: str = "peft"
+    checkpoints: int = 2
+    every: int = 10
+    accumulation: int = 1
+    gradient_checkpointing: str = "auto"
+    at_once: int = 0
+
+    def __post_init__(self) -> None:
+        known = ((self.method, "method", METHODS), (self.gradient_checkpointing, "checkpointing", CHECKPOINTING))
+        for value, what, allowed in known:
+            if value not in allowed:
+                raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
+        if min(self.checkpoints, self.every, self.accumulation) < 1 or self.at_once < 0:
+            raise UserError("checkpoints, every and accumulation must be at least 1, at_once at least 0")
+        if self.teachers.per_task % self.checkpoints or self.teachers.examples % self.accumulation:
+            raise UserError(
+                f"{self.teachers.per_task} adapters a task from runs of {self.checkpoints} checkpoints, and "
+                f"{self.teachers.examples} examples a step in {self.accumulation} pieces: both must divide evenly"
+            )
+        if self.method == "batched" and (self.checkpoints > 1 or self.accumulation > 1):
+            raise UserError("the batched method saves one checkpoint a run and reads a step's examples in one piece")
+        if self.saved_at[0] < 1:
+            raise UserError(
+                f"{self.checkpoints} checkpoints {self.every} steps apart need more than {self.steps} steps"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.teachers.steps
+
+    @property
+    def subsets(self) -> int:
+        """Runs a dataset."""
+        return self.teachers.per_task // self.checkpoints
+
+    @property
+    def saved_at(self) -> list[int]:
+        """The steps that a run leaves an adapter at."""
+        return [self.steps - self.every * back for back in reversed(range(self.checkpoints))]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the adapters depend on: how memory is saved is not among it."""
+        savers = {"gradient_checkpointing", "at_once"}
+        return {name: value for name, value in asdict(self).items() if name not in savers}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a dataset, one of its subsets, and the adapters that it leaves."""
+
+    task: str
+    subset: int
+    config: SFTConfig
+    suite: Suite
+    base: Base
+
+    @property
+    def adapter_ids(self) -> list[str]:
+        """In the order of `saved_at`. The last checkpoint has the lowest number, so that a task's first teacher, which
+        stands for a held-out task and answers its prompts, is a fully trained one."""
+        n = self.config.checkpoints
+        return [f"{self.task}_{self.subset * n + i}" for i in reversed(range(n))]
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.subset, self.config.subsets
+
+    def examples_at(self) -> Callable[[int], list[Example]]:
+        """The examples of a step (counted from 0), in an order of the run's own."""
+        per_step, seed = self.config.teachers.examples, self.config.teachers.seed
+        stream = f"teacher {seed} {self.subset}"
+        pool = self.suite.examples(self.task, "train", self.config.steps * per_step, stream, self.share)
+        return lambda step: pool[step * per_step : (step + 1) * per_step]
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        return condition_prompts(self.suite, self.task, self.config.teachers, self.share)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What the manifest says of an adapter."""
+        return {"subset": f"{self.subset + 1} of {self.config.subsets}", "step": step}

@@ -1,0 +1,65 @@
+"""The registered form of a generator: prompts in, PEFT adapters out, for anyone who can load an MLflow model.
+
+MLflow stores this file itself next to the bundle and runs it on loading (models from code), so nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+if TYPE_CHECKING:
+    from llgbm.generator.bundle import GeneratorBundle
+
+
+class GeneratorModel(PythonModel):
+    """Generates one LoRA adapter per row.
+
+    A row's `prompts` is a JSON list of texts. A condition is the *set* of a task's prompts, and one set makes one
+    adapter; a column of plain strings would leave open which prompts belong together, and a column of lists does not
+    survive CSV and some clients of MLflow's scoring server.
+    """
+
+    bundle: GeneratorBundle
+
+    def load_context(self, context: Any) -> None:
+        """Load the bundle that was registered with the model. Raises UserError if it is damaged."""
+        from llgbm.generator.bundle import GeneratorBundle
+
+        self.bundle = GeneratorBundle.load(context.artifacts["bundle"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return `adapter_safetensors_base64` and `adapter_config` (JSON), row by row.
+
+        Write the decoded first as `adapter_model.safetensors` and the second as `adapter_config.json` into a folder,
+        and PEFT loads it. Raises ValueError naming the row whose prompts cannot be used.
+        """
+        config = json.dumps(self.bundle.adapter_config())
+        rows = [_prompts(index, text) for index, text in enumerate(model_input["prompts"])]
+        adapters = [self._adapter(prompts) for prompts in rows]
+        return pd.DataFrame({"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)})
+
+    def _adapter(self, prompts: list[str]) -> str:
+        from safetensors.torch import save
+
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.bundle.generate(prompts).items()}
+        return base64.b64encode(save(state, metadata={"format": "pt"})).decode("ascii")
+
+
+def _prompts(index: int, text: str) -> list[str]:
+    try:
+        prompts = json.loads(text)
+    except (TypeError, json.JSONDecodeError):
+        prompts = None
+    usable = isinstance(prompts, list) and prompts and all(isinstance(p, str) and p.strip() for p in prompts)
+    if not usable:
+        raise ValueError(f"row {index}: `prompts` must be a JSON list of one or more texts, got {str(text)[:80]!r}")
+    return prompts
+
+
+set_model(GeneratorModel())

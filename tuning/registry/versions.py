@@ -1,0 +1,137 @@
+"""Registered models by name, alias and version: how one is addressed, looked up and downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llgbm.runtime import UserError
+from tuning.tracking.store import (
+    all_pages,
+    connect,
+    explained,
+    local_tracking_uri,
+    quiet_mlflow,
+    shown,
+    sqlite_path,
+    usable_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered generator and the alias that it was given."""
+
+    name: str
+    version: str
+    alias: str
+
+    @property
+    def uri(self) -> str:
+        """The address that `fetch_bundle` and `mlflow.pyfunc.load_model` take."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@contextmanager
+def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
+    """A client of the store at an address, by default MLFLOW_TRACKING_URI or the store of the current folder.
+
+    Raises UserError if there is no such store, and for whatever the store raises within the block.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
+    quiet_mlflow()
+    if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
+        raise UserError(f"there is no MLflow store at {uri}: give the address of the one you registered in.")
+    uri = usable_uri(uri)
+    with explained(uri):
+        yield connect(uri)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless a model may be called so."""
+    if not re.fullmatch(r"[\w.\- ]+", name):
+        raise UserError(f"a model cannot be named {name!r}: use letters, digits, spaces and the characters . _ -")
+
+
+def all_models(client: MlflowClient) -> list[RegisteredModel]:
+    """Every registered model, by name."""
+    found = all_pages(lambda token: client.search_registered_models(page_token=token))
+    return sorted(found, key=lambda model: model.name)
+
+
+def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """The versions of a model, oldest first; none if there is no such model."""
+    found = all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
+    """Version by alias. The model must exist."""
+    return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version under an alias; None if there is no such model or alias."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if "not found" in str(error):
+            return None
+        raise
+
+
+def resolve(client: MlflowClient, address: str) -> ModelVersion:
+    """The version that `models:/name@alias`, `models:/name/3` or these without `models:/` mean.
+
+    Raises UserError that names what there is if there is no such thing.
+    """
+    parts = MODEL_URI.fullmatch(address if address.startswith("models:") else f"models:/{address}")
+    if parts is None:
+        raise UserError(f"{address!r} is no model address: write models:/name@alias, models:/name/version or a folder.")
+    name, alias = parts["name"], parts["alias"]
+    versions = {str(found.version): found for found in existing_versions(client, name)}
+    aliases = aliases_of(client, name)
+    wanted = aliases.get(alias, "") if alias else parts["version"]
+    if wanted in versions:
+        return versions[wanted]
+    asked = f"alias {alias!r}" if alias else f"version {wanted}"
+    raise UserError(
+        f"model {name!r} has no {asked}: it has the versions {', '.join(versions)} and the aliases "
+        f"{', '.join(sorted(aliases)) or 'none'}."
+    )
+
+
+def existing_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """The versions of a model, oldest first. Raises UserError that names the models there are if it has none."""
+    check_name(name)
+    versions = versions_of(client, name)
+    if not versions:
+        known = ", ".join(model.name for model in all_models(client)) or "none at all"
+        raise UserError(f"{shown(client.tracking_uri)} has no model {name!r}: it has {known}.")
+    return versions
+
+
+def download(client: MlflowClient, version: ModelVersion) -> Path:
+    """Copy the files of a version to a temporary folder."""
+    from mlflow.artifacts import download_artifacts
+
+    # MLflow's own models:/ addresses ask the process-wide registry, whatever store is named.
+    source = client.get_model_version_download_uri(version.name, str(version.version))
+    folder = tempfile.mkdtemp(prefix="llgbm-generator-")
+    download_artifacts(source, dst_path=folder, tracking_uri=client.tracking_uri)
+    return Path(folder)

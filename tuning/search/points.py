@@ -1,0 +1,328 @@
+"""Random search and Optuna over a study's space, kept in Optuna's own storage, so that a later run goes on.
+
+A point is one Optuna trial; each of its seeds is a trial of the sweep. What Optuna has been told and what it still
+waits for stand in the storage alone: a driver that was killed finds the open points there and finishes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from llgbm.runtime import UserError, stream_seed
+from tuning.studies.spec import SearchSpace, Study, TrialSpec
+from tuning.tracking.store import shown, sqlite_path
+
+logger = logging.getLogger("tuning.search")
+Result = Mapping[str, Any]
+STARTUP_POINTS = 5
+STOPPED, RETRY_OF, TRIALS = "llgbm.stopped_at_step", "llgbm.retry_of", "llgbm.trial_ids"
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError)
+
+
+def optuna_url(tracking_uri: str | None, root: Path) -> str:
+    """The storage beside the MLflow store: of an SQLite store in its folder, else in `mlruns` under `root`."""
+    local = tracking_uri is not None and tracking_uri.startswith("sqlite:")
+    folder = sqlite_path(str(tracking_uri)).parent if local else Path(root).resolve() / "mlruns"
+    return f"sqlite:///{folder / 'optuna.db'}"
+
+
+@contextmanager
+def explained_storage(url: str) -> Iterator[None]:
+    """Turn what Optuna, the database and the disk raise in the block into a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except STORAGE_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the Optuna storage {shown(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
+            "sqlite:///path/optuna.db say"
+        ) from error
+
+
+def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
+    """The Optuna study of a search, found again under the study's id or created; `fresh` begins another beside it.
+
+    Raises UserError where the storage cannot be used.
+    """
+    if study.space is None:
+        raise ValueError(f"study {study.name} has no search space")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with explained_storage(url):
+        if url.startswith("sqlite:"):
+            sqlite_path(url).parent.mkdir(parents=True, exist_ok=True)
+        storage = _storage(url)
+        name = _study_name(study, storage, fresh)
+        directions = [optuna.study.StudyDirection.MAXIMIZE] * len(study.space.objectives)
+        return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+
+
+def find_search(study: Study, url: str) -> optuna.Study | None:
+    """The Optuna study of a search, or None where it was never begun; nothing is created.
+
+    Raises UserError where the storage cannot be used.
+    """
+    if url.startswith("sqlite:") and not sqlite_path(url).is_file():
+        return None
+    with explained_storage(url):
+        storage = _storage(url)
+        name = _study_name(study, storage, fresh=False)
+        known = name in optuna.get_all_study_names(storage)
+        return optuna.load_study(storage=storage, study_name=name) if known else None
+
+
+def _storage(url: str) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the Optuna storage {shown(url)} cannot be opened ({error})") from error
+
+
+def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:
+    """`<name>-<study id>-<n>` with the highest n that there is, one more with `fresh`; 1 where there is none."""
+    stem = f"{study.name}-{study.id}-"
+    numbers = [int(n.removeprefix(stem)) for n in optuna.get_all_study_names(storage) if n.startswith(stem)]
+    return f"{stem}{max(numbers, default=0) + 1 if fresh or not numbers else max(numbers)}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one seed of a point: its value of each objective (None: it failed), and whether it was stopped."""
+
+    values: tuple[float, ...] | None
+    step: int
+    stopped: bool
+
+
+class PointSearch:
+    """Ask for trials, tell what became of them; Optuna hears of a point when all its seeds have ended.
+
+    `known` are the last results of trials that have ended before, by trial id: those are told and not run again.
+    """
+
+    def __init__(
+        self, space: SearchSpace, optuna_study: optuna.Study, n_points: int, known: Mapping[str, Result] | None = None
+    ) -> None:
+        if n_points < 1:
+            raise UserError(f"{n_points} points of a search asked for; it must be at least 1")
+        self.space = space
+        self.study = optuna_study
+        self.n_points = n_points
+        self.distributions: dict[str, BaseDistribution] = {
+            name: FloatDistribution(low, high, log=True) for name, (low, high) in space.ranges.items()
+        }
+        self.results: dict[str, Result | None] = dict(known or {})
+        self.running: set[str] = set()
+        self._fail_half_asked()
+
+    def ask(self) -> TrialSpec | None:
+        """The next trial to run: a seed of an open point first, then of a new point; None when all were handed out."""
+        self._settle()
+        while (spec := next(self._waiting(), None)) is None:
+            if len(self._points()) >= self.n_points:
+                return None
+            self._ask_point()
+            self._settle()
+        self.running.add(spec.id)
+        return spec
+
+    def tell(self, spec: TrialSpec, result: Result | None) -> None:
+        """Take the last result of a trial; None or `failed` in it: the trial failed."""
+        self.running.discard(spec.id)
+        self.results[spec.id] = result
+        try:
+            self._settle()
+        except STORAGE_ERRORS as error:
+            logger.warning("Optuna is told of a point later, its storage fails: %s", error)
+
+    def trials(self) -> tuple[TrialSpec, ...]:
+        """The trials of all points asked for so far, those of earlier runs too, each once."""
+        return drawn_trials(self.space, self.study)
+
+    def is_done(self) -> bool:
+        """Whether no trial is left to ask for."""
+        self._settle()
+        return len(self._points()) >= self.n_points and next(self._waiting(), None) is None
+
+    def steps_left(self) -> int:
+        """Training steps of the trials that are still to be asked for, or run at present."""
+        trials = [spec for point in self._points() for spec in self.space.trials(point.params)]
+        missing = max(0, self.n_points - len(self._points())) * len(self.space.seeds)
+        left = sum(spec.id not in self.results for spec in trials) + missing
+        return left * self.space.base.config.steps
+
+    def describe(self) -> str:
+        """How far the search is."""
+        done = len([point for point in self._points() if point.state.is_finished()])
+        return f"{done} of {self.n_points} points done, {len(self.space.seeds)} seeds each"
+
+    def retry_failed(self) -> int:
+        """Queue the points that were told as failed once more, and no others; returns how many."""
+        self.n_points = len(self._points())
+        failed = [point for point in self._points() if point.state == TrialState.FAIL]
+        for point in failed:
+            self.study.enqueue_trial(point.params, user_attrs={RETRY_OF: point.number})
+            for spec in self.space.trials(point.params):
+                if spec.id in self.results and self._outcome(self.results[spec.id]).values is None:
+                    del self.results[spec.id]
+        return len(failed)
+
+    def _waiting(self) -> Iterator[TrialSpec]:
+        for point in self._points(TrialState.RUNNING):
+            for spec in self.space.trials(point.params):
+                if spec.id not in self.results and spec.id not in self.running:
+                    yield spec
+
+    def _ask_point(self) -> None:
+        """A new point. The sampler is seeded by the study and the point's number, not by what this process did."""
+        number = len(whole_points(self.space, self.study, replaced=True))
+        self.study.sampler = _sampler(self.space.sampler, stream_seed(self.study.study_name, number) % 2**32)
+        point = self.study.ask(self.distributions)
+        point.set_user_attr(TRIALS, [spec.id for spec in self.space.trials(point.params)])
+
+    def _settle(self) -> None:
+        """Tell every open point of which all seeds have ended."""
+        for point in self._points(TrialState.RUNNING):
+            ids = [spec.id for spec in self.space.trials(point.params)]
+            if all(trial_id in self.results for trial_id in ids):
+                self._tell_point(point, [self._outcome(self.results[trial_id]) for trial_id in ids])
+
+    def _tell_point(self, point: FrozenTrial, outcomes: list[Outcome]) -> None:
+        done = [outcome.values for outcome in outcomes if outcome.values is not None]
+        if len(done) < len(outcomes):
+            self.study.tell(point.number, state=TrialState.FAIL)
+            return
+        means = [sum(column) / len(done) for column in zip(*done, strict=True)]
+        if not any(outcome.stopped for outcome in outcomes):
+            self.study.tell(point.number, means)
+            return
+        step = min(outcome.step for outcome in outcomes if outcome.stopped)
+        self._tell_stopped(optuna.trial.Trial(self.study, point._trial_id), means, step)
+
+    def _tell_stopped(self, point: optuna.trial.Trial, means: list[float], step: int) -> None:
+        """Optuna prunes points of one objective; of several it knows none, so the means so far stand, marked."""
+        point.set_user_attr(STOPPED, step)
+        if len(means) > 1:
+            self.study.tell(point, means)
+            return
+        point.report(means[0], step)
+        self.study.tell(point, state=TrialState.PRUNED)
+
+    def _outcome(self, result: Result | None) -> Outcome:
+        if result is None or result.get("failed"):
+            return Outcome(None, 0, False)
+        missing = [name for name in self.space.objectives if name not in result]
+        if missing:
+            logger.warning("a trial ended without %s: its point counts as failed", missing[0])
+            return Outcome(None, 0, False)
+        values = tuple(float(result[name]) for name in self.space.objectives)
+        return Outcome(values, int(result.get("step", 0)), not result.get("finished", False))
+
+    def _points(self, *states: TrialState) -> list[FrozenTrial]:
+        return [t for t in whole_points(self.space, self.study) if not states or t.state in states]
+
+    def _fail_half_asked(self) -> None:
+        """A driver killed between asking and sampling leaves points without parameters: they are no points."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self.space.ranges.keys() <= trial.params.keys():
+                self.study.tell(trial.number, state=TrialState.FAIL)
+
+
+def whole_points(space: SearchSpace, optuna_study: optuna.Study, replaced: bool = False) -> list[FrozenTrial]:
+    """The points that have all their parameters; those that a retry replaces only if asked for."""
+    trials = optuna_study.get_trials(deepcopy=False)
+    retried = set() if replaced else {t.user_attrs.get(RETRY_OF) for t in trials}
+    return [t for t in trials if space.ranges.keys() <= t.params.keys() and t.number not in retried]
+
+
+def drawn_trials(space: SearchSpace, optuna_study: optuna.Study) -> tuple[TrialSpec, ...]:
+    """The trials of a search's points, each once."""
+    points = whole_points(space, optuna_study)
+    return tuple({spec.id: spec for point in points for spec in space.trials(point.params)}.values())
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_POINTS, constant_liar=True)
+
+
+def make_searcher(search: PointSearch, url: str) -> Any:
+    """The same as a Ray Tune searcher, which suggests {"trial": TrialSpec}; `url` is what errors call the storage.
+
+    A storage that fails is asked again as long as trials run; after that the sweep ends with a UserError.
+    """
+    from ray.tune.search import Searcher
+
+    class PointSearcher(Searcher):
+        """Names Ray's trials; `PointSearch` does the rest."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.specs: dict[str, TrialSpec] = {}
+
+        def suggest(self, trial_id: str) -> Any:
+            try:
+                with explained_storage(url):
+                    spec = search.ask()
+            except UserError:
+                if search.running:
+                    return None
+                raise
+            if spec is None:
+                return self.FINISHED
+            self.specs[trial_id] = spec
+            return {"trial": spec}
+
+        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+            """A trial that ends without error and without a result was interrupted: its point stays open."""
+            spec = self.specs.pop(trial_id)
+            if error or result is not None:
+                search.tell(spec, None if error else result)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save: Optuna's storage is the state."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing to restore."""
+
+    return PointSearcher()
+
+
+def count_states(optuna_study: optuna.Study | None) -> dict[str, int]:
+    """How many points of a search are in which state."""
+    trials = optuna_study.get_trials(deepcopy=False) if optuna_study else []
+    return dict(Counter(trial.state.name.lower() for trial in trials))
+
+
+def describe_best(space: SearchSpace, optuna_study: optuna.Study) -> str:
+    """The best points that were run to their end: one of one objective, those that no other beats in all of several."""
+    whole = [t for t in optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    whole = [t for t in whole if STOPPED not in t.user_attrs]
+    best = [t for t in whole if not any(_beats(other, t) for other in whole)]
+    names = " and ".join(space.objectives)
+    if not best:
+        return f"no point of the search was run to its end: nothing to say of {names}"
+    shown = [f"{space.trials(t.params)[0].name} ({', '.join(f'{v:.3f}' for v in t.values)})" for t in best[:5]]
+    more = f" and {len(best) - 5} more" if len(best) > 5 else ""
+    return f"best of {len(whole)} points by mean {names} over {len(space.seeds)} seeds: {'; '.join(shown)}{more}"
+
+
+def _beats(one: FrozenTrial, other: FrozenTrial) -> bool:
+    """Whether one point is at least as good in every objective, and better in one; of equals the earlier."""
+    pairs = list(zip(one.values, other.values, strict=True))
+    if all(mine == yours for mine, yours in pairs):
+        return one.number < other.number
+    return all(mine >= yours for mine, yours in pairs)

@@ -1,0 +1,47 @@
+"""Studies: named functions that return a study, a frozen value that says what is run and why."""
+
+from tuning.studies.builtin import (
+    DELTA_ONLY,
+    MULTITASK,
+    STUDIES,
+    WEIGHT_ONLY,
+    StudyOptions,
+    Variant,
+    crossed,
+    generator_variants,
+    generators,
+    lambda_grid,
+    lambda_variants,
+    make_trials,
+    model_size,
+    objectives,
+    optuna_lambda,
+    phase_4_5,
+    rate_variants,
+    standard_variants,
+)
+from tuning.studies.spec import SearchSpace, Study, TrialSpec
+
+__all__ = [
+    "DELTA_ONLY",
+    "MULTITASK",
+    "STUDIES",
+    "SearchSpace",
+    "Study",
+    "StudyOptions",
+    "TrialSpec",
+    "Variant",
+    "WEIGHT_ONLY",
+    "crossed",
+    "generator_variants",
+    "generators",
+    "lambda_grid",
+    "lambda_variants",
+    "make_trials",
+    "model_size",
+    "objectives",
+    "optuna_lambda",
+    "phase_4_5",
+    "rate_variants",
+    "standard_variants",
+]

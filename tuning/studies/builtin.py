@@ -1,0 +1,248 @@
+"""Studies: named functions that return a study, a frozen value that says what is run and why.
+
+A study is a list of trials, or a space that a search draws trials from. Configurations are made of variants, each of
+which changes a few fields of `TrainingConfig`; a new study calls its parent and changes what differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+from llgbm.generator import GENERATORS
+from llgbm.generator.networks import GeneratorConfig
+from llgbm.models.load import FAMILIES
+from llgbm.runtime import UserError
+from llgbm.training import TrainingConfig
+from llgbm.world import WorldConfig, smoke_world
+from tuning.studies.spec import SearchSpace, Study, TrialSpec
+
+SEEDS = (0, 1, 2)
+SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a caller may change about a named study; None leaves the study's own choice."""
+
+    model_sizes: tuple[str, ...] | None = None
+    lambda_weight: tuple[float, ...] | None = None
+    lambda_delta: tuple[float, ...] | None = None
+    learning_rates: tuple[float, ...] | None = None
+    generators: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    activation_checkpointing: bool | None = None
+    probe_chunk: int | None = None
+    delta_probes: str = "trajectory"
+    encoder: str = "minilm"
+    smoke: bool = False
+    own_worlds: tuple[WorldConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a configuration changes in `TrainingConfig`, under which name, and why."""
+
+    name: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+    def joined(self, other: Variant) -> Variant:
+        """Both at once; where both change a field, the other's value stands."""
+        names, reasons = ((self.name, other.name), (self.why, other.why))
+        return Variant(
+            ", ".join(filter(None, names)), {**self.changes, **other.changes}, " ".join(filter(None, reasons))
+        )
+
+
+def _lambdas(name: str, weight: float, delta: float) -> Variant:
+    if weight and delta:
+        why = "Weights and behaviour are matched together: is that better than either alone?"
+    elif weight:
+        why = "Only weights are matched, as Drag-and-Drop LLMs does: the reference that behaviour must beat."
+    else:
+        why = "Only behaviour is matched; no weight of a teacher is ever looked at."
+    return Variant(name, {"lambda_weight": weight, "lambda_delta": delta}, why)
+
+
+MULTITASK = _lambdas("multitask", 0.3, 1.0)
+DELTA_ONLY = _lambdas("delta-only", 0.0, 1.0)
+WEIGHT_ONLY = _lambdas("weight-only", 1.0, 0.0)
+CONFIGURATIONS = (MULTITASK, DELTA_ONLY, WEIGHT_ONLY)
+_SHARED = "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
+OBJECTIVES = (
+    Variant("cosine_norm", {"delta_loss": "cosine_norm"}, "The default: direction and relative norm."),
+    Variant("cosine", {"delta_loss": "cosine"}, "Is direction enough, without the norm?"),
+    Variant("mse", {"delta_loss": "mse"}, "Squared error of unit vectors: direction with weaker gradients."),
+    Variant("mse_raw", {"delta_loss": "mse_raw"}, "Plain squared error: large deltas weigh more."),
+    Variant("mean reading", {"delta_reading": "mean"}, "Is the mean over probes enough, or is each probe needed?"),
+    Variant("domain probes", {"delta_probes": "domain"}, _SHARED),
+    Variant("generic probes", {"delta_probes": "generic"}, _SHARED),
+)
+
+
+def phase_4_5(options: StudyOptions) -> Study:
+    """Multitask, delta-only and weight-only, each on every seed: does behavioural supervision help?"""
+    return Study(
+        "phase_4_5",
+        make_trials(options, standard_variants(options)),
+        note="Does behavioural supervision help on tasks never seen, alone or beside weight matching?",
+    )
+
+
+def lambda_grid(options: StudyOptions) -> Study:
+    """λ_w × λ_d × seeds, without (0, 0): where is the best balance of weights and behaviour?"""
+    grid = replace(
+        options,
+        lambda_weight=options.lambda_weight or (0.0, 0.1, 0.3, 1.0),
+        lambda_delta=options.lambda_delta or (0.0, 0.3, 1.0, 3.0),
+    )
+    return replace(phase_4_5(grid), name="lambda_grid", note="Where is the best balance of weights and behaviour?")
+
+
+def model_size(options: StudyOptions) -> Study:
+    """Sizes × configurations × seeds: does the answer of phase_4_5 hold at another size? Each size has its own bank."""
+    sizes = replace(options, model_sizes=options.model_sizes or ("nano", "micro"))
+    return replace(phase_4_5(sizes), name="model_size", note="Does the answer hold at another size of the base?")
+
+
+def generators(options: StudyOptions) -> Study:
+    """Every generator × configurations × seeds: is it the objective or the architecture?"""
+    every = replace(options, generators=options.generators or tuple(GENERATORS))
+    return replace(phase_4_5(every), name="generators", note="Does the answer depend on the generator's architecture?")
+
+
+def objectives(options: StudyOptions) -> Study:
+    """Delta losses, readings and probes without the weight loss, beside weight-only: which behaviour is worth matching?
+
+    With `delta_probes` among the changes, a trial has the world in which those probes are read.
+    """
+    chosen = _lambda_options(options) or [DELTA_ONLY]
+    if any(variant.changes["lambda_delta"] == 0 for variant in chosen):
+        raise UserError("study objectives compares delta losses: give --lambda-delta values above 0")
+    axes = (generator_variants(options), rate_variants(options))
+    variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
+    return Study("objectives", make_trials(options, variants), note="Which reading of behaviour is worth matching?")
+
+
+def optuna_lambda(options: StudyOptions) -> Study:
+    """A search over λ_w, λ_d and the learning rate; two numbers of an option are a range, one fixes the value."""
+    options = replace(options, seeds=options.seeds or SEEDS[:2])
+    own = {"model_sizes": ("nano",), "generators": ("default",)}
+    single = {name: getattr(options, name) or value for name, value in own.items()}
+    if any(len(values) > 1 for values in single.values()):
+        raise UserError("a search has one model size and one generator: give one, or run one search for each")
+    names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
+    ranges = {**names, "learning_rate": options.learning_rates}
+    base = make_trials(replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options)))[0]
+    given: dict[str, Any] = {name: _range(name, ends) for name, ends in ranges.items() if ends is not None}
+    space = SearchSpace(base, _seeds(options), **given)
+    return Study("optuna_lambda", space=space, note="Which λ_w, λ_d and learning rate are best together?")
+
+
+def _range(name: str, values: tuple[float, ...]) -> tuple[float, float]:
+    if not 1 <= len(values) <= 2:
+        raise UserError(f"{name} of a search is a range (two numbers) or fixed (one), not {len(values)} numbers")
+    return (min(values), max(values))
+
+
+STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
+    function.__name__: function
+    for function in (phase_4_5, lambda_grid, model_size, generators, objectives, optuna_lambda)
+}
+
+
+def standard_variants(options: StudyOptions) -> list[Variant]:
+    """The three configurations (or the λ given), on every generator and learning rate asked for."""
+    return crossed(lambda_variants(options), generator_variants(options), rate_variants(options))
+
+
+def crossed(*axes: Iterable[Variant]) -> list[Variant]:
+    """Every combination of one variant of each axis, the first axis slowest."""
+    return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
+
+
+def lambda_variants(options: StudyOptions) -> list[Variant]:
+    """The three configurations, or the grid of the λ given."""
+    return _lambda_options(options) or list(CONFIGURATIONS)
+
+
+def _lambda_options(options: StudyOptions) -> list[Variant]:
+    """The grid of the λ given, if any; the pair (0, 0) of a larger grid is left out."""
+    if options.lambda_weight is None and options.lambda_delta is None:
+        return []
+    weights, deltas = options.lambda_weight or (1.0,), options.lambda_delta or (0.0,)
+    pairs = [(w, d) for w in weights for d in deltas]
+    if len(pairs) > 1:
+        pairs = [pair for pair in pairs if pair != (0, 0)]
+    return [_lambdas(_pair_name(*pair), *pair) for pair in pairs]
+
+
+def _pair_name(weight: float, delta: float) -> str:
+    kind = "multitask" if weight and delta else "weight-only" if weight else "delta-only"
+    return f"{kind} w={weight:g} d={delta:g}"
+
+
+def generator_variants(options: StudyOptions) -> list[Variant]:
+    """The generators asked for; named in configurations only where there are several. UserError for an unknown one."""
+    names = options.generators or ("default",)
+    for name in names:
+        if name not in GENERATORS:
+            raise UserError(f"unknown generator {name!r}; there are: {', '.join(GENERATORS)}")
+    if names == ("default",):
+        return [Variant()]
+    return [
+        Variant(name if len(names) > 1 else "", {"generator": GeneratorConfig(name=name)}, f"Generator: {name}.")
+        for name in names
+    ]
+
+
+def rate_variants(options: StudyOptions) -> list[Variant]:
+    """The learning rates asked for; named in configurations only where there are several."""
+    rates = options.learning_rates or ()
+    return [Variant(f"lr={rate:g}" if len(rates) > 1 else "", {"learning_rate": rate}) for rate in rates] or [Variant()]
+
+
+def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
+    """Trials of sizes × variants × seeds. Raises UserError for an unknown size, λ or field of `TrainingConfig`."""
+    return tuple(
+        _trial(options, size, variant, seed)
+        for size in options.model_sizes or ("nano",)
+        for variant in variants
+        for seed in _seeds(options)
+    )
+
+
+def _seeds(options: StudyOptions) -> tuple[int, ...]:
+    return options.seeds or (SEEDS[:1] if options.smoke else SEEDS)
+
+
+def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> TrialSpec:
+    unknown = sorted(set(variant.changes) - set(TrainingConfig.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig")
+    config = replace(_config(options, size, seed), **variant.changes)
+    return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.why)
+
+
+def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
+    config = TrainingConfig(
+        seed=seed, use_small_model=size in SMALL_SIZES, model_size=size, delta_probes=options.delta_probes
+    )
+    if options.smoke:
+        config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
+    names = ("steps", "batch_size", "activation_checkpointing", "probe_chunk")
+    given = {name: getattr(options, name) for name in names}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
+    own = {world.size: world for world in options.own_worlds}
+    world = own[size] if own else WorldConfig(size=size)
+    world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
+    return smoke_world(world) if options.smoke else world

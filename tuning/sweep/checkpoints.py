@@ -1,0 +1,150 @@
+"""Checkpoints of trials below a folder or in an object store, and the locks that keep two writers apart.
+
+`<storage>/<trial id>/step_00000100.pt` is one file: the SHA-256 of what follows, then the training state as torch
+writes it. A file whose hash does not agree is torn, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from llgbm.output import disk_errors
+from llgbm.runtime import UserError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+logger = logging.getLogger("tuning.checkpoints")
+KEPT = 2
+HASH_BYTES = 32
+LOCK_SECONDS = 120.0
+
+
+def open_storage(storage: str) -> tuple[FileSystem, str]:
+    """The file system of a folder or URI (`file://`, `s3://`, `gs://`, ...) and the path in it.
+
+    Raises UserError for a URI that names no known kind of store.
+    """
+    from pyarrow import ArrowException, fs
+
+    if "://" not in storage:
+        return fs.LocalFileSystem(), str(Path(storage).expanduser().resolve())
+    try:
+        files, path = fs.FileSystem.from_uri(storage)
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"trials cannot keep their state at {storage!r} ({reason}): name a folder, or an address of a store that "
+            "pyarrow knows, such as s3://bucket/folder"
+        ) from error
+    return files, path
+
+
+def below(storage: str, path: str) -> str:
+    """The address of a path in a storage; an object store's settings, behind a question mark, stay at the end."""
+    address, mark, settings = storage.partition("?") if "://" in storage else (storage, "", "")
+    return f"{address.rstrip('/')}/{path}{mark}{settings}"
+
+
+def remove_folder(files: FileSystem, path: str) -> None:
+    """Delete a folder with all that is in it, if it is there."""
+    from pyarrow import fs
+
+    if files.get_file_info(path).type != fs.FileType.NotFound:
+        files.delete_dir(path)
+
+
+class TrialCheckpoints:
+    """The checkpoints of one trial."""
+
+    def __init__(self, storage: str, trial_id: str) -> None:
+        self.files, root = open_storage(storage)
+        self.folder = f"{root}/{trial_id}"
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Keep a state under its `step`, whole or not at all; of the older ones the newest is left."""
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        payload = stream.getbuffer()
+        final = f"{self.folder}/step_{state['step']:08d}.pt"
+        self.files.create_dir(self.folder, recursive=True)
+        with self.files.open_output_stream(f"{final}.writing") as out:
+            out.write(hashlib.sha256(payload).digest())
+            out.write(payload)
+        self.files.move(f"{final}.writing", final)
+        for old in self._paths()[:-KEPT]:
+            self.files.delete_file(old)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state of the last step that is whole, on the CPU; None if there is none."""
+        for path in reversed(self._paths()):
+            with self.files.open_input_stream(path) as source:
+                content = source.read()
+            if hashlib.sha256(memoryview(content)[HASH_BYTES:]).digest() == content[:HASH_BYTES]:
+                return torch.load(io.BytesIO(memoryview(content)[HASH_BYTES:]), map_location="cpu", weights_only=True)
+            logger.warning("checkpoint %s is torn: the one before it is used", path)
+        return None
+
+    def newest_name(self) -> str:
+        """The file name of the last checkpoint, `start` if there is none."""
+        return ([path.rpartition("/")[2] for path in self._paths()] or ["start"])[-1]
+
+    def remove(self) -> None:
+        """Delete them all."""
+        remove_folder(self.files, self.folder)
+
+    def _paths(self) -> list[str]:
+        from pyarrow import fs
+
+        found = self.files.get_file_info(fs.FileSelector(self.folder, allow_not_found=True))
+        return sorted(info.path for info in found if info.path.endswith(".pt"))
+
+
+@contextmanager
+def trial_lock(storage: str, trial_id: str) -> Iterator[None]:
+    """Hold a trial: the worker of a killed driver and its successor never write the same trial at once.
+
+    The successor waits for the other to end. Object stores have no locks; there nothing is held. Raises UserError if
+    the other does not end within two minutes.
+    """
+    with _lock(storage, trial_id, LOCK_SECONDS, f"trial {trial_id} is being run by another process: wait for its end"):
+        yield
+
+
+@contextmanager
+def study_lock(storage: str, study_id: str) -> Iterator[None]:
+    """Hold a study. Raises UserError at once if another driver runs it."""
+    message = f"study {study_id} is being run by another process: wait for its end, or stop it first"
+    with _lock(storage, f"study-{study_id}", 0.0, message):
+        yield
+
+
+@contextmanager
+def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[None]:
+    from pyarrow import fs
+
+    files, root = open_storage(storage)
+    if not isinstance(files, fs.LocalFileSystem):
+        yield
+        return
+    folder = Path(root) / "locks"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock", timeout=seconds)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()

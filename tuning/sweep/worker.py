@@ -1,0 +1,192 @@
+"""What a Ray Tune worker runs: one trial, from shared tensors to artifacts. Ray is the few lines at the end.
+
+A trial goes on from its newest checkpoint, whoever began it. An error that would come again is caught and told to the
+driver, which marks the trial FAILED; only a worker that dies is started again by Ray.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llgbm.evaluation.metrics import REPORTED_PARTS, evaluate_generator
+from llgbm.runtime import UserError, pick_device, release_device_memory, spare_collector
+from llgbm.training import State, train
+from llgbm.world import World
+from tuning.studies.spec import TrialSpec
+from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
+from tuning.sweep.checkpoints import TrialCheckpoints, trial_lock
+from tuning.sweep.cluster import take_share
+from tuning.tracking.notes import log_datasets, note_tags, system_metrics, trial_note
+from tuning.tracking.runs import DEATH_TAG, TrackingTarget
+from tuning.tracking.trial import TrialTracker, finished_metrics
+
+CHECKPOINT_SECONDS = 300.0
+HOPELESS_STARTS = 10
+STARTS_TAG = "llgbm.starts"
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What every trial of one sweep is given beside its own spec: where it reports, where its state is kept, its share.
+
+    `session` names the driver's present life.
+    """
+
+    target: TrackingTarget
+    storage: str
+    session: str
+    threads: int
+    gpus: float
+    keep_adapters: bool
+
+
+def run_trial(
+    trial: TrialSpec,
+    world: World,
+    tracker: TrialTracker,
+    checkpoints: TrialCheckpoints,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+    keep_adapters: bool = True,
+) -> dict[str, float]:
+    """Train from the newest checkpoint, evaluate and log one trial; return its final metrics.
+
+    They are logged at the step after the last, since they are of the best generator, not of the last.
+    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known. The adapters that it generates
+    are among its artifacts if `keep_adapters` says so.
+    """
+
+    def report(step: int, metrics: Mapping[str, float]) -> bool:
+        tracker.log(step, metrics)
+        if "val/accuracy" in metrics:
+            on_evaluation(step, metrics)
+        return True
+
+    def keep(state: State) -> None:
+        if tracker.is_flushed():
+            checkpoints.write(state)
+
+    started, state = time.perf_counter(), checkpoints.newest()
+    before = state["seconds"] if state else 0.0
+    outcome = train(trial.config, world.data, world.flora, report, keep, state, CHECKPOINT_SECONDS)
+    results = {p: evaluate_generator(outcome.generator, world.data, world.flora, p) for p in ("test", "val", "train")}
+    metrics = {
+        **{
+            f"{name}/{key}": value
+            for name, part in REPORTED_PARTS.items()
+            for key, value in results[part].metrics.items()
+        },
+        "best_step": float(outcome.best_step),
+        "time/steps_per_second": outcome.steps_run / outcome.seconds,
+        "time/seconds": before + time.perf_counter() - started,
+        "time/peak_memory_mb": peak_memory_mb(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_artifacts(Path(folder), trial, world, outcome, results)
+        if keep_adapters:
+            write_trial_adapters(Path(folder), world, results)
+        tracker.log_artifacts(Path(folder), "")
+    tracker.log(outcome.steps_run + 1, metrics)
+    return metrics
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process, in MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def attempt(
+    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+) -> dict[str, Any]:
+    """Run a trial and say how it went: its final metrics with `finished`, or the cause in `failed`.
+
+    A trial that is finished already is not run: its metrics come with `reused`. Raises only what a new process may
+    mend.
+    """
+    try:
+        with trial_lock(setting.storage, trial.id):
+            known = finished_metrics(setting.target, trial.id)
+            if known is not None:
+                return {"step": trial.config.steps, "finished": True, "reused": True, **known}
+            metrics = run_tracked(trial, world, setting, on_evaluation)
+        return {"step": trial.config.steps, "finished": True, **metrics}
+    except Exception as error:
+        if is_of_the_process(error):
+            raise
+        return {"step": 0, "failed": cause_of(error, setting)}
+    finally:
+        release_device_memory()
+
+
+def run_tracked(
+    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+) -> dict[str, float]:
+    """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
+    tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
+    tags |= note_tags(trial_note(trial, trial.note))
+    tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    checkpoints = TrialCheckpoints(setting.storage, trial.id)
+    try:
+        tracker.show_first("heldout/accuracy")
+        check_hope(tracker, checkpoints, setting.session)
+        log_datasets(tracker.client, tracker.run_id, [world])
+        spare_collector()
+        with system_metrics(setting.target.tracking_uri, tracker.run_id):
+            return run_trial(trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters)
+    finally:
+        tracker.close()
+
+
+def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
+    """Count the starts from one checkpoint in the life of one driver; raise UserError when they lead nowhere."""
+    place = f"{session} {checkpoints.newest_name()}"
+    tag = tracker.tag(STARTS_TAG)
+    starts = 1 + (int(tag.rpartition(" ")[2]) if tag.startswith(f"{place} ") else 0)
+    if starts > HOPELESS_STARTS:
+        cause = tracker.tag(DEATH_TAG) or "no cause known"
+        raise UserError(
+            f"its worker died {starts - 1} times in a row without reaching another checkpoint ({cause}): look for what "
+            "kills it, most often the host's memory, and use --retry-failed"
+        )
+    tracker.set_tag(STARTS_TAG, f"{place} {starts}")
+
+
+def is_of_the_process(error: Exception) -> bool:
+    """Whether only this process is broken, as after a CUDA error that is not about memory: a new one may do better."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host had no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def cause_of(error: Exception, setting: TrialSetting) -> str:
+    """One sentence on why a trial failed."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    if is_out_of_memory(error):
+        share = f"{setting.gpus:g} of a GPU" if setting.gpus else "its share of the host"
+        return f"out of memory ({first[:200]}): give trials more than {share}, or a smaller batch"
+    kind = "" if isinstance(error, UserError | FloatingPointError) else f"{type(error).__name__}: "
+    return f"{kind}{first}"[:500]
+
+
+def ray_trainable(params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting) -> None:
+    """The function that Ray Tune calls; `params["trial"]` is the trial's spec."""
+    from ray import tune
+
+    take_share(setting.threads, setting.gpus)
+    trial: TrialSpec = params["trial"]
+    world = worlds[trial.world.hash].to(pick_device() if setting.gpus else "cpu")
+    tune.report(attempt(trial, world, setting, lambda step, found: tune.report({"step": step, **found})))

@@ -1,0 +1,1 @@
+"""Track studies and trials as MLflow runs."""

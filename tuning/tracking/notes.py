@@ -1,0 +1,157 @@
+"""What a run says beside its metrics: a note on what it changes, its data, the machine under it, its adapters.
+
+Everything is attached by explicit run id. Which trials keep the adapters that they generated is a policy: `all` trials
+write their own; for `best` the driver writes those of the best trials of each size afterwards; `none` writes none. The
+generator itself, deltas and per-task numbers are kept always, so an adapter can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from llgbm.training import TrainingConfig
+from llgbm.world import World
+from tuning.studies.spec import Study, TrialSpec
+from tuning.tracking.store import explained
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+NOTE_TAG = "mlflow.note.content"
+NOTE_LENGTH = 8000
+ROLE_OF_PART = {"train": "training", "val": "validation", "test": "evaluation"}
+SYSTEM_SECONDS = 10
+
+
+def trial_note(trial: TrialSpec, why: str = "") -> str:
+    """Markdown for the run's page: why it is run, and each setting in which it differs from the default."""
+    config = trial.config
+    changes = _changes(config.as_dict(), TrainingConfig(seed=config.seed).as_dict())
+    lines = [f"**{trial.name}**, size {trial.world.size}, seed {config.seed}: {_meaning(config)}"]
+    lines += [f"Why: {why}"] if why else []
+    lines += ["Changed against the default training:" if changes else "All settings are the default training's."]
+    return "\n\n".join(lines) + "".join(f"\n* `{key}`: {new} (default {old})" for key, new, old in changes)
+
+
+def study_note(name: str, trials: Sequence[TrialSpec], why: str = "") -> str:
+    """Markdown for the parent run's page: what is compared, on how many seeds, in which worlds."""
+    configurations = dict.fromkeys(trial.name for trial in trials)
+    seeds = sorted({trial.config.seed for trial in trials})
+    worlds = {f"{trial.world.size} ({len(trial.world.suite.split.test)} held-out tasks)" for trial in trials}
+    lines = [f"**{name}**: {len(trials)} trials over seeds {', '.join(map(str, seeds))}."]
+    lines += [f"Why: {why}"] if why else []
+    lines += [f"Worlds: {', '.join(sorted(worlds))}.", "Configurations:"]
+    return "\n\n".join(lines) + "".join(f"\n* {configuration}" for configuration in configurations)
+
+
+def note_tags(text: str) -> dict[str, str]:
+    """The tag under which MLflow shows a note, cut to the length that it takes."""
+    return {NOTE_TAG: text if len(text) <= NOTE_LENGTH else text[: NOTE_LENGTH - 1] + "…"}
+
+
+def _meaning(config: TrainingConfig) -> str:
+    weight, delta = config.lambda_weight, config.lambda_delta
+    terms = f"λ_w = {weight:g}, λ_d = {delta:g}, "
+    if not delta:
+        return terms + "matches the teachers' weights alone."
+    probes = f"on {config.delta_probes} probes"
+    if not weight:
+        return terms + f"matches the teachers' behaviour alone, {probes}; no teacher weight is looked at."
+    return terms + f"matches the teachers' weights and their behaviour {probes}."
+
+
+def _changes(new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for key, value in new.items():
+        if isinstance(value, Mapping):
+            found += _changes(value, old.get(key) or {}, f"{prefix}{key}.")
+        elif value != old.get(key):
+            found.append((f"{prefix}{key}", value, old.get(key)))
+    return found
+
+
+def log_datasets(client: MlflowClient, run_id: str, worlds: Sequence[World]) -> None:
+    """Name the data of a run by hash, one input a part: bank, base and tasks.
+
+    MLflow creates a data set on first sight and two processes that do so at once collide, so the driver calls this
+    for the parent run before any trial does. Calling again changes nothing. Raises UserError if the store fails.
+    """
+    with explained(client.tracking_uri):
+        client.log_inputs(run_id, [dataset for world in worlds for dataset in world_datasets(world)])
+
+
+def world_datasets(world: World) -> list[DatasetInput]:
+    """MLflow's form of the three parts of a world."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    suite, data = world.config.suite, world.data
+    source = {"world": world.config.hash, "base": world.base.hash, "bank": world.bank.hash, "data": data.hash}
+    found = []
+    for part, role in ROLE_OF_PART.items():
+        tasks = sorted({data.tasks[row] for row in data.rows[part]})
+        profile = {"tasks": len(tasks), "teachers": len(data.rows[part]), "examples_per_task": data.n_examples}
+        dataset = Dataset(
+            name=f"{suite.name}-{world.config.size}-{part}",
+            digest=data.hash,
+            source_type="llgbm",
+            source=json.dumps(source),
+            schema=json.dumps({"tasks": tasks})[:60_000],
+            profile=json.dumps({**profile, "encoder": data.encoder}),
+        )
+        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
+    return found
+
+
+@contextmanager
+def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
+    """Log CPU, memory, disk, network and GPU use of the machine to a run (`system/…`) while the block runs.
+
+    MLflow's own monitor does it from a thread, every ten seconds; a run that is opened again goes on counting. A
+    store that fails costs these figures, never the trial.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        run_id, sampling_interval=SYSTEM_SECONDS, resume_logging=True, tracking_uri=tracking_uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def describe_facts(world: World) -> str:
+    """One line on what was built."""
+    facts, split = world.bank.facts, world.config.suite.split
+    known = "base_accuracy" in facts and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
+    return (
+        f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
+        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}"
+    )
+
+
+def study_params(study: Study) -> dict[str, Any]:
+    """What the parent run says of the study."""
+    trials = "searched" if study.space else len(study.trials)
+    return {"study": study.name, "metric": study.metric, "trials": trials}
+
+
+def note_of(study: Study) -> str:
+    """Markdown for the parent run's page."""
+    if study.space:
+        return f"**{study.name}**: {study.space.describe()}\n\nWhy: {study.note}"
+    return study_note(study.name, study.trials, study.note)
+
+
+def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
+    """Lineage of the parent run."""
+    return {
+        "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
+        "llgbm.base": ",".join(world.base.hash for world in worlds.values()),
+        **note_tags(note_of(study)),
+    }

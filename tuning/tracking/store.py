@@ -1,0 +1,221 @@
+"""Which MLflow stores can be used, and what to tell people when one cannot.
+
+Addresses are tried before MLflow sees them, because MLflow itself retries a dead one for minutes. MLflow is
+imported on first use, so that its settings come first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from llgbm.runtime import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PROBE_SECONDS = 3.0
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
+# The ones that `llgbm[postgresql]` and `llgbm[mysql]` install; SQLAlchemy's own choice differs between its versions.
+DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
+UNWRITABLE = ("unable to open", "readonly", "read-only", "permission denied", "no such file", "file exists")
+ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
+
+
+def quiet_mlflow() -> None:
+    """Turn MLflow's telemetry, progress bars and chatter off, unless the environment says otherwise."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    for name in ("alembic", "alembic.runtime.migration", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """Make a client of the store at `tracking_uri`, tracking and registry alike."""
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """What a paged search of MLflow finds, page after page; `search` takes the token of a page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def local_tracking_uri(root: Path) -> str:
+    """Name the SQLite store that a study keeps under `root` when no server is given."""
+    return f"sqlite:///{Path(root).resolve()}/mlruns/mlflow.db"
+
+
+def shown(tracking_uri: str) -> str:
+    """The address without its user name and password, for messages."""
+    parts = urlsplit(tracking_uri)
+    if "@" not in parts.netloc:
+        return tracking_uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+@contextmanager
+def explained(tracking_uri: str) -> Iterator[None]:
+    """Turn what MLflow, the database and the disk raise in the block into a UserError of one sentence."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        raise UserError(
+            f"the MLflow store {shown(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0][:200].rstrip(". ")
+
+
+def _remedy(reason: str) -> str:
+    text = reason.lower()
+    if "disk is full" in text or "no space left" in text:
+        return "free some disk space or choose another folder"
+    if any(sign in text for sign in UNWRITABLE):
+        return "choose a folder that you may write to"
+    if "out-of-date database schema" in text:
+        return _schema_remedy(text)
+    if "no module named" in text:
+        return "install the driver of that database, or use sqlite:///path"
+    return f"check the address and its log, or choose another one ({ALLOWED})"
+
+
+def _schema_remedy(reason: str) -> str:
+    """MLflow calls a schema of the future out of date too; its own migrations tell the two apart."""
+    import mlflow
+
+    found = re.search(r"found version (\w+)", reason)
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if found and not any(migrations.glob(f"{found[1]}_*.py")):
+        return "a newer MLflow made it, so install that version, or choose another store"
+    return "copy the database and run `mlflow db upgrade` on it, or choose another one"
+
+
+def usable_uri(tracking_uri: str) -> str:
+    """Check that an address is of a supported kind, answers and can be written; make SQLite paths absolute.
+
+    Raises UserError within seconds where MLflow would retry for minutes.
+    """
+    scheme = urlsplit(tracking_uri).scheme.partition("+")[0]
+    if scheme in ("http", "https"):
+        _probe_http(tracking_uri.rstrip("/"))
+        return tracking_uri.rstrip("/")
+    if scheme == "sqlite":
+        path = sqlite_path(tracking_uri)
+        _probe_sqlite(path)
+        return f"sqlite:///{path}"
+    if scheme in DATABASE_PORTS:
+        _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
+        return with_driver(tracking_uri)
+    raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
+
+
+def existing_uri(tracking_uri: str) -> str:
+    """`usable_uri` for readers: a SQLite file that is not there yet is refused, not made. Raises UserError."""
+    if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).is_file():
+        raise UserError(
+            f"there is no MLflow store at {sqlite_path(tracking_uri)} yet: run a study in this folder first "
+            "(`make ablation`), or give the address of another store."
+        )
+    return usable_uri(tracking_uri)
+
+
+def with_driver(uri: str) -> str:
+    """The address of a database with the driver that this package installs, where it names none itself."""
+    scheme, rest = uri.split(":", 1)
+    return f"{scheme}+{DRIVERS[scheme]}:{rest}" if scheme in DRIVERS else uri
+
+
+def _probe_http(uri: str) -> None:
+    import requests
+
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    try:
+        code = requests.get(f"{uri}/health", timeout=PROBE_SECONDS, verify=verify).status_code
+    except requests.exceptions.RequestException as error:
+        raise UserError(
+            f"no MLflow server answers at {shown(uri)} ({type(error).__name__}): start one with `mlflow "
+            "server`, correct the address, or leave it out to use the local store."
+        ) from error
+    if code == 404 or code >= 500:
+        raise UserError(
+            f"the server at {shown(uri)} answers /health with HTTP {code}, so it is no working MLflow "
+            "server: correct the address, or leave it out to use the local store."
+        )
+
+
+def _probe_socket(uri: str, default_port: int) -> None:
+    parts = urlsplit(uri)
+    host, port = parts.hostname or "localhost", parts.port or default_port
+    try:
+        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no database answers at {host}:{port} ({error}): start it, correct the address, or leave it "
+            "out to use the local store."
+        ) from error
+
+
+def sqlite_path(uri: str) -> Path:
+    path = uri.partition(":///")[2].partition("?")[0]
+    if not path:
+        raise UserError(f"the tracking address {uri!r} names no file: write sqlite:///path/to/mlflow.db.")
+    return Path(path).expanduser().resolve()
+
+
+def _probe_sqlite(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=PROBE_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("CREATE TABLE llgbm_write_probe (x)")
+            database.rollback()
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"the MLflow store {path} cannot be written ({error}): {_remedy(str(error))}.") from error
+
+
+def _make_database(path: Path) -> None:
+    """Make a new SQLite store aside and name it when it is whole: MLflow cannot go on with a half-made one."""
+    if path.exists() and path.stat().st_size:
+        return
+    aside = path.with_name(f".{path.name}.making")
+    aside.unlink(missing_ok=True)
+    connect(f"sqlite:///{aside}").search_experiments(max_results=1)
+    os.replace(aside, path)
+
+
+def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return client.create_experiment(name, artifact_location=artifacts)
+    if found.lifecycle_stage == "active":
+        return found.experiment_id
+    raise UserError(
+        f"the MLflow experiment {name!r} was deleted: restore it with `mlflow experiments restore "
+        f"--experiment-id {found.experiment_id}`, or choose another experiment name."
+    )

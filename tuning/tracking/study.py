@@ -1,0 +1,235 @@
+"""Log a study to its parent run, and set the final status of its trials."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from tuning.tracking.runs import (
+    FINAL_STATUSES,
+    MEMBER_TAG,
+    METRICS_PER_CALL,
+    PARENT_TAG,
+    STUDY_ID_TAG,
+    STUDY_TAG,
+    SUPERSEDED_TAG,
+    TRIAL_TAG,
+    TrackingTarget,
+    _finite,
+    _now,
+    chunks,
+    find_runs,
+    flat_params,
+    is_live,
+    log_params,
+    open_run,
+    trial_run,
+)
+from tuning.tracking.store import (
+    _experiment_id,
+    _make_database,
+    connect,
+    explained,
+    local_tracking_uri,
+    quiet_mlflow,
+    sqlite_path,
+    usable_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger("tuning.tracking")
+
+
+class StudyTracker:
+    """The driver's side: opens the store, begins the study and decides how its runs end."""
+
+    def __init__(self, client: MlflowClient, tracking_uri: str, experiment_id: str) -> None:
+        self.client = client
+        self.tracking_uri = tracking_uri
+        self.experiment_id = experiment_id
+        self.target: TrackingTarget | None = None
+
+    @classmethod
+    def open(cls, tracking_uri: str | None, root: Path, experiment: str) -> StudyTracker:
+        """Open the store (by default SQLite under `root`) and find or create the experiment.
+
+        Raises UserError if the address is unsupported, silent or not writable, or the experiment was deleted.
+        """
+        quiet_mlflow()
+        uri = usable_uri(tracking_uri or local_tracking_uri(root))
+        with explained(uri):
+            if not uri.startswith("sqlite"):
+                client = connect(uri)
+                return cls(client, uri, _experiment_id(client, experiment, None))
+            path = sqlite_path(uri)
+            folder = path.parent
+            with FileLock(folder / ".mlflow.lock", timeout=60):
+                _make_database(path)
+                client = connect(uri)
+                artifacts = (folder / "artifacts").as_uri()
+                return cls(client, uri, _experiment_id(client, experiment, artifacts))
+
+    def begin(self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrackingTarget:
+        """Create the parent run, or continue the one with this `study_id` and the same parameters.
+
+        Raises UserError if the store fails.
+        """
+        own = {STUDY_TAG: study, STUDY_ID_TAG: study_id, **tags}
+        wanted = dict(flat_params(params))
+        with explained(self.tracking_uri):
+            runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
+            same = [run for run in runs if is_live(run) and run.data.params == wanted]
+            run_id = open_run(self.client, self.experiment_id, same[-1] if same else None, study, own)
+            log_params(self.client, run_id, params)
+        self.target = TrackingTarget(self.tracking_uri, self.experiment_id, run_id, study)
+        return self.target
+
+    def studies(self, study_id: str | None = None) -> list[Run]:
+        """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            wanted = {STUDY_ID_TAG: study_id} if study_id else {}
+            found = find_runs(self.client, self.experiment_id, wanted)
+            return [run for run in found if STUDY_ID_TAG in run.data.tags and is_live(run)]
+
+    def live_runs(self) -> dict[str, Run]:
+        """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            found = find_runs(self.client, self.experiment_id, {})
+            return {run.data.tags[TRIAL_TAG]: run for run in found if TRIAL_TAG in run.data.tags and is_live(run)}
+
+    def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
+        """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
+
+        Raises UserError if the store fails.
+        """
+        old = [run.info.run_id for run in self.studies(study_id)]
+        trials = [
+            run.info.run_id
+            for trial_id, run in self.live_runs().items()
+            if trial_id in trial_ids or run.data.tags.get(PARENT_TAG) in old
+        ]
+        with explained(self.tracking_uri):
+            for run_id in (*old, *trials):
+                self.client.set_tag(run_id, SUPERSEDED_TAG, str(_now()))
+
+    def adopt(self, trial_id: str, config: str) -> None:
+        """Make the run of a trial that another study finished count in this one too, as configuration `config`.
+
+        Raises UserError if the store fails.
+        """
+        with explained(self.tracking_uri):
+            run = trial_run(self.client, self.experiment_id, trial_id)
+            if run is not None and run.data.tags.get(PARENT_TAG) != self.parent_run_id:
+                self.client.set_tag(run.info.run_id, MEMBER_TAG + self.parent_run_id, config)
+
+    @property
+    def parent_run_id(self) -> str:
+        """Id of the parent run. Raises RuntimeError before `begin`."""
+        if self.target is None:
+            raise RuntimeError("the study has no run yet: call begin() first")
+        return self.target.parent_run_id
+
+    def child_run_id(self, trial_id: str) -> str | None:
+        """Id of the run of a trial, or None if the trial never opened one."""
+        run = trial_run(self.client, self.experiment_id, trial_id)
+        return run.info.run_id if run else None
+
+    def finish_trial(self, trial_id: str, status: str, tags: Mapping[str, str] | None = None) -> None:
+        """Set how a trial ended, and tags that say why.
+
+        Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
+        """
+        _check_status(status)
+        run_id = self.tag_trial(trial_id, tags or {})
+        if run_id is None:
+            logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
+            return
+        with explained(self.tracking_uri):
+            self.client.set_terminated(run_id, status)
+
+    def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
+        """Set tags of the run of a trial and return its id, None if there is no run.
+
+        Raises UserError if the store fails.
+        """
+        with explained(self.tracking_uri):
+            run_id = self.child_run_id(trial_id)
+            for key, value in tags.items() if run_id else ():
+                self.client.set_tag(str(run_id), key, value)
+            return run_id
+
+    def finish(self, status: str) -> None:
+        """Set how the study ended; unless FINISHED, kill the children that still count as running.
+
+        Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
+        """
+        _check_status(status)
+        with explained(self.tracking_uri):
+            if status != "FINISHED":
+                self._kill_running()
+            self.client.set_terminated(self.parent_run_id, status)
+
+    def _kill_running(self) -> None:
+        children = list(find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id}))
+        for run in children:
+            if run.info.status not in FINAL_STATUSES:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the whole study so far. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            return dict(self.client.get_run(self.parent_run_id).data.metrics)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log figures of the whole study, each once: what it has already stays. Raises ValueError if not finite."""
+        from mlflow.entities import Metric
+
+        now, values = _now(), _finite(step, metrics)
+        with explained(self.tracking_uri):
+            known = self.client.get_run(self.parent_run_id).data.metrics
+            entries = [Metric(key, value, now, step) for key, value in values.items() if key not in known]
+            for chunk in chunks(entries, METRICS_PER_CALL):
+                self.client.log_batch(self.parent_run_id, metrics=chunk)
+
+    def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
+        """Keep a folder among the artifacts of the study. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            self.client.log_artifacts(self.parent_run_id, str(folder), artifact_path)
+
+    def download_artifacts(self, run_id: str, path: str, folder: Path | str) -> str:
+        """Copy an artifact of a run into a folder and name the copy. Raises UserError if there is none."""
+        with explained(self.tracking_uri):
+            return self.client.download_artifacts(run_id, path, str(folder))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the study. Raises UserError if the store fails."""
+        with explained(self.tracking_uri):
+            for key, value in tags.items():
+                self.client.set_tag(self.parent_run_id, key, value)
+
+
+def _check_status(status: str) -> None:
+    if status not in FINAL_STATUSES:
+        raise ValueError(f"a run cannot end as {status!r}: expected one of {', '.join(FINAL_STATUSES)}")
+
+
+@contextmanager
+def status_on_exit(tracker: StudyTracker):
+    """Give the parent run its right final status, whatever happens."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
