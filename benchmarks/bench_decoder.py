@@ -32,7 +32,11 @@ PAPER = ((128, 384, 384), *COMMON_SENSE.features, (4296, 10, 130))
 SHAPES: dict[str, tuple[tuple[tuple[int, int, int], ...], int, int]] = {
     "nano": (((32, 6, 66), (128, 6, 66)), 3, 16),
     "micro": (((66, 6, 66), (265, 6, 66)), 3, 16),
-    "paper-0.5B/8": (tuple((n // 8, max(10, length // 8), max(16, c // 8)) for n, length, c in PAPER), 9, 1),
+    "paper-0.5B/8": (
+        tuple((n // 8, max(10, length // 8), max(16, c // 8)) for n, length, c in PAPER),
+        9,
+        1,
+    ),
     "paper-0.5B": (PAPER, 9, 1),
 }
 
@@ -76,7 +80,9 @@ def seconds(run: Callable[[], Tensor], backward: bool, device: str) -> float:
     return clock() - started
 
 
-def compare(shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: int | None) -> dict[str, object]:
+def compare(
+    shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: int | None
+) -> dict[str, object]:
     """Both implementations on one set of shapes. Raises RuntimeError where their outputs differ."""
     features, kernel_size, usual = SHAPES[shapes]
     torch.manual_seed(0)
@@ -87,7 +93,9 @@ def compare(shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: i
         ours, plain = runs["ours"]().float(), runs["plain"]().float()
     error = ((ours - plain).abs().max() / plain.abs().max()).item()
     if error > (1e-4 if dtype == torch.float32 else 3e-2):
-        raise RuntimeError(f"{shapes}: the outputs differ by {error:.1e} of the largest value: nothing to compare")
+        raise RuntimeError(
+            f"{shapes}: the outputs differ by {error:.1e} of the largest value: nothing to compare"
+        )
     result: dict[str, object] = {
         "shapes": shapes,
         "batch": len(x),
@@ -100,15 +108,24 @@ def compare(shapes: str, device: str, dtype: torch.dtype, repeats: int, batch: i
             for key in sorted(times, reverse=bool(repeat % 2)):
                 model.zero_grad(set_to_none=True)
                 times[key].append(seconds(runs[key], backward, device))
-        mid = {key: median(found[1:]) for key, found in times.items()}  # the first pass of each warms up
-        result[name] = {**{f"{k}_s": v for k, v in mid.items()}, "plain_over_ours": mid["plain"] / mid["ours"]}
+        mid = {
+            key: median(found[1:]) for key, found in times.items()
+        }  # the first pass of each warms up
+        result[name] = {
+            **{f"{k}_s": v for k, v in mid.items()},
+            "plain_over_ours": mid["plain"] / mid["ours"],
+        }
     return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["nano", "micro", "paper-0.5B/8"])
+    parser.add_argument(
+        "--shapes", nargs="+", choices=tuple(SHAPES), default=["nano", "micro", "paper-0.5B/8"]
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch", type=int, help="adapters at once (default: by the shapes)")
@@ -124,7 +141,12 @@ def main() -> int:
     for shapes in options.shapes:
         rows.append(compare(shapes, options.device, dtype, options.repeats, options.batch))
         print(f"{shapes}: {json.dumps(rows[-1])}", file=sys.stderr)
-    result = {"benchmark": "decoder", "config": vars(options), "environment": facts, "results": rows}
+    result = {
+        "benchmark": "decoder",
+        "config": vars(options),
+        "environment": facts,
+        "results": rows,
+    }
     save(f"decoder_{options.device}", result)
     return 0
 

@@ -82,7 +82,11 @@ def run_platform(options: argparse.Namespace) -> dict[str, Any]:
     from tuning.tracking.study import StudyTracker
 
     with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *study_arguments(options)]
+        command = [
+            sys.executable,
+            str(ROOT / "tuning" / "run_ablation.py"),
+            *study_arguments(options),
+        ]
         command += ["--max-concurrent", str(options.concurrent)]
         started = time.perf_counter()
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -99,7 +103,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     before = seconds_of(start_plain(options, "::2"))
     ours = run_platform(options)
     after = seconds_of(start_plain(options, "1::2"))
-    plain_s = [second for pair in zip_longest(before, after) for second in pair if second is not None]
+    plain_s = [
+        second for pair in zip_longest(before, after) for second in pair if second is not None
+    ]
     ideal, own_ideal = sum(plain_s) / options.concurrent, sum(ours["own_s"]) / options.concurrent
     return {
         **ours,
@@ -118,16 +124,31 @@ def side_by_side(options: argparse.Namespace) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, help="training steps (default: the study's own)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--concurrent", type=int, default=2, help="trials at once, and cores used (default: 2)")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--cache", type=Path, default=ROOT / ".llgbm", help="where the world is kept, built if absent")
-    parser.add_argument("--side-by-side", action="store_true", help="time two trainings at once too")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder to leave the platform's study in")
     parser.add_argument(
-        "--plain", metavar="A:B:C", help="run these trials of the plain side alone, print their seconds"
+        "--concurrent", type=int, default=2, help="trials at once, and cores used (default: 2)"
+    )
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".llgbm",
+        help="where the world is kept, built if absent",
+    )
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="time two trainings at once too"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="an empty folder to leave the platform's study in"
+    )
+    parser.add_argument(
+        "--plain",
+        metavar="A:B:C",
+        help="run these trials of the plain side alone, print their seconds",
     )
     return parser.parse_args()
 
@@ -145,7 +166,11 @@ def main() -> int:
     runs = [compare(options) for _ in range(options.repeats)]
     result = {
         "benchmark": "overhead",
-        "config": {"steps": options.steps, "seeds": options.seeds, "concurrent": options.concurrent},
+        "config": {
+            "steps": options.steps,
+            "seeds": options.seeds,
+            "concurrent": options.concurrent,
+        },
         "environment": environment("ray", "mlflow", "torch"),
         "over_ideal": median(run["over_ideal"] for run in runs),
         "over_own": median(run["over_own"] for run in runs),

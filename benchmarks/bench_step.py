@@ -39,10 +39,14 @@ CONDITION = 384
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", nargs="+", default=list(ADAPTERS))
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the base; the generator is float32")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="of the base; the generator is float32"
+    )
     parser.add_argument("--adapters", type=int, help="a step (default: 16 for 0.5B, 8 for 1.5B)")
     parser.add_argument("--probes", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
@@ -63,7 +67,9 @@ def make_base(size: PublishedSize, device: str, dtype: torch.dtype) -> Functiona
     return FunctionalLoRA(nn.Module.eval(model), size.rank, size.alpha)
 
 
-def make_data(flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: str) -> ExperimentData:
+def make_data(
+    flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: str
+) -> ExperimentData:
     """Made-up teachers, each a task of its own, with probes read at the last two tokens."""
     hidden, vocabulary = flora.model.config.hidden_size, flora.model.config.vocab_size
     ids = torch.randint(vocabulary, (n, probes, tokens))
@@ -141,11 +147,16 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
         "seconds": round(seconds, 4),
         "tokens_per_second": round(adapters * arguments.probes * arguments.tokens / seconds),
         "tflops": round(estimate.step_flops / seconds / 1e12, 3),
-        "peak_gb": round((peak_bytes(device) - (0 if device.startswith("cuda") else before)) / 1e9, 3),
+        "peak_gb": round(
+            (peak_bytes(device) - (0 if device.startswith("cuda") else before)) / 1e9, 3
+        ),
         "estimated_peak_gb": round(estimate.peak_bytes / 1e9, 3),
-        "estimated_memory_gb": {key: round(value / 1e9, 3) for key, value in estimate.memory.items()},
+        "estimated_memory_gb": {
+            key: round(value / 1e9, 3) for key, value in estimate.memory.items()
+        },
         "generator_parameters": estimate.generator_parameters,
-        "config": {k: v for k, v in asdict(config).items() if k != "generator"} | asdict(config.generator),
+        "config": {k: v for k, v in asdict(config).items() if k != "generator"}
+        | asdict(config.generator),
     }
 
 
@@ -159,7 +170,12 @@ def main() -> None:
         gc.collect()
     card = torch.cuda.get_device_name() if device == "cuda" else device
     facts = {**environment("torch", "transformers"), "device": card}
-    result = {"benchmark": "step", "config": vars(arguments), "environment": facts, "results": results}
+    result = {
+        "benchmark": "step",
+        "config": vars(arguments),
+        "environment": facts,
+        "results": results,
+    }
     cut = "" if arguments.layers is None else "_cut"
     save(f"step_{device}{cut}", result)
 

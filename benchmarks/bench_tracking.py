@@ -90,9 +90,14 @@ def measure_scale(uri: str | None, root: Path, trials: int, steps: int) -> dict[
     tasks = {f"task-{index}": index / 24 for index in range(24)}
     by_task = {part: {"accuracy": tasks, "delta_cosine": tasks} for part in ("test", "val")}
     (root / "artifacts" / "per_task.json").write_text(json.dumps(by_task))
-    writes = [timed(lambda n=n: write_trial(study, n, steps, root / "artifacts"))[0] for n in range(trials)]
+    writes = [
+        timed(lambda n=n: write_trial(study, n, steps, root / "artifacts"))[0]
+        for n in range(trials)
+    ]
     parent, few = target.parent_run_id, max(1, trials // 10)
-    runs = study.client.search_runs([target.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=few)
+    runs = study.client.search_runs(
+        [target.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=few
+    )
 
     def one_by_one() -> None:
         for run in runs:
@@ -101,7 +106,9 @@ def measure_scale(uri: str | None, root: Path, trials: int, steps: int) -> dict[
 
     reads = {
         "look up every trial (a resume)": timed(study.live_runs)[0],
-        "read_trials, two curves (a report)": timed(lambda: read_trials(study.tracking_uri, parent, CURVES))[0],
+        "read_trials, two curves (a report)": timed(
+            lambda: read_trials(study.tracking_uri, parent, CURVES)
+        )[0],
         "read_trials, all curves": timed(lambda: read_trials(study.tracking_uri, parent))[0],
         "read_study, artifacts too": timed(lambda: read_study(study.tracking_uri, parent))[0],
         "two curves, run by run (scaled up)": timed(one_by_one)[0] * trials / len(runs),
@@ -136,7 +143,9 @@ class Clock:
         return run
 
 
-def measure_cost(uri: str | None, root: Path, world: World, steps: int, repeats: int) -> dict[str, Any]:
+def measure_cost(
+    uri: str | None, root: Path, world: World, steps: int, repeats: int
+) -> dict[str, Any]:
     """Real trainings with and without a tracker, in turn; each with tracker opens a run of its own."""
     study = StudyTracker.open(uri, root, "bench-tracking")
     study.begin("cost", f"cost-{time.time_ns()}", {}, {})
@@ -146,7 +155,10 @@ def measure_cost(uri: str | None, root: Path, world: World, steps: int, repeats:
         config = replace(config, batch_size=4, n_probes=2, n_prompts=4)
     spec, shares, ratios, walls = TrialSpec("bench", config, world.config), [], [], []
     for repeat in range(repeats):
-        runs = {"with": lambda n=repeat: with_tracker(study, spec, world, n), "without": lambda: without(spec, world)}
+        runs = {
+            "with": lambda n=repeat: with_tracker(study, spec, world, n),
+            "without": lambda: without(spec, world),
+        }
         used = {}
         for name in sorted(runs, reverse=bool(repeat % 2)):
             processor = time.process_time()
@@ -171,7 +183,13 @@ def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int
     """Train as a worker does, with notes, data sets and system metrics; return the seconds spent on tracking."""
     clock = Clock(None)
     tags = run_notes.note_tags(run_notes.trial_note(spec))
-    arguments = (study.target, f"cost-{number}-{time.time_ns()}", spec.name, spec.config.as_dict(), tags)
+    arguments = (
+        study.target,
+        f"cost-{number}-{time.time_ns()}",
+        spec.name,
+        spec.config.as_dict(),
+        tags,
+    )
     tracker = clock._inner = clock.around(TrialTracker.open)(*arguments)
     clock.around(run_notes.log_datasets)(tracker.client, tracker.run_id, [world])
     with run_notes.system_metrics(study.tracking_uri, tracker.run_id):
@@ -196,27 +214,41 @@ def folder_for(path: Path | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tracking-uri", help="a store (default: SQLite in a temporary folder)")
-    parser.add_argument("--size", help="model size of a full world for the cost of logging (default: the toy world)")
-    parser.add_argument("--cache", type=Path, help="where worlds are kept (default: a temporary folder)")
+    parser.add_argument(
+        "--size", help="model size of a full world for the cost of logging (default: the toy world)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="where worlds are kept (default: a temporary folder)"
+    )
     parser.add_argument("--cost-steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    config = {**vars(options), "cache": None, "tracking_uri": options.tracking_uri and shown(options.tracking_uri)}
+    config = {
+        **vars(options),
+        "cache": None,
+        "tracking_uri": options.tracking_uri and shown(options.tracking_uri),
+    }
     result: dict[str, Any] = {
         "benchmark": "tracking",
         "config": config,
         "environment": environment("mlflow", "sqlalchemy", "torch"),
     }
     with tempfile.TemporaryDirectory() as root, folder_for(options.cache) as cache:
-        result["scale"] = measure_scale(options.tracking_uri, Path(root), options.trials, options.steps)
+        result["scale"] = measure_scale(
+            options.tracking_uri, Path(root), options.trials, options.steps
+        )
         print(json.dumps(result["scale"], indent=1), file=sys.stderr)
         size = WorldConfig(size=options.size) if options.size else smoke_world(WorldConfig())
         world = build_world(cache, size)
-        result["cost"] = measure_cost(options.tracking_uri, Path(root), world, options.cost_steps, options.repeats)
+        result["cost"] = measure_cost(
+            options.tracking_uri, Path(root), world, options.cost_steps, options.repeats
+        )
     save("tracking_cpu", result)
     return 0
 

@@ -29,7 +29,9 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).parents[1]
 # Both losses, apart and together, under each generator: what most code of a training is reached by.
-SWEEP = "--study generators --smoke --seeds 0 --steps 12 --cpus-per-trial 1 --max-concurrent 1".split()
+SWEEP = (
+    "--study generators --smoke --seeds 0 --steps 12 --cpus-per-trial 1 --max-concurrent 1".split()
+)
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 NOT_NUMBERS = ("time/", "system/")
 TRIAL_ID = "llgbm.trial_id"
@@ -73,10 +75,22 @@ def run_side(tree: Path, folder: Path, sweep: Sequence[str]) -> Records:
     """Run a sweep by the code of a tree in an empty folder; return its runs. Exits with status 2 where it fails."""
     folder.mkdir()
     path = os.pathsep.join(map(str, (tree, tree / "dnd_repo" / "workspace")))
-    env = {**os.environ, **ONE_THREAD, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {
+        **os.environ,
+        **ONE_THREAD,
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     env.pop("MLFLOW_TRACKING_URI", None)
     check_imports(tree, folder, env)
-    command = [sys.executable, str(tree / "tuning" / "run_ablation.py"), *sweep, "--cache", str(folder / "cache")]
+    command = [
+        sys.executable,
+        str(tree / "tuning" / "run_ablation.py"),
+        *sweep,
+        "--cache",
+        str(folder / "cache"),
+    ]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         stop(f"the sweep of {tree} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
@@ -86,10 +100,14 @@ def run_side(tree: Path, folder: Path, sweep: Sequence[str]) -> Records:
 def check_imports(tree: Path, folder: Path, env: Mapping[str, str]) -> None:
     """Exit with status 2 unless the packages are those of the tree, not installed ones."""
     code = "import llgbm, tuning, dnd; print(*(package.__path__[0] for package in (llgbm, tuning, dnd)), sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
     found = [Path(line) for line in done.stdout.splitlines()]
     if done.returncode or not all(path.is_relative_to(tree) for path in found):
-        stop(f"the packages of {tree} cannot be imported from there: {done.stdout}{done.stderr[-2000:]}")
+        stop(
+            f"the packages of {tree} cannot be imported from there: {done.stdout}{done.stderr[-2000:]}"
+        )
 
 
 def read_store(tracking_uri: str) -> Records:
@@ -103,7 +121,9 @@ def read_store(tracking_uri: str) -> Records:
         for run in client.search_runs([experiment.experiment_id], max_results=10_000):
             name = f"{run.info.run_name} {run.data.params.get('model_size', '')}".strip()
             if name in found:
-                stop(f"two runs are called {name!r}: give a sweep that runs every configuration once")
+                stop(
+                    f"two runs are called {name!r}: give a sweep that runs every configuration once"
+                )
             keys = [key for key in run.data.metrics if not key.startswith(NOT_NUMBERS)]
             curves = {key: read_curve(client, run.info.run_id, key) for key in keys}
             found[name] = RunRecord(run.data.tags.get(TRIAL_ID, ""), curves)
@@ -112,7 +132,9 @@ def read_store(tracking_uri: str) -> Records:
 
 def read_curve(client, run_id: str, key: str) -> Curve:
     """Return the values of a metric by step, written so that equal text means equal bits."""
-    return {metric.step: float(metric.value).hex() for metric in client.get_metric_history(run_id, key)}
+    return {
+        metric.step: float(metric.value).hex() for metric in client.get_metric_history(run_id, key)
+    }
 
 
 def compare(base: Records, here: Records, with_ids: bool) -> Iterator[Difference]:
@@ -126,7 +148,9 @@ def compare(base: Records, here: Records, with_ids: bool) -> Iterator[Difference
         yield from compare_metrics(name, base[name].metrics, here[name].metrics)
 
 
-def compare_metrics(name: str, base: Mapping[str, Curve], here: Mapping[str, Curve]) -> Iterator[Difference]:
+def compare_metrics(
+    name: str, base: Mapping[str, Curve], here: Mapping[str, Curve]
+) -> Iterator[Difference]:
     """Yield the differences between the metrics of one run."""
     for key in sorted({*base, *here}):
         if key not in base or key not in here:
@@ -136,7 +160,9 @@ def compare_metrics(name: str, base: Mapping[str, Curve], here: Mapping[str, Cur
         steps = [step for step in sorted({*before, *after}) if before.get(step) != after.get(step)]
         if steps:
             first = steps[0]
-            yield Difference(name, key, str(first), readable(before.get(first)), readable(after.get(first)))
+            yield Difference(
+                name, key, str(first), readable(before.get(first)), readable(after.get(first))
+            )
 
 
 def presence(in_base: bool, is_here: bool) -> tuple[str, str]:
@@ -163,11 +189,21 @@ def stop(reason: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="HEAD~1", metavar="COMMIT", help="the commit to compare with (HEAD~1)")
-    parser.add_argument("--allow-changed-ids", action="store_true", help="do not compare the ids of trials")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder to leave both sides in")
-    parser.add_argument("sweep", nargs="*", default=SWEEP, metavar="OPTION", help=f"the sweep ({' '.join(SWEEP)})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", default="HEAD~1", metavar="COMMIT", help="the commit to compare with (HEAD~1)"
+    )
+    parser.add_argument(
+        "--allow-changed-ids", action="store_true", help="do not compare the ids of trials"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="a new folder to leave both sides in"
+    )
+    parser.add_argument(
+        "sweep", nargs="*", default=SWEEP, metavar="OPTION", help=f"the sweep ({' '.join(SWEEP)})"
+    )
     return parser.parse_args()
 
 
@@ -184,7 +220,11 @@ def main() -> int:
     found = list(compare(base, here, with_ids=not options.allow_changed_ids))
     curves = [curve for record in here.values() for curve in record.metrics.values()]
     compared = f"{len(here)} runs, {len(curves)} metrics, {sum(map(len, curves))} values"
-    print(f"{table(found)}\n{len(found)} differences in {compared}" if found else f"the same numbers: {compared}")
+    print(
+        f"{table(found)}\n{len(found)} differences in {compared}"
+        if found
+        else f"the same numbers: {compared}"
+    )
     return 1 if found else 0
 
 

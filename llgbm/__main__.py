@@ -22,20 +22,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m llgbm", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("generate", help="write a PEFT adapter from the unlabelled prompts of a task")
+    make = commands.add_parser(
+        "generate", help="write a PEFT adapter from the unlabelled prompts of a task"
+    )
     make.add_argument(
-        "--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder"
+        "--model",
+        required=True,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
     )
     make.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
-    make.add_argument("--out", required=True, type=output_path, help="the folder that the adapter is written to")
-    make.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+    make.add_argument(
+        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
+    )
+    make.add_argument(
+        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+    )
     make.set_defaults(do=generate)
-    ask = commands.add_parser("fetch", help="ask a served generator (`mlflow models serve`) for an adapter")
+    ask = commands.add_parser(
+        "fetch", help="ask a served generator (`mlflow models serve`) for an adapter"
+    )
     ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
     ask.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
-    ask.add_argument("--out", required=True, type=output_path, help="the folder that the adapter is written to")
+    ask.add_argument(
+        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
+    )
     ask.set_defaults(do=fetch)
-    _add_models(commands.add_parser("models", help="list, show, promote and roll back registered generators"))
+    _add_models(
+        commands.add_parser(
+            "models", help="list, show, promote and roll back registered generators"
+        )
+    )
     for command in (evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)

@@ -48,7 +48,9 @@ def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     build(stage)
-    listing = {str(p.relative_to(stage)): describe_file(p) for p in sorted(stage.rglob("*")) if p.is_file()}
+    listing = {
+        str(p.relative_to(stage)): describe_file(p) for p in sorted(stage.rglob("*")) if p.is_file()
+    }
     (stage / ENTRY_FILE).write_text(json.dumps({"key": key, "files": listing}, indent=1))
     if final.exists():
         logger.warning("cache entry %s does not agree with its list of files: built again", final)

@@ -22,7 +22,9 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SECONDS = 120.0
 
 
-def fetch_adapter(url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS) -> Path:
+def fetch_adapter(
+    url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS
+) -> Path:
     """Send the unlabelled prompts of one task to the server at `url` and write its answer as a PEFT folder.
 
     The folder is checked first and written whole or not at all; an earlier adapter of this program there is replaced.
@@ -50,7 +52,9 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
         with urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
     except HTTPError as error:
-        raise UserError(f"the server at {url} refused the prompts (HTTP {error.code}: {_complaint(error)})") from error
+        raise UserError(
+            f"the server at {url} refused the prompts (HTTP {error.code}: {_complaint(error)})"
+        ) from error
     except (URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
@@ -76,7 +80,9 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
         config = json.loads(row["adapter_config"])
         whole = _is_safetensors(weights) and config["peft_type"] == "LORA"
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise UserError(f"the server at {url} answers no adapter: it serves something else than a generator") from error
+        raise UserError(
+            f"the server at {url} answers no adapter: it serves something else than a generator"
+        ) from error
     if not whole:
         raise UserError(f"the adapter that the server at {url} sent is damaged: ask again")
     return weights, config
@@ -87,5 +93,11 @@ def _is_safetensors(data: bytes) -> bool:
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 + header:
         return False
-    tensors = {key: value for key, value in json.loads(data[8 : 8 + header]).items() if key != "__metadata__"}
-    return bool(tensors) and len(data) == 8 + header + max(tensor["data_offsets"][1] for tensor in tensors.values())
+    tensors = {
+        key: value
+        for key, value in json.loads(data[8 : 8 + header]).items()
+        if key != "__metadata__"
+    }
+    return bool(tensors) and len(data) == 8 + header + max(
+        tensor["data_offsets"][1] for tensor in tensors.values()
+    )

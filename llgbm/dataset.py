@@ -53,7 +53,10 @@ class ExperimentData:
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}
-        if by_part["train"] & (by_part["val"] | by_part["test"]) or by_part["val"] & by_part["test"]:
+        if (
+            by_part["train"] & (by_part["val"] | by_part["test"])
+            or by_part["val"] & by_part["test"]
+        ):
             raise ValueError("a task stands in two parts of the data: held out must mean held out")
 
     def to(self, device: str | torch.device) -> ExperimentData:
@@ -84,7 +87,13 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, conditions_ANC: Tensor, tokens: Tensor, deltas: DeltaTable, n_prompts: int, n_probes: int, seed: int
+        self,
+        conditions_ANC: Tensor,
+        tokens: Tensor,
+        deltas: DeltaTable,
+        n_prompts: int,
+        n_probes: int,
+        seed: int,
     ) -> None:
         if not len(conditions_ANC) == len(tokens) == len(deltas.delta_APQD):
             raise ValueError(
@@ -92,7 +101,9 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
                 "each row needs one of each"
             )
         if n_prompts > conditions_ANC.shape[1]:
-            raise UserError(f"{n_prompts} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}")
+            raise UserError(
+                f"{n_prompts} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}"
+            )
         self._conditions_ANC, self._tokens, self._deltas = conditions_ANC, tokens, deltas
         self._n_prompts, self._seed = n_prompts, seed
         self._n_probes = min(n_probes, deltas.delta_APQD.shape[1])
@@ -101,9 +112,15 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         return len(self._tokens)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(stream_seed("sample", self._seed, draw.step, draw.row))
-        prompts = torch.randperm(self._conditions_ANC.shape[1], generator=generator)[: self._n_prompts]
-        probes = torch.randperm(self._deltas.delta_APQD.shape[1], generator=generator)[: self._n_probes]
+        generator = torch.Generator().manual_seed(
+            stream_seed("sample", self._seed, draw.step, draw.row)
+        )
+        prompts = torch.randperm(self._conditions_ANC.shape[1], generator=generator)[
+            : self._n_prompts
+        ]
+        probes = torch.randperm(self._deltas.delta_APQD.shape[1], generator=generator)[
+            : self._n_probes
+        ]
         own = self._deltas.probes
         return {
             "condition": self._conditions_ANC[draw.row, prompts],
@@ -133,11 +150,15 @@ class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
     ) -> None:
         rows = [i for i, task in enumerate(bank.adapters.values()) if task in set(tasks)]
         if not rows:
-            raise UserError(f"the bank holds no adapter of the tasks asked for, such as {next(iter(tasks), 'none')!r}")
+            raise UserError(
+                f"the bank holds no adapter of the tasks asked for, such as {next(iter(tasks), 'none')!r}"
+            )
         batch = bank.load()
         values_AV = batch.flatten(bank.spec)[rows]
         pools = build_conditions(cache, encoder, bank, ["nonsense"])
-        deltas = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
+        deltas = DeltaCache.build(
+            cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set
+        )
         self.standardiser = TokenStandardiser(bank.spec)
         tokens = self.standardiser.encode(values_AV)
         table = deltas.table(base, probe_set).select(rows)
@@ -175,12 +196,16 @@ def create_dataloader(
     dataset: DeltaAugmentedDataset, batch_size: int, steps: int, seed: int = 0, start: int = 0
 ) -> DataLoader[Any]:
     """A loader that gives one batch a step, from step `start` up to `steps`, reshuffled every epoch."""
-    return DataLoader(dataset, batch_sampler=StepSampler(len(dataset), batch_size, start, steps, seed))
+    return DataLoader(
+        dataset, batch_sampler=StepSampler(len(dataset), batch_size, start, steps, seed)
+    )
 
 
 def batch_deltas(batch: Mapping[str, Tensor]) -> DeltaTable:
     """The probes and teacher deltas of a batch that `create_dataloader` gave, cut to the longest text in it."""
     positions, valid = batch["positions"], batch["valid"]
     width, marks = int(positions.max()) + 1, int(valid.sum(-1).max())
-    probes = EncodedProbes(batch["probe_ids"][..., :width], positions[..., :marks], valid[..., :marks])
+    probes = EncodedProbes(
+        batch["probe_ids"][..., :width], positions[..., :marks], valid[..., :marks]
+    )
     return DeltaTable(probes, batch["base_states"][..., :marks, :], batch["delta"][..., :marks, :])

@@ -44,7 +44,9 @@ class EncodedProbes:
     positions_APQ: Tensor
     valid_APQ: Tensor
 
-    def select(self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)) -> EncodedProbes:
+    def select(
+        self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)
+    ) -> EncodedProbes:
         """The probes of some adapters; `probes` picks some of each, as a slice or as an index [A, K]."""
         parts = (self.ids_APT[rows], self.positions_APQ[rows], self.valid_APQ[rows])
         if isinstance(probes, slice):
@@ -53,7 +55,9 @@ class EncodedProbes:
         return EncodedProbes(*(t[at, probes] for t in parts))
 
     def to(self, device: str | torch.device) -> EncodedProbes:
-        return EncodedProbes(*(t.to(device) for t in (self.ids_APT, self.positions_APQ, self.valid_APQ)))
+        return EncodedProbes(
+            *(t.to(device) for t in (self.ids_APT, self.positions_APQ, self.valid_APQ))
+        )
 
 
 def last_token_positions(attention_mask: Tensor) -> Tensor:
@@ -68,7 +72,9 @@ def encode_probes(tokenizer: Any, probe_set: ProbeSet, tasks: Sequence[str]) -> 
     """Encode the probes of each task's adapter; all owners must have equally many. Raises ValueError if they do not."""
     if probe_set.scope == "shared":
         ids, positions, valid = _encode_probes(tokenizer, probe_set.of("shared"))
-        return EncodedProbes(*(t[None].expand(len(tasks), *t.shape).contiguous() for t in (ids, positions, valid)))
+        return EncodedProbes(
+            *(t[None].expand(len(tasks), *t.shape).contiguous() for t in (ids, positions, valid))
+        )
     counts = {len(probe_set.of(task)) for task in tasks}
     if len(counts) != 1:
         raise ValueError(f"tasks have {sorted(counts)} probes; each needs as many as the others")
@@ -97,7 +103,9 @@ def marked_states(
 ) -> Tensor:
     """Last-layer states [S, Q, D], float32, at the marked positions of S texts, under whatever adapters are applied."""
     hidden_STD = final_hidden(model, ids_ST, mask_ST)
-    return hidden_STD.gather(1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1])).float()
+    return hidden_STD.gather(
+        1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1])
+    ).float()
 
 
 def read_states(model: PreTrainedModel, probes: EncodedProbes) -> Tensor:
@@ -119,7 +127,10 @@ def compute_adapter_delta(
 ) -> Tensor:
     """Δ of one adapter on shared probes, [D]. Raises ValueError if `base_activation` has another width."""
     probes = encode_probes(base.tokenizer, probe_set, ["shared"]).to(base.model.device)
-    with torch.no_grad(), adapters_applied(base.model, LoraBatch.from_state_dicts([adapter]), spec.scaling):
+    with (
+        torch.no_grad(),
+        adapters_applied(base.model, LoraBatch.from_state_dicts([adapter]), spec.scaling),
+    ):
         activation = mean_over_probes(read_states(base.model, probes), probes.valid_APQ)[0]
     if activation.shape != base_activation.shape:
         raise ValueError(
@@ -143,16 +154,24 @@ class DeltaTable:
     base_APQD: Tensor
     delta_APQD: Tensor
 
-    def select(self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)) -> DeltaTable:
+    def select(
+        self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)
+    ) -> DeltaTable:
         """The rows of some adapters; `probes` as in `EncodedProbes.select`."""
         chosen = self.probes.select(rows, probes)
         if isinstance(probes, slice):
-            return DeltaTable(chosen, self.base_APQD[rows][:, probes], self.delta_APQD[rows][:, probes])
+            return DeltaTable(
+                chosen, self.base_APQD[rows][:, probes], self.delta_APQD[rows][:, probes]
+            )
         at = torch.arange(len(probes))[:, None]
-        return DeltaTable(chosen, self.base_APQD[rows][at, probes], self.delta_APQD[rows][at, probes])
+        return DeltaTable(
+            chosen, self.base_APQD[rows][at, probes], self.delta_APQD[rows][at, probes]
+        )
 
     def to(self, device: str | torch.device) -> DeltaTable:
-        return DeltaTable(self.probes.to(device), self.base_APQD.to(device), self.delta_APQD.to(device))
+        return DeltaTable(
+            self.probes.to(device), self.base_APQD.to(device), self.delta_APQD.to(device)
+        )
 
     @property
     def mean_AD(self) -> Tensor:
@@ -161,7 +180,12 @@ class DeltaTable:
 
 
 def measure_deltas(
-    model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, probes: EncodedProbes, shared: bool, chunk: int = 32
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    probes: EncodedProbes,
+    shared: bool,
+    chunk: int = 32,
 ) -> DeltaTable:
     """Read the deltas of A adapters, `chunk` adapters a pass, without gradient.
 
@@ -175,7 +199,9 @@ def measure_deltas(
     pieces, base_pieces = [], []
     with torch.no_grad():
         if shared:
-            base_pieces = [read_states(model, probes.select(slice(0, 1))).expand(batch.n_adapters, -1, -1, -1)]
+            base_pieces = [
+                read_states(model, probes.select(slice(0, 1))).expand(batch.n_adapters, -1, -1, -1)
+            ]
         for rows in progress(chunks(batch.n_adapters, probes.ids_APT[0].numel(), chunk), "deltas"):
             mine = probes.select(rows)
             base_states = base_pieces[0][rows] if shared else read_states(model, mine)
@@ -209,11 +235,15 @@ class DeltaCache:
         `adapters` maps adapter id to task, in the order of `batch`. Raises ValueError for an empty bank.
         """
         if not adapters or len(adapters) != batch.n_adapters:
-            raise ValueError(f"{len(adapters)} adapter ids for {batch.n_adapters} adapters: each needs one")
+            raise ValueError(
+                f"{len(adapters)} adapter ids for {batch.n_adapters} adapters: each needs one"
+            )
         key = content_hash("deltas", VERSION, base.hash, bank_hash, probe_set.hash, spec)
 
         def write(entry: Path) -> None:
-            probes = encode_probes(base.tokenizer, probe_set, list(adapters.values())).to(base.model.device)
+            probes = encode_probes(base.tokenizer, probe_set, list(adapters.values())).to(
+                base.model.device
+            )
             shared = probe_set.scope == "shared"
             table = measure_deltas(base.model, spec, batch, probes, shared)
             _write_deltas(entry / "deltas", table, adapters, probe_set, base.hash, shared)
@@ -225,7 +255,9 @@ class DeltaCache:
         """Adapters, probes and the base's hash. Raises UserError where there is none."""
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise UserError(f"{self.folder} holds no manifest.json: name the folder of a delta cache")
+            raise UserError(
+                f"{self.folder} holds no manifest.json: name the folder of a delta cache"
+            )
         return json.loads(path.read_text())
 
     @property
@@ -237,21 +269,30 @@ class DeltaCache:
         """Δ of one adapter per probe and position, [P, Q, D]. Raises UserError for an adapter that is not there."""
         path = self.folder / f"{adapter_id}.npy"
         if not path.is_file():
-            raise UserError(f"no delta of adapter {adapter_id!r} in {self.folder}: build the cache with its bank")
+            raise UserError(
+                f"no delta of adapter {adapter_id!r} in {self.folder}: build the cache with its bank"
+            )
         return torch.from_numpy(np.load(path, allow_pickle=False))
 
     def table(self, base: Base, probe_set: ProbeSet) -> DeltaTable:
         """Everything at once, in the manifest's order. Raises UserError if made with another base or probes."""
         manifest = self.manifest
         if (manifest["base"], manifest["probe_set"]) != (base.hash, probe_set.hash):
-            raise UserError(f"the deltas in {self.folder} belong to another base or probe set: build them again")
+            raise UserError(
+                f"the deltas in {self.folder} belong to another base or probe set: build them again"
+            )
         deltas = torch.stack([self.per_probe(adapter_id) for adapter_id in manifest["adapters"]])
         probes = encode_probes(base.tokenizer, probe_set, list(manifest["adapters"].values()))
         return DeltaTable(probes, self.base_activation.expand_as(deltas).contiguous(), deltas)
 
 
 def _write_deltas(
-    folder: Path, table: DeltaTable, adapters: Mapping[str, str], probe_set: ProbeSet, base_hash: str, shared: bool
+    folder: Path,
+    table: DeltaTable,
+    adapters: Mapping[str, str],
+    probe_set: ProbeSet,
+    base_hash: str,
+    shared: bool,
 ) -> None:
     folder.mkdir()
     np.save(folder / "base_activation.npy", table.base_APQD[: 1 if shared else None].cpu().numpy())

@@ -76,16 +76,21 @@ def estimate_trial(
     """
     shape = BaseShape.of(base, spec)
     generator = weightless_generator(config, spec, condition_width)
-    parameters, buffers = (sum(t.numel() for t in part()) for part in (generator.parameters, generator.buffers))
+    parameters, buffers = (
+        sum(t.numel() for t in part()) for part in (generator.parameters, generator.buffers)
+    )
     return TrialEstimate(
         base_parameters=shape.parameters,
         adapter_values=spec.n_values,
         generator_parameters=parameters,
-        step_flops=generator_flops(generator, config, condition_width) + probe_flops(config, shape, probe_tokens),
+        step_flops=generator_flops(generator, config, condition_width)
+        + probe_flops(config, shape, probe_tokens),
         steps=config.steps,
         memory={
             "base": shape.weight_bytes,
-            "generator and optimiser": float(FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)),
+            "generator and optimiser": float(
+                FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)
+            ),
             "teachers": float(FLOAT32 * BANK_TABLES * n_teachers * spec.n_values),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
             "activations": activation_bytes(config, shape, probe_tokens),
@@ -93,14 +98,18 @@ def estimate_trial(
     )
 
 
-def weightless_generator(config: TrainingConfig, spec: LoraSpec, condition_width: int) -> LoraGenerator:
+def weightless_generator(
+    config: TrainingConfig, spec: LoraSpec, condition_width: int
+) -> LoraGenerator:
     """The generator of a training on the meta device: shapes without memory."""
     with torch.device("meta"):
         statistics = Standardiser(torch.zeros(spec.n_values), torch.ones(spec.n_values))
         return make_generator(config.generator, spec, condition_width, statistics, config.seed)
 
 
-def generator_flops(generator: LoraGenerator, config: TrainingConfig, condition_width: int) -> float:
+def generator_flops(
+    generator: LoraGenerator, config: TrainingConfig, condition_width: int
+) -> float:
     """A step's passes through the generator, there and back, as torch counts them."""
     condition = torch.zeros(config.batch_size, config.n_prompts, condition_width, device="meta")
     with FlopCounterMode(display=False) as counter:
@@ -114,7 +123,9 @@ def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> 
         return 0.0
     texts = config.batch_size * config.n_probes
     chunked = 0 < config.probe_chunk < config.n_probes
-    forward = shape.forward_flops(texts, probe_tokens) * (1 + chunked + config.activation_checkpointing)
+    forward = shape.forward_flops(texts, probe_tokens) * (
+        1 + chunked + config.activation_checkpointing
+    )
     return forward + shape.backward_flops(texts, probe_tokens)
 
 
@@ -123,7 +134,9 @@ def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int
     if config.lambda_delta == 0:
         return 0.0
     at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
-    return shape.activation_bytes(config.batch_size * at_once, probe_tokens, config.activation_checkpointing)
+    return shape.activation_bytes(
+        config.batch_size * at_once, probe_tokens, config.activation_checkpointing
+    )
 
 
 def human(number: float, unit: str = "") -> str:
@@ -156,13 +169,20 @@ class WorldSketch:
             self.n_teachers = teachers.per_task * len(tasks)
         else:
             found = read_manifest(Path(config.bank.path))
-            self.spec = LoraSpec.from_model(self.base, found["rank"], found["alpha"], found["target_modules"])
+            self.spec = LoraSpec.from_model(
+                self.base, found["rank"], found["alpha"], found["target_modules"]
+            )
             self.n_teachers = sum(entry["task"] in tasks for entry in found["adapters"].values())
 
     def estimate(self, config: TrainingConfig) -> TrialEstimate:
         """The cost of one training in this world."""
         return estimate_trial(
-            config, self.base, self.spec, self.n_teachers, self.condition_width, self.probe_tokens(config)
+            config,
+            self.base,
+            self.spec,
+            self.n_teachers,
+            self.condition_width,
+            self.probe_tokens(config),
         )
 
     @property
@@ -179,15 +199,24 @@ class WorldSketch:
         if config.delta_probes == "trajectory":
             return self.example_tokens[0]
         if config.delta_probes == "generic":
-            return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[-1]
-        asked = [chat_prompt(self.tokenizer, e.prompt, e.system) for e in self.config.suite.probe_examples]
+            return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[
+                -1
+            ]
+        asked = [
+            chat_prompt(self.tokenizer, e.prompt, e.system)
+            for e in self.config.suite.probe_examples
+        ]
         return max(len(ids) for ids in self.tokenizer(asked, add_special_tokens=False)["input_ids"])
 
     @property
     def example_tokens(self) -> tuple[int, int]:
         """Tokens of the longest example looked at, and of the longest answer."""
         suite = self.config.suite
-        examples = [e for t in suite.split.tasks for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")]
+        examples = [
+            e
+            for t in suite.split.tasks
+            for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")
+        ]
         pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
         targets = encode_pairs(self.tokenizer, pairs).targets_ST
         return targets.shape[1], int((targets >= 0).sum(1).max())

@@ -35,7 +35,11 @@ class FunctionalLoRA:
         self.spec = LoraSpec.from_model(base_model, lora_rank, lora_alpha, target_modules)
 
     def forward_with_lora(
-        self, batch: LoraBatch, input_ids: Tensor, attention_mask: Tensor | None = None, hidden_only: bool = False
+        self,
+        batch: LoraBatch,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_only: bool = False,
     ) -> Tensor:
         """Logits [A, P, T, vocabulary], or last-layer hidden states [A, P, T, D] with `hidden_only`.
 
@@ -48,7 +52,9 @@ class FunctionalLoRA:
         assert ids_APT is not None
         flat_mask = None if mask_APT is None else mask_APT.flatten(0, 1)
         with adapters_applied(self.model, batch, self.spec.scaling):
-            hidden = final_hidden(self.model, ids_APT.flatten(0, 1), flat_mask).unflatten(0, ids_APT.shape[:2])
+            hidden = final_hidden(self.model, ids_APT.flatten(0, 1), flat_mask).unflatten(
+                0, ids_APT.shape[:2]
+            )
         return hidden if hidden_only else head_logits(self.model, hidden)
 
     @staticmethod
@@ -58,7 +64,9 @@ class FunctionalLoRA:
         if ids.ndim == 2:
             return ids.expand(n_adapters, *ids.shape)
         if ids.ndim != 3 or ids.shape[0] != n_adapters:
-            raise ValueError(f"ids have shape {tuple(ids.shape)}, needed: [P, T] or [{n_adapters}, P, T]")
+            raise ValueError(
+                f"ids have shape {tuple(ids.shape)}, needed: [P, T] or [{n_adapters}, P, T]"
+            )
         return ids
 
     def apply_lora_weights(self, lora_weights: StateDict) -> dict[str, Tensor]:
@@ -97,9 +105,16 @@ def compute_delta_differentiable(
 
     n_probes = probes.positions_APQ.shape[1]
     if 0 < probe_chunk < n_probes:
-        pieces = [probes.select(slice(None), slice(i, i + probe_chunk)) for i in range(0, n_probes, probe_chunk)]
+        pieces = [
+            probes.select(slice(None), slice(i, i + probe_chunk))
+            for i in range(0, n_probes, probe_chunk)
+        ]
         states_APQD = torch.cat(
-            [checkpoint(states, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces], dim=1
+            [
+                checkpoint(states, piece, use_reentrant=False, preserve_rng_state=False)
+                for piece in pieces
+            ],
+            dim=1,
         )
     else:
         states_APQD = states(probes)

@@ -26,9 +26,13 @@ def weight_loss(tokens_pred: Tensor, tokens_teacher: Tensor) -> Tensor:
     _check_pair("tokens", tokens_pred, tokens_teacher)
     real = ~torch.isnan(tokens_teacher)
     if not real.any():
-        raise ValueError("the teacher's tokens are all padding (NaN): there is nothing to match; check the tokenizer")
+        raise ValueError(
+            "the teacher's tokens are all padding (NaN): there is nothing to match; check the tokenizer"
+        )
     if not (torch.isfinite(tokens_pred) | ~real).all():
-        raise ValueError("the predicted tokens hold NaN or infinite values: lower the learning rate or clip gradients")
+        raise ValueError(
+            "the predicted tokens hold NaN or infinite values: lower the learning rate or clip gradients"
+        )
     if real.all():
         return mse_loss(tokens_pred, tokens_teacher)
     error = torch.where(real, tokens_pred, 0.0) - torch.where(real, tokens_teacher, 0.0)
@@ -42,7 +46,9 @@ def delta_mse(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:
 
 def delta_normalized_mse(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:
     """Mean squared error [...] of the unit vectors, 2 (1 - cos) / D."""
-    return delta_mse(normalize(delta_pred, dim=-1, eps=EPSILON), normalize(delta_teacher, dim=-1, eps=EPSILON))
+    return delta_mse(
+        normalize(delta_pred, dim=-1, eps=EPSILON), normalize(delta_teacher, dim=-1, eps=EPSILON)
+    )
 
 
 def delta_cosine(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:
@@ -64,7 +70,9 @@ DELTA_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def delta_loss(kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+def delta_loss(
+    kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None
+) -> Tensor:
     """The named loss, averaged over all vectors, or over those where `valid` [...] is true.
 
     Raises UserError for an unknown name, ValueError for other shapes, an empty batch, NaN, nothing valid, and for a
@@ -75,21 +83,31 @@ def delta_loss(kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tens
     _check_pair("delta", delta_pred, delta_teacher)
     if valid is not None and (valid.shape != delta_pred.shape[:-1] or valid.dtype != torch.bool):
         needed = f"{tuple(delta_pred.shape[:-1])} of bool"
-        raise ValueError(f"`valid` has shape {tuple(valid.shape)} of {valid.dtype}, needed: {needed}")
+        raise ValueError(
+            f"`valid` has shape {tuple(valid.shape)} of {valid.dtype}, needed: {needed}"
+        )
     if valid is not None and not valid.any():
         raise ValueError("no marked position is valid: every probe is padding; check the probe set")
-    chosen = (delta_pred, delta_teacher) if valid is None else (delta_pred[valid], delta_teacher[valid])
+    chosen = (
+        (delta_pred, delta_teacher) if valid is None else (delta_pred[valid], delta_teacher[valid])
+    )
     for name, values in zip(("predicted", "teacher's"), chosen, strict=True):
         if not torch.isfinite(values).all():
-            raise ValueError(f"the {name} delta holds NaN or infinite values: check the adapters and the learning rate")
+            raise ValueError(
+                f"the {name} delta holds NaN or infinite values: check the adapters and the learning rate"
+            )
     if kind != "mse_raw" and (chosen[1] == 0).all(-1).any():
-        raise ValueError("a teacher's delta is zero: an adapter that changes nothing has no direction; leave it out")
+        raise ValueError(
+            "a teacher's delta is zero: an adapter that changes nothing has no direction; leave it out"
+        )
     return DELTA_LOSSES[kind](*chosen).mean()
 
 
 def _check_pair(name: str, pred: Tensor, teacher: Tensor) -> None:
     if not torch.is_tensor(pred) or not torch.is_tensor(teacher):
-        raise ValueError(f"the {name} loss needs a prediction and a teacher, got {type(pred)} and {type(teacher)}")
+        raise ValueError(
+            f"the {name} loss needs a prediction and a teacher, got {type(pred)} and {type(teacher)}"
+        )
     if pred.shape != teacher.shape:
         raise ValueError(
             f"{name}: prediction has shape {tuple(pred.shape)}, teacher {tuple(teacher.shape)}: "
@@ -111,7 +129,9 @@ class MultiTaskLoss:
     def __post_init__(self) -> None:
         check_lambdas(self.lambda_weight, self.lambda_delta)
         if self.loss_type not in DELTA_LOSSES:
-            raise UserError(f"unknown delta loss {self.loss_type!r}; there are: {', '.join(DELTA_LOSSES)}")
+            raise UserError(
+                f"unknown delta loss {self.loss_type!r}; there are: {', '.join(DELTA_LOSSES)}"
+            )
 
     def __call__(
         self,
@@ -141,7 +161,9 @@ class DeltaOnlyLoss:
     loss_type: str = "mse"
     normalize: bool = True
 
-    def __call__(self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
         """The loss, a scalar. Raises as `MultiTaskLoss`."""
         loss = MultiTaskLoss(0.0, 1.0, self.loss_type, self.normalize)
         return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
@@ -153,10 +175,14 @@ def check_lambdas(weight: float, delta: float) -> None:
         if not math.isfinite(value) or value < 0:
             raise UserError(f"lambda_{name} is {value:g}; it must be a finite number of at least 0")
     if weight == delta == 0:
-        raise UserError("lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0")
+        raise UserError(
+            "lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0"
+        )
 
 
 def _both(name: str, pred: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
     if pred is None or teacher is None:
-        raise ValueError(f"the {name} loss has a weight above 0 but no {name}_pred or no {name}_teacher was given")
+        raise ValueError(
+            f"the {name} loss has a weight above 0 but no {name}_pred or no {name}_teacher was given"
+        )
     return pred, teacher

@@ -32,9 +32,13 @@ class ProbeSet:
 
     def __post_init__(self) -> None:
         if not self.probes or not all(self.probes.values()):
-            raise ValueError(f"probe set {self.name!r} is empty: a delta needs at least one probe for each owner")
+            raise ValueError(
+                f"probe set {self.name!r} is empty: a delta needs at least one probe for each owner"
+            )
         if self.scope == "shared" and set(self.probes) != {"shared"}:
-            raise ValueError(f"probe set {self.name!r} is shared and must hold the one entry 'shared'")
+            raise ValueError(
+                f"probe set {self.name!r} is shared and must hold the one entry 'shared'"
+            )
 
     @classmethod
     def shared(cls, name: str, texts: Sequence[str]) -> ProbeSet:
@@ -44,7 +48,9 @@ class ProbeSet:
     @classmethod
     def trajectories(cls, probes: Mapping[str, Sequence[Probe]]) -> ProbeSet:
         """Each task's own prompts continued by its teacher's answer."""
-        return cls("trajectory", "per_task", {task: tuple(of_task) for task, of_task in probes.items()})
+        return cls(
+            "trajectory", "per_task", {task: tuple(of_task) for task, of_task in probes.items()}
+        )
 
     def of(self, task: str) -> tuple[Probe, ...]:
         """The probes that an adapter of this task is read at. Raises KeyError for a task without any."""
@@ -53,7 +59,9 @@ class ProbeSet:
     @property
     def hash(self) -> str:
         return content_hash(
-            self.name, self.scope, [[k, [[p.prompt, p.continuation] for p in v]] for k, v in self.probes.items()]
+            self.name,
+            self.scope,
+            [[k, [[p.prompt, p.continuation] for p in v]] for k, v in self.probes.items()],
         )
 
 

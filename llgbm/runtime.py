@@ -51,7 +51,11 @@ def _compared(value: Any) -> Any:
         return {f.name: _compared(getattr(value, f.name)) for f in fields(value) if f.compare}
     if isinstance(value, (list, tuple)):
         return [_compared(item) for item in value]
-    return {key: _compared(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    return (
+        {key: _compared(item) for key, item in value.items()}
+        if isinstance(value, Mapping)
+        else value
+    )
 
 
 def stream_seed(*parts: Any) -> int:
@@ -105,7 +109,11 @@ def free_memory(device: str) -> float:
     import psutil
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.startswith("cuda")
+        else psutil.virtual_memory().available
+    )
 
 
 def quiet_libraries() -> None:

@@ -39,7 +39,9 @@ __all__ = [
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
-VERSION = 1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+VERSION = (
+    1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+)
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
 
@@ -81,17 +83,28 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_lambdas(self.lambda_weight, self.lambda_delta)
         if self.model_size is None:
-            object.__setattr__(self, "model_size", family_size(self.model_family, self.use_small_model))
+            object.__setattr__(
+                self, "model_size", family_size(self.model_family, self.use_small_model)
+            )
         if not str(self.model_size).startswith(OWN_PREFIX):
             _one_of("model size", str(self.model_size), tuple(SIZES))
         _one_of("delta probes", self.delta_probes, DELTA_PROBES)
         _one_of("delta reading", self.delta_reading, DELTA_READINGS)
         _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
-        for name in ("steps", "batch_size", "n_prompts", "n_probes", "gradient_accumulation", "eval_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "n_prompts",
+            "n_probes",
+            "gradient_accumulation",
+            "eval_every",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.probe_chunk < 0:
-            raise UserError(f"probe_chunk is {self.probe_chunk}; it must be 0 (all probes in one pass) or above")
+            raise UserError(
+                f"probe_chunk is {self.probe_chunk}; it must be 0 (all probes in one pass) or above"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
 
@@ -141,7 +154,9 @@ class Trial:
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
         generator = make_generator(config.generator, flora.spec, width, standardiser, config.seed)
-        optimizer = torch.optim.AdamW(generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
@@ -168,7 +183,9 @@ class Trial:
         warm = max(1, steps // 20)
         if step < warm:
             return (step + 1) / warm
-        return 0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+        return 0.05 + 0.475 * (
+            1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
+        )
 
     def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """One step; returns its losses. Raises FloatingPointError when the loss is not finite."""
@@ -196,10 +213,14 @@ class Trial:
         pred, wanted, valid = self._read_deltas(tokens, teacher)
         return self.loss(pred, wanted, tokens, batch["tokens"], valid=valid)
 
-    def _read_deltas(self, tokens: Tensor, teacher: DeltaTable) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read_deltas(
+        self, tokens: Tensor, teacher: DeltaTable
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
         savers = (self.config.probe_chunk, self.config.activation_checkpointing)
-        pred_APQD = compute_delta_differentiable(self.flora, batch, teacher.probes, teacher.base_APQD, *savers)
+        pred_APQD = compute_delta_differentiable(
+            self.flora, batch, teacher.probes, teacher.base_APQD, *savers
+        )
         if self.config.delta_reading == "mean":
             return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
         return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ
@@ -207,7 +228,9 @@ class Trial:
     def batches(self) -> Any:
         """A loader from the present step to the last."""
         config = self.config
-        loader = create_dataloader(self.dataset, config.batch_size, config.steps, config.seed, self.step)
+        loader = create_dataloader(
+            self.dataset, config.batch_size, config.steps, config.seed, self.step
+        )
         return loader
 
     def keep_if_best(self, score: float) -> None:
@@ -237,7 +260,11 @@ class Trial:
         self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_step, self.risen_step = state["step"], state["best_step"], state["risen_step"]
+        self.step, self.best_step, self.risen_step = (
+            state["step"],
+            state["best_step"],
+            state["risen_step"],
+        )
         self.best_score, self.best = state["best_score"], state["best"]
         self.spent, self._since = state["seconds"], time.perf_counter()
 
@@ -259,7 +286,9 @@ class Trial:
         while self.step < config.steps and not self.stale:
             metrics = self.advance(next(batches))
             if self.step % config.eval_every == 0 or self.step == config.steps:
-                metrics |= evaluate(self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val")
+                metrics |= evaluate(
+                    self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val"
+                )
                 self.keep_if_best(metrics["val/accuracy"])
             yield metrics
 

@@ -58,7 +58,9 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
-            raise UserError(f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}")
+            raise UserError(
+                f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}"
+            )
 
     @property
     def hash(self) -> str:
@@ -90,7 +92,9 @@ class World:
 
 def base_key(config: WorldConfig) -> str:
     """The name of a world's own base in the cache."""
-    return content_hash("base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain)
+    return content_hash(
+        "base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain
+    )
 
 
 def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
@@ -164,7 +168,11 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         return store.table(base, probe_set)
 
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
-    examples = [e for task in tasks for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")]
+    examples = [
+        e
+        for task in tasks
+        for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
+    ]
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
@@ -196,7 +204,9 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
 
 def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
     """Rows of each part: all teachers of a training task, the first teacher of a held-out one."""
-    part_of = {task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)}
+    part_of = {
+        task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)
+    }
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for index, (adapter_id, task) in enumerate(bank.adapters.items()):
         if part_of[task] == "train" or adapter_id.endswith("_0"):
@@ -209,7 +219,9 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4) if world.base is None else world.suite,
+        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)
+        if world.base is None
+        else world.suite,
         pretrain=PretrainConfig(steps=60, batch_size=32),
         teachers=replace(
             world.teachers,

@@ -5,7 +5,9 @@ The prompts have the shapes that occur in the data files; the texts are made up 
 
 from __future__ import annotations
 
-METALS = "Which material conducts electricity best?\nA: dry wood\nB: copper wire\nC: glass\nD: rubber"
+METALS = (
+    "Which material conducts electricity best?\nA: dry wood\nB: copper wire\nC: glass\nD: rubber"
+)
 DIGITS = "What does a thermometer measure?\n1: mass\n2: temperature\n3: length\n4: volume"
 PAIR = (
     "The trophy did not fit the case since _ was too small.\nA: trophy\nB: case\n"
@@ -170,8 +172,22 @@ CHOICE: dict[str, list[tuple[str, str | None]]] = {
         ("[A] or [B]", None),
         ("Please answer the question choosing from [A]/[B]/[C]/[D].", None),
     ],
-    FIVE: [("[E]", "E"), ("E", "E"), ("Answer: E", "E"), ("[C]", "C"), ("hen", "C"), ("[F]", None), ("E or C", None)],
-    THREE: [("[A]", "A"), ("slower", "A"), ("A: slower", "A"), ("[D]", None), ("faster and heavier", None)],
+    FIVE: [
+        ("[E]", "E"),
+        ("E", "E"),
+        ("Answer: E", "E"),
+        ("[C]", "C"),
+        ("hen", "C"),
+        ("[F]", None),
+        ("E or C", None),
+    ],
+    THREE: [
+        ("[A]", "A"),
+        ("slower", "A"),
+        ("A: slower", "A"),
+        ("[D]", None),
+        ("faster and heavier", None),
+    ],
     DIALOGUE: [
         ("[B]", "B"),
         ("bacteria", "B"),
@@ -193,7 +209,14 @@ CHOICE: dict[str, list[tuple[str, str | None]]] = {
         ("An orange holds vitamin C.", None),
         ("Vitamin C is found in fruit.", None),
     ],
-    NUMBERED: [("[C]", "C"), ("7", "C"), ("The answer is C: 7", "C"), ("C) 7", "C"), ("8", None), ("4 and 6", None)],
+    NUMBERED: [
+        ("[C]", "C"),
+        ("7", "C"),
+        ("The answer is C: 7", "C"),
+        ("C) 7", "C"),
+        ("8", None),
+        ("4 and 6", None),
+    ],
 }
 
 TRUTH: list[tuple[str, str | None]] = [

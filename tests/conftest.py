@@ -68,7 +68,9 @@ def world(cache: Path) -> World:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path, world: World) -> tuple[Path, str]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, world: World
+) -> tuple[Path, str]:
     """The README's own `python tuning/run_ablation.py --smoke` on the toy world: its folder and what it printed."""
     folder = shared_folder(tmp_path_factory, "sweep")
     printed = folder / "printed.txt"
@@ -107,7 +109,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A random 2-layer Qwen2 in a folder, with the suite's tokenizer: made in a second, for parity."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer(SyntheticSuite().vocabulary)
-    model = new_model(ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48), tokenizer, seed=0)
+    model = new_model(
+        ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48), tokenizer, seed=0
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

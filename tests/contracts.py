@@ -22,13 +22,20 @@ WIDTH = 6
 def make_spec(rank: int = 2) -> LoraSpec:
     """Two layers of three kinds, no two sides alike, so that a transposed or exchanged shape shows."""
     kinds = (("q_proj", 5, 7), ("k_proj", 5, 3), ("down_proj", 9, 5))
-    modules = tuple(LinearShape(f"layers.{i}.{kind}", n_in, n_out) for i in range(2) for kind, n_in, n_out in kinds)
+    modules = tuple(
+        LinearShape(f"layers.{i}.{kind}", n_in, n_out)
+        for i in range(2)
+        for kind, n_in, n_out in kinds
+    )
     return LoraSpec(modules, rank, alpha=4.0)
 
 
 def random_statistics(spec: LoraSpec) -> Standardiser:
     noise = torch.Generator().manual_seed(7)
-    return Standardiser(torch.randn(spec.n_values, generator=noise), torch.rand(spec.n_values, generator=noise) + 0.5)
+    return Standardiser(
+        torch.randn(spec.n_values, generator=noise),
+        torch.rand(spec.n_values, generator=noise) + 0.5,
+    )
 
 
 def random_conditions(n_adapters: int = 3, n_prompts: int = 4, seed: int = 0) -> Tensor:
@@ -38,7 +45,9 @@ def random_conditions(n_adapters: int = 3, n_prompts: int = 4, seed: int = 0) ->
 class GeneratorContract:
     """The subclass gives the fixture `config`; generators of it are made with `self.make`."""
 
-    def make(self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0) -> LoraGenerator:
+    def make(
+        self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0
+    ) -> LoraGenerator:
         raise NotImplementedError
 
     @pytest.mark.parametrize("rank", [1, 3])
@@ -60,17 +69,26 @@ class GeneratorContract:
         wanted = generator.standardiser.decode(generator(random_conditions()))
         torch.testing.assert_close(generator.generate(random_conditions()).flatten(spec), wanted)
 
-    def test_same_seed_same_weights_and_no_trace_in_the_global_stream(self, config: GeneratorConfig) -> None:
+    def test_same_seed_same_weights_and_no_trace_in_the_global_stream(
+        self, config: GeneratorConfig
+    ) -> None:
         torch.manual_seed(3)
         wanted = torch.rand(3)
         torch.manual_seed(3)
         first, again, other = self.make(config), self.make(config), self.make(config, seed=1)
         assert torch.equal(torch.rand(3), wanted)
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
-        assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
+        assert any(
+            not torch.equal(p, q)
+            for p, q in zip(first.parameters(), other.parameters(), strict=True)
+        )
 
-    @pytest.mark.parametrize("shape", [(3, 4, WIDTH + 1), (3, 4, WIDTH - 1), (4, WIDTH), (1, 3, 4, WIDTH)])
-    def test_refuses_conditions_of_another_width_or_rank(self, config: GeneratorConfig, shape: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize(
+        "shape", [(3, 4, WIDTH + 1), (3, 4, WIDTH - 1), (4, WIDTH), (1, 3, 4, WIDTH)]
+    )
+    def test_refuses_conditions_of_another_width_or_rank(
+        self, config: GeneratorConfig, shape: tuple[int, ...]
+    ) -> None:
         with pytest.raises(ValueError, match=f"needed.*{WIDTH}"):
             self.make(config).generate(torch.randn(shape))
 
@@ -85,12 +103,16 @@ class GeneratorContract:
         generator, condition = self.make(config).eval(), random_conditions(2, 5)
         for seed in range(3):
             order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-            torch.testing.assert_close(generator(condition[:, order]), generator(condition), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                generator(condition[:, order]), generator(condition), atol=1e-5, rtol=1e-5
+            )
 
     def test_a_batch_gives_what_single_calls_give(self, config: GeneratorConfig) -> None:
         generator, condition, spec = self.make(config), random_conditions(4), make_spec()
         alone = torch.cat([generator.generate(one[None]).flatten(spec) for one in condition])
-        torch.testing.assert_close(generator.generate(condition).flatten(spec), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            generator.generate(condition).flatten(spec), alone, atol=1e-5, rtol=1e-5
+        )
         assert all((alone[i] - alone[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
 
     def test_every_prompt_gets_a_gradient(self, config: GeneratorConfig) -> None:
@@ -104,9 +126,15 @@ class GeneratorContract:
         generator = self.make(config)
         values = generator.to_lora(generator(random_conditions())).flatten(make_spec())
         (values * torch.randn_like(values)).sum().backward()
-        dead = [n for n, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        dead = [
+            n
+            for n, p in generator.named_parameters()
+            if p.grad is None or not p.grad.abs().sum() > 0
+        ]
         assert not dead
-        assert all(torch.isfinite(p.grad).all() for p in generator.parameters() if p.grad is not None)
+        assert all(
+            torch.isfinite(p.grad).all() for p in generator.parameters() if p.grad is not None
+        )
 
     def test_learns_one_adapter_for_each_condition(self, config: GeneratorConfig) -> None:
         generator, condition = self.make(config), random_conditions(2)
@@ -121,15 +149,21 @@ class GeneratorContract:
             optimizer.step()
         assert loss.item() < 0.02 * wanted[real].square().mean().item()
 
-    def test_survives_a_round_trip_through_the_disk(self, config: GeneratorConfig, tmp_path: Path) -> None:
+    def test_survives_a_round_trip_through_the_disk(
+        self, config: GeneratorConfig, tmp_path: Path
+    ) -> None:
         generator, spec = self.make(config, seed=5), make_spec()
         save_generator(tmp_path, generator, config, {"note": "kept"})
         loaded, facts = load_generator(tmp_path)
         assert facts["note"] == "kept" and loaded.spec == spec
         condition = random_conditions()
-        assert torch.equal(loaded.generate(condition).flatten(spec), generator.generate(condition).flatten(spec))
+        assert torch.equal(
+            loaded.generate(condition).flatten(spec), generator.generate(condition).flatten(spec)
+        )
 
-    def test_generate_leaves_input_and_mode_alone_and_carries_no_gradient(self, config: GeneratorConfig) -> None:
+    def test_generate_leaves_input_and_mode_alone_and_carries_no_gradient(
+        self, config: GeneratorConfig
+    ) -> None:
         generator, condition = self.make(config).train(), random_conditions()
         kept = condition.clone()
         first, again = (generator.generate(condition).flatten(make_spec()) for _ in range(2))
@@ -149,7 +183,9 @@ class LossContract:
         raise NotImplementedError
 
     @pytest.mark.parametrize("shape", [(1, 2), (4, 7), (2, 3, 4, 5)])
-    def test_is_zero_for_equal_inputs_and_positive_for_others(self, loss: Loss, shape: tuple[int, ...]) -> None:
+    def test_is_zero_for_equal_inputs_and_positive_for_others(
+        self, loss: Loss, shape: tuple[int, ...]
+    ) -> None:
         pred, teacher = random_pair(shape, seed=len(shape))
         assert loss(teacher, teacher).shape == ()
         assert abs(loss(teacher, teacher).item()) < 1e-6
@@ -172,7 +208,9 @@ class LossContract:
         (gradient,) = torch.autograd.grad(loss(pred, teacher), pred)
         assert torch.isfinite(gradient).all()
 
-    @pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2, 1, 4), (2, 3, 4)), ((1, 4), (2, 4)), ((4,), (1, 4))])
+    @pytest.mark.parametrize(
+        "shapes", [((2, 3), (3, 2)), ((2, 1, 4), (2, 3, 4)), ((1, 4), (2, 4)), ((4,), (1, 4))]
+    )
     def test_refuses_other_shapes_even_those_that_broadcast(
         self, loss: Loss, shapes: tuple[tuple[int, ...], tuple[int, ...]]
     ) -> None:

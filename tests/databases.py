@@ -52,7 +52,9 @@ def missing(kind: str) -> str:
 
 @contextmanager
 def _folder_of(user: str) -> Iterator[Path]:
-    made = subprocess.check_output(_as_user(user, ["mktemp", "-d", "-p", tempfile.gettempdir()]), text=True)
+    made = subprocess.check_output(
+        _as_user(user, ["mktemp", "-d", "-p", tempfile.gettempdir()]), text=True
+    )
     folder = Path(made.strip())
     try:
         yield folder
@@ -64,16 +66,42 @@ def _folder_of(user: str) -> Iterator[Path]:
 def _postgresql() -> Iterator[str]:
     port = free_port()
     with _folder_of("postgres") as folder:
-        control = [str(POSTGRES[-1] / "pg_ctl"), "-D", str(folder / "data"), "-l", str(folder / "log"), "-w"]
+        control = [
+            str(POSTGRES[-1] / "pg_ctl"),
+            "-D",
+            str(folder / "data"),
+            "-l",
+            str(folder / "log"),
+            "-w",
+        ]
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
 
         def call(*command: str, check: bool = True) -> None:
-            subprocess.run(_as_user("postgres", command), check=check, cwd=folder, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                _as_user("postgres", command), check=check, cwd=folder, stdout=subprocess.DEVNULL
+            )
 
-        call(str(POSTGRES[-1] / "initdb"), "-D", str(folder / "data"), "-U", "llgbm", "--auth=trust", "--no-sync")
+        call(
+            str(POSTGRES[-1] / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-U",
+            "llgbm",
+            "--auth=trust",
+            "--no-sync",
+        )
         try:
             call(*control, "-o", options, "start")
-            call(str(POSTGRES[-1] / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "llgbm", "mlflow")
+            call(
+                str(POSTGRES[-1] / "createdb"),
+                "-h",
+                "127.0.0.1",
+                "-p",
+                str(port),
+                "-U",
+                "llgbm",
+                "mlflow",
+            )
             yield f"postgresql://llgbm@127.0.0.1:{port}/mlflow"
         finally:
             call(*control, "-m", "immediate", "stop", check=False)
@@ -84,18 +112,38 @@ def _mysql() -> Iterator[str]:
     port = free_port()
     with _folder_of("mysql") as folder:
         data = ["--no-defaults", f"--datadir={folder / 'data'}"]
-        install = ["mariadb-install-db", *data, "--auth-root-authentication-method=normal", "--skip-test-db"]
-        subprocess.run(_as_user("mysql", install), check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        install = [
+            "mariadb-install-db",
+            *data,
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+        ]
+        subprocess.run(
+            _as_user("mysql", install), check=True, cwd=folder, stdout=subprocess.DEVNULL
+        )
         setup = folder / "setup.sql"
         setup.write_text(
             "CREATE DATABASE mlflow CHARACTER SET utf8mb4;\n"
             "CREATE USER llgbm@'127.0.0.1';\n"
             "GRANT ALL ON mlflow.* TO llgbm@'127.0.0.1';\n"
         )
-        where = ["--skip-name-resolve", "--bind-address=127.0.0.1", f"--port={port}", f"--socket={folder / 'socket'}"]
-        command = [str(MYSQL), *data, *where, f"--init-file={setup}", "--innodb-flush-log-at-trx-commit=0"]
+        where = [
+            "--skip-name-resolve",
+            "--bind-address=127.0.0.1",
+            f"--port={port}",
+            f"--socket={folder / 'socket'}",
+        ]
+        command = [
+            str(MYSQL),
+            *data,
+            *where,
+            f"--init-file={setup}",
+            "--innodb-flush-log-at-trx-commit=0",
+        ]
         with (folder / "log").open("w") as log:
-            process = subprocess.Popen(_as_user("mysql", command), cwd=folder, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                _as_user("mysql", command), cwd=folder, stdout=log, stderr=log
+            )
         try:
             _wait_for_mysql(process, port, folder / "log")
             yield f"mysql://llgbm@127.0.0.1:{port}/mlflow"
@@ -117,4 +165,7 @@ def _wait_for_mysql(process: subprocess.Popen[bytes], port: int, log: Path) -> N
     raise RuntimeError(f"the database did not come up: {log.read_text()[-2000:]}")
 
 
-DATABASES: Mapping[str, Callable[[], AbstractContextManager[str]]] = {"postgresql": _postgresql, "mysql": _mysql}
+DATABASES: Mapping[str, Callable[[], AbstractContextManager[str]]] = {
+    "postgresql": _postgresql,
+    "mysql": _mysql,
+}

@@ -43,10 +43,18 @@ class Sweep:
         """Start the study, or go on with it when the store knows it."""
         known = (self.folder / "mlruns" / "mlflow.db").exists() and bool(self.parents())
         arguments = ["--resume", "latest"] if known else self.what
-        command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *arguments, *self.how, *how]
+        command = [
+            sys.executable,
+            str(ROOT / "tuning" / "run_ablation.py"),
+            *arguments,
+            *self.how,
+            *how,
+        ]
         log = (self.folder / "log.txt").open("a")
         env = {**os.environ, **UNDISTURBED}
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, stdout=log, stderr=log, text=True, env=env
+        )
         return self.process
 
     def finish(self, *how: str, timeout: float = 600) -> int:
@@ -92,7 +100,9 @@ def two_machines() -> Iterator[tuple[Any, list[Any]]]:
 
     before = dict(os.environ)
     os.environ.update(UNDISTURBED)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         yield cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
     finally:
@@ -106,11 +116,20 @@ def ray_client_server(folder: Path) -> Iterator[str]:
     """A Ray head with two CPUs that clients reach by `ray://`; yields its address."""
     # Ray gives ports from 10002 on to workers.
     port, own = next(p for p in range(9901, 10002) if _is_free(p)), free_port()
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus", "2"]
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus",
+        "2",
+    ]
     ports = ["--port", str(own), "--ray-client-server-port", str(port)]
     with (folder / "ray.txt").open("w") as log:
         quiet = ["--include-dashboard", "false", "--disable-usage-stats"]
-        head = subprocess.Popen([*command, *ports, *quiet], stdout=log, stderr=log, env={**os.environ, **UNDISTURBED})
+        head = subprocess.Popen(
+            [*command, *ports, *quiet], stdout=log, stderr=log, env={**os.environ, **UNDISTURBED}
+        )
     try:
         deadline = time.monotonic() + 120
         while _is_free(port) and head.poll() is None and time.monotonic() < deadline:
@@ -148,7 +167,11 @@ def workers_of(pid: int) -> list[psutil.Process]:
         below = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return [process for process in below if _command(process).startswith(("ray::ImplicitFunc", "ray::IDLE"))]
+    return [
+        process
+        for process in below
+        if _command(process).startswith(("ray::ImplicitFunc", "ray::IDLE"))
+    ]
 
 
 def _command(process: psutil.Process) -> str:
@@ -175,7 +198,11 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
 
 def final_metrics(run: Run) -> dict[str, float]:
     """What must not depend on how often a trial was killed: all last values but times, memory and the machine's."""
-    return {key: value for key, value in run.data.metrics.items() if not key.startswith(("time/", "system/"))}
+    return {
+        key: value
+        for key, value in run.data.metrics.items()
+        if not key.startswith(("time/", "system/"))
+    }
 
 
 def check_whole(sweep: Sweep, reference: dict[str, Run], reference_client: MlflowClient) -> None:
@@ -190,11 +217,16 @@ def check_whole(sweep: Sweep, reference: dict[str, Run], reference_client: Mlflo
         assert final_metrics(run) == final_metrics(undisturbed)
         for key in final_metrics(run):
             own, other = (
-                [(metric.step, repr(metric.value)) for metric in c.get_metric_history(r.info.run_id, key)]
+                [
+                    (metric.step, repr(metric.value))
+                    for metric in c.get_metric_history(r.info.run_id, key)
+                ]
                 for c, r in ((client, run), (reference_client, undisturbed))
             )
             assert sorted(own) == sorted(other), f"{key} of {trial_id}"
-        assert {"generator", "deltas", "per_task.json"} <= {i.path for i in client.list_artifacts(run.info.run_id)}
+        assert {"generator", "deltas", "per_task.json"} <= {
+            i.path for i in client.list_artifacts(run.info.run_id)
+        }
     assert not list(sweep.storage.glob("*/*.pt"))
 
 

@@ -20,15 +20,21 @@ def differences(held: Any, found: Any, place: str = "") -> Iterator[str]:
     """Yield one line for every value that is not the held one, with its place in the table."""
     if isinstance(held, dict) and isinstance(found, dict):
         for key in dict.fromkeys([*held, *found]):
-            yield from differences(held.get(key), found.get(key), f"{place} / {key}" if place else str(key))
+            yield from differences(
+                held.get(key), found.get(key), f"{place} / {key}" if place else str(key)
+            )
     elif held != found:
         yield f"{place}: held {held}, found {found}"
 
 
 def compare_or_write(path: Path, found: Mapping[str, Any], description: str | None) -> int:
     """Print what differs from a table; write it if the command line says `--write`. Return the exit status."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make what is found today the held table")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="make what is found today the held table"
+    )
     write = parser.parse_args().write
     changed = list(differences(read_table(path), found))
     print("\n".join(changed) or "everything is as it is held")

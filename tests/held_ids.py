@@ -37,7 +37,9 @@ from tuning.arguments import parse_arguments, study_of
 from tuning.studies import STUDIES, Study
 
 TABLE = TABLES / "ids.json"
-ANY_BASE = "0" * 16  # The hash of a base whose weights are made here differs from processor to processor.
+ANY_BASE = (
+    "0" * 16
+)  # The hash of a base whose weights are made here differs from processor to processor.
 OWN_DATA = "--base base --data data --tasks river stone cloud --held-out tiger"
 COMMANDS = (
     *(f"--study {name}{smoke}" for name in STUDIES for smoke in ("", " --smoke")),
@@ -58,7 +60,9 @@ def all_ids() -> dict[str, Any]:
     """Return the whole table: by command line, of what a world keeps, and of folders that users make."""
     with chdir(FOLDER), tempfile.TemporaryDirectory() as cache:
         studies = {command: study_of(parse_arguments(command.split())) for command in COMMANDS}
-        worlds = {world.hash: world_ids(world) for study in studies.values() for world in study.worlds}
+        worlds = {
+            world.hash: world_ids(world) for study in studies.values() for world in study.worlds
+        }
         return {
             "studies": {command: study_ids(study) for command, study in studies.items()},
             "worlds": worlds,
@@ -71,7 +75,9 @@ def study_ids(study: Study) -> dict[str, Any]:
     """Return the ids of a study, of its trials by name and seed, and of its worlds; of a search one point's trials."""
     trials = list(study.trials)
     if study.space is not None:
-        trials += study.space.trials({name: math.sqrt(low * high) for name, (low, high) in study.space.ranges.items()})
+        trials += study.space.trials(
+            {name: math.sqrt(low * high) for name, (low, high) in study.space.ranges.items()}
+        )
     return {
         "study": study.id,
         "trials": {trial.label: trial.id for trial in trials},
@@ -85,23 +91,35 @@ def world_ids(world: WorldConfig) -> dict[str, str]:
         "size": world.size,
         "suite": world.suite.fingerprint,
         "base": base_key(world) if world.base is None else world.base.hash,
-        "bank": bank_key(ANY_BASE, world.suite, world.teachers) if world.bank is None else world.bank.hash,
+        "bank": bank_key(ANY_BASE, world.suite, world.teachers)
+        if world.bank is None
+        else world.bank.hash,
     }
 
 
 def cache_ids(cache: Path) -> dict[str, list[str]]:
     """Build a world of one-step teachers on the base of the fixtures; return the names of all that is cached then."""
-    teachers = TeacherConfig(1, 2.0, steps=1, examples=1, condition_train=2, condition_evaluation=2, trajectories=1)
+    teachers = TeacherConfig(
+        1, 2.0, steps=1, examples=1, condition_train=2, condition_evaluation=2, trajectories=1
+    )
     suite = SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)
     source = BaseSource.find(str(BASE))
     for encoder in ("minilm", "base"):
         # Trajectories are a teacher's own words: they differ from processor to processor.
         config = WorldConfig(
-            "base-base", suite, teachers=teachers, encoder=encoder, delta_probes="domain", eval_examples=2, base=source
+            "base-base",
+            suite,
+            teachers=teachers,
+            encoder=encoder,
+            delta_probes="domain",
+            eval_examples=2,
+            base=source,
         )
         world = build_world(cache, config, "cpu")
         known_baselines(cache, world)
-    told = ProbeSet.trajectories({task: [Probe(f"What {task}", " nothing")] for task in suite.split.tasks})
+    told = ProbeSet.trajectories(
+        {task: [Probe(f"What {task}", " nothing")] for task in suite.split.tasks}
+    )
     bank = world.bank
     DeltaCache.build(cache, world.base, bank.spec, bank.hash, bank.adapters, bank.load(), told)
     return {kind.name: sorted(entries(kind)) for kind in sorted(cache.iterdir())}
@@ -119,12 +137,16 @@ def folder_ids() -> dict[str, str]:
     suite = FileSuite.open(DATA, TOPICS)
     spec = BankSource.find("bank").open(base, FileSuite.open(DATA, TOPICS[:3])).spec
     with peft_adapter(base, spec) as model:
-        state = PeftRun(Run(TOPICS[0], 0, config, suite, base), model, spec, BaseShape.of(base.model, spec)).key
+        state = PeftRun(
+            Run(TOPICS[0], 0, config, suite, base), model, spec, BaseShape.of(base.model, spec)
+        ).key
     return {
         "base": BaseSource.find(str(BASE)).hash,
         "base in bfloat16": BaseSource.find(str(BASE), "bfloat16").hash,
         "bank": BankSource.find("bank").hash,
-        "two tasks of the bank": BankSource.find("bank").open(base, FileSuite.open(DATA, TOPICS[:2])).hash,
+        "two tasks of the bank": BankSource.find("bank")
+        .open(base, FileSuite.open(DATA, TOPICS[:2]))
+        .hash,
         "shapes": spec.hash,
         "generic probes": create_generic_probes().hash,
         "state of a teacher": state,

@@ -41,7 +41,9 @@ def all_names() -> dict[str, Signatures]:
     given: Signatures = {}
     for module, names in GIVEN.items():
         for name in names.split():
-            given |= signatures(f"llgbm.{module}.{name}", getattr(import_module(f"llgbm.{module}"), name))
+            given |= signatures(
+                f"llgbm.{module}.{name}", getattr(import_module(f"llgbm.{module}"), name)
+            )
     documented: Signatures = {}
     for module, name in sorted(documented_names(), key=lambda pair: pair[1]):
         documented |= signatures(name, getattr(import_module(module), name))
@@ -78,7 +80,9 @@ def documented_names() -> set[tuple[str, str]]:
 def documented_code() -> Iterator[str]:
     """Yield the Python of README, docs and notebooks: blocks of Markdown, cells of notebooks."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        yield from re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        yield from re.findall(
+            r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S
+        )
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
@@ -90,7 +94,9 @@ def imported(code: str) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
             yield from ((str(node.module), alias.name) for alias in node.names)
-        elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] in OURS for alias in node.names):
+        elif isinstance(node, ast.Import) and any(
+            alias.name.split(".")[0] in OURS for alias in node.names
+        ):
             raise ValueError("documents import names, not modules: write `from module import name`")
 
 

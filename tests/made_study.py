@@ -35,7 +35,11 @@ def make_study(
     tracker = StudyTracker.open(None, folder, "llgbm")
     tracker.begin("made", study_id, {"study": "made"}, {})
     tracker.log_metrics(
-        {f"baseline/{n}/{key}": value for n, found in BASELINES.items() for key, value in found.items()}
+        {
+            f"baseline/{n}/{key}": value
+            for n, found in BASELINES.items()
+            for key, value in found.items()
+        }
     )
     rng = np.random.default_rng(0)
     task_T = rng.normal(0, 0.15, len(TASKS))
@@ -43,17 +47,32 @@ def make_study(
         for seed in range(seeds):
             noise_T = rng.normal(0, 0.01) + rng.normal(0, 0.03, len(TASKS))
             accuracy_T = np.clip(0.4 + effect + task_T + noise_T, 0, 1)
-            log_trial(tracker, config, seed, dict(zip(TASKS, accuracy_T.tolist(), strict=True)), lambdas[config])
+            log_trial(
+                tracker,
+                config,
+                seed,
+                dict(zip(TASKS, accuracy_T.tolist(), strict=True)),
+                lambdas[config],
+            )
     tracker.finish("FINISHED")
     return tracker
 
 
 def log_trial(
-    tracker: StudyTracker, config: str, seed: int, accuracy: Mapping[str, float], lambdas: tuple[float, float]
+    tracker: StudyTracker,
+    config: str,
+    seed: int,
+    accuracy: Mapping[str, float],
+    lambdas: tuple[float, float],
 ) -> str:
     """One finished trial with curves, final metrics and artifacts; return its run id."""
     assert tracker.target is not None
-    params = {"lambda_weight": lambdas[0], "lambda_delta": lambdas[1], "seed": seed, "model_size": "nano"}
+    params = {
+        "lambda_weight": lambdas[0],
+        "lambda_delta": lambdas[1],
+        "seed": seed,
+        "model_size": "nano",
+    }
     trial_id = f"{config.replace(' ', '')}{seed}"
     trial = TrialTracker.open(tracker.target, trial_id, config, params, {})
     mean = float(np.mean(list(accuracy.values())))
@@ -80,15 +99,26 @@ def _metrics(accuracy: float) -> dict[str, float]:
         "diversity": 0.7,
     }
     time = {"time/seconds": 60.0, "time/steps_per_second": 9.0, "time/peak_memory_mb": 900.0}
-    return {**{f"heldout/{key}": value for key, value in held.items()}, "train/accuracy": accuracy + 0.1, **time}
+    return {
+        **{f"heldout/{key}": value for key, value in held.items()},
+        "train/accuracy": accuracy + 0.1,
+        **time,
+    }
 
 
 def _write_artifacts(folder: Path, accuracy: Mapping[str, float], seed: int) -> None:
     rng = np.random.default_rng(seed)
     by_operation = {operation: rng.normal(0, 2, WIDTH) for operation in OPERATIONS}
-    teacher_TD = np.stack([by_operation[task.split("-")[0]] + rng.normal(0, 0.5, WIDTH) for task in accuracy])
+    teacher_TD = np.stack(
+        [by_operation[task.split("-")[0]] + rng.normal(0, 0.5, WIDTH) for task in accuracy]
+    )
     generated_TD = teacher_TD + rng.normal(0, 0.4, teacher_TD.shape)
     (folder / "deltas").mkdir()
-    tensors = {"teacher": teacher_TD.astype(np.float32), "predicted": generated_TD.astype(np.float32)}
-    save_file(tensors, folder / "deltas" / "test.safetensors", {"tasks": json.dumps(list(accuracy))})
+    tensors = {
+        "teacher": teacher_TD.astype(np.float32),
+        "predicted": generated_TD.astype(np.float32),
+    }
+    save_file(
+        tensors, folder / "deltas" / "test.safetensors", {"tasks": json.dumps(list(accuracy))}
+    )
     (folder / "per_task.json").write_text(json.dumps({"test": {"accuracy": accuracy}}))

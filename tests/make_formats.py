@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats import ARGUMENTS, BASE, CACHE, DATA, FOLDER, PROMPTS, ROOT_MARK, STORE, TOPICS, shown_numbers
+from formats import (
+    ARGUMENTS,
+    BASE,
+    CACHE,
+    DATA,
+    FOLDER,
+    PROMPTS,
+    ROOT_MARK,
+    STORE,
+    TOPICS,
+    shown_numbers,
+)
 from made_datasets import rows, write_rows
 from safetensors.torch import save_file
 
@@ -41,7 +52,19 @@ from tuning.tracking.store import local_tracking_uri
 HERE = Path(__file__).parent
 WORDS = ("What", " follows", " number", " nothing", *(f" {topic}" for topic in TOPICS))
 # Not kept of a store: pictures, the code that travels with a model, and what names folders of this machine.
-LEFT_OUT = ("mlflow.db*", ".*", "*.png", "*.svg", "*.html", "code", "*.py", "*.yaml", "*.txt", "*.csv", "MLmodel")
+LEFT_OUT = (
+    "mlflow.db*",
+    ".*",
+    "*.png",
+    "*.svg",
+    "*.html",
+    "code",
+    "*.py",
+    "*.yaml",
+    "*.txt",
+    "*.csv",
+    "MLmodel",
+)
 
 
 def main() -> int:
@@ -74,7 +97,9 @@ def make_all(here: Path) -> None:
 def write_base(folder: Path) -> None:
     """Write a random Qwen2 of one layer whose states differ visibly from text to text."""
     tokenizer = make_tokenizer(WORDS)
-    model = new_model(ModelSize(hidden=8, layers=1, heads=2, kv_heads=1, intermediate=8), tokenizer, seed=0)
+    model = new_model(
+        ModelSize(hidden=8, layers=1, heads=2, kv_heads=1, intermediate=8), tokenizer, seed=0
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
@@ -85,7 +110,13 @@ def write_base(folder: Path) -> None:
 def write_bank(folder: Path) -> None:
     """Write a bank folder of three teachers, as `python -m llgbm teachers` does."""
     teachers = TeacherConfig(
-        rank=1, alpha=2.0, steps=4, examples=2, condition_train=2, condition_evaluation=2, trajectories=2
+        rank=1,
+        alpha=2.0,
+        steps=4,
+        examples=2,
+        condition_train=2,
+        condition_evaluation=2,
+        trajectories=2,
     )
     config = SFTConfig(teachers, method="batched", checkpoints=1)
     make_bank(load_base(BASE), FileSuite.open(DATA, TOPICS[:3]), config, folder)
@@ -95,7 +126,9 @@ def write_cache(config: WorldConfig) -> None:
     """Write the cache of a world with its baselines, the path of the base being a relative one."""
     base = load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
-    world = World(config, base, bank, gather_data(CACHE, config, base, bank), make_flora(base, bank))
+    world = World(
+        config, base, bank, gather_data(CACHE, config, base, bank), make_flora(base, bank)
+    )
     known_baselines(CACHE, world)
 
 

@@ -23,7 +23,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: Sequence[str], log: Path, health: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def serving(
+    command: Sequence[str], log: Path, health: str, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Run a program that takes `--port`; yield its address once `/health` answers there, end it afterwards."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -31,7 +33,9 @@ def serving(command: Sequence[str], log: Path, health: str, env: Mapping[str, st
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with log.open("w") as stream:
         command = [*command, "--port", str(port)]
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**(env or os.environ), "PATH": path})
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env={**(env or os.environ), "PATH": path}
+        )
         try:
             _wait_for(process, f"{url}/{health}", log)
             yield url
@@ -43,7 +47,13 @@ def serving(command: Sequence[str], log: Path, health: str, env: Mapping[str, st
 def mlflow_server(python: str, backend: str, folder: Path) -> list[str]:
     """The command of an MLflow server with one worker, but for its port."""
     command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    return [*command, "--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
+    return [
+        *command,
+        "--backend-store-uri",
+        backend,
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
 
 
 def _wait_for(process: subprocess.Popen, url: str, log: Path) -> None:

@@ -11,10 +11,22 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llgbm.tasks.extraction import answer_kind, choices, extract, extract_number, in_form, question_key, rivals
+from llgbm.tasks.extraction import (
+    answer_kind,
+    choices,
+    extract,
+    extract_number,
+    in_form,
+    question_key,
+    rivals,
+)
 
 TABLE = [
-    *(("choice", prompt, response, wanted) for prompt, cases in CHOICE.items() for response, wanted in cases),
+    *(
+        ("choice", prompt, response, wanted)
+        for prompt, cases in CHOICE.items()
+        for response, wanted in cases
+    ),
     *(("truth", "is snow cold?", response, wanted) for response, wanted in TRUTH),
     *(("number", "How many eggs are there?", response, wanted) for response, wanted in NUMBER),
 ]
@@ -26,7 +38,9 @@ def test_the_table_is_large_and_names_no_case_twice() -> None:
 
 
 @pytest.mark.parametrize(("kind", "prompt", "response", "wanted"), TABLE)
-def test_the_answer_is_what_a_careful_reader_takes(kind: str, prompt: str, response: str, wanted: str | None) -> None:
+def test_the_answer_is_what_a_careful_reader_takes(
+    kind: str, prompt: str, response: str, wanted: str | None
+) -> None:
     assert extract(kind, prompt, response) == wanted
 
 
@@ -37,7 +51,9 @@ def test_choices_are_those_of_the_question_and_not_of_its_story() -> None:
     assert choices("A: alone is no choice") == {}
 
 
-def test_a_question_is_the_same_in_another_order_and_spelling_and_another_with_other_choices() -> None:
+def test_a_question_is_the_same_in_another_order_and_spelling_and_another_with_other_choices() -> (
+    None
+):
     shuffled = "Which material CONDUCTS electricity best\n1: Glass\n2: rubber.\n3: copper  wire\n4: dry wood"
     closed = f"{METALS}.\nPlease answer the question choosing from A/B/C/D."
     assert question_key(METALS) == question_key(shuffled) == question_key(closed)
@@ -63,14 +79,23 @@ def test_the_kind_of_a_dataset_is_read_off_its_responses(responses: list[str], k
 
 
 def test_form_is_stricter_than_having_an_answer() -> None:
-    assert in_form("choice", "[C]\n") and not in_form("choice", "C") and not in_form("choice", "[C] since")
+    assert (
+        in_form("choice", "[C]\n")
+        and not in_form("choice", "C")
+        and not in_form("choice", "[C] since")
+    )
     assert in_form("truth", "[True]") and not in_form("truth", "true")
     assert in_form("number", "2+2=4\n#### 4") and not in_form("number", "so 4")
     assert in_form("text", "anything")
 
 
 def test_rivals_are_the_responses_that_a_question_allows() -> None:
-    assert rivals("choice", PAIR) == ["[A]", "[B]"] and rivals("choice", DIGITS) == ["[1]", "[2]", "[3]", "[4]"]
+    assert rivals("choice", PAIR) == ["[A]", "[B]"] and rivals("choice", DIGITS) == [
+        "[1]",
+        "[2]",
+        "[3]",
+        "[4]",
+    ]
     assert rivals("truth", "is it?") == ["[True]", "[False]"] and not rivals("number", "how many?")
     for response in rivals("choice", NUMBERED):
         assert extract("choice", NUMBERED, response) == response[1]
@@ -85,12 +110,21 @@ def test_any_text_has_at_most_one_answer_of_those_allowed(response: str) -> None
     assert number is None or float(number) == float(number)
 
 
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["#### {}", "The answer is {}.", "{}", "so it is {} dollars"]))
+@given(
+    st.integers(-(10**9), 10**9),
+    st.sampled_from(["#### {}", "The answer is {}.", "{}", "so it is {} dollars"]),
+)
 def test_whole_numbers_are_read_with_and_without_digit_groups(value: int, sentence: str) -> None:
-    assert extract_number(sentence.format(value)) == extract_number(sentence.format(f"{value:,}")) == str(value)
+    assert (
+        extract_number(sentence.format(value))
+        == extract_number(sentence.format(f"{value:,}"))
+        == str(value)
+    )
 
 
-FILES = sorted(path for path in SHARED.glob("data/*.json") if path.stem not in ("dataset_info", "Human_Eval"))
+FILES = sorted(
+    path for path in SHARED.glob("data/*.json") if path.stem not in ("dataset_info", "Human_Eval")
+)
 
 
 def test_every_response_of_the_data_files_is_its_own_answer() -> None:
@@ -100,7 +134,12 @@ def test_every_response_of_the_data_files_is_its_own_answer() -> None:
         rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["response"]]
         kind = answer_kind(row["response"] for row in rows)
         for row in rows[::4] if kind != "text" else []:
-            last = row["response"].strip().removesuffix(".").split()[-1].strip("[]").replace(",", "")
+            last = (
+                row["response"].strip().removesuffix(".").split()[-1].strip("[]").replace(",", "")
+            )
             found = extract(kind, row["prompt"], row["response"])
             assert found is not None, (path.name, row)
-            assert (float(found) == float(last)) if kind == "number" else (found == last), (path.name, row)
+            assert (float(found) == float(last)) if kind == "number" else (found == last), (
+                path.name,
+                row,
+            )

@@ -15,7 +15,9 @@ ORDER = (
     "evaluation training estimate commands __main__"
 ).split()
 SOURCES = sorted((ROOT / "llgbm").rglob("*.py"))
-SHIPPED = SOURCES + sorted((ROOT / "tuning").rglob("*.py")) + sorted((ROOT / "dnd_repo").rglob("*.py"))
+SHIPPED = (
+    SOURCES + sorted((ROOT / "tuning").rglob("*.py")) + sorted((ROOT / "dnd_repo").rglob("*.py"))
+)
 
 
 def module_of(path: Path) -> str:
@@ -29,8 +31,12 @@ def imports_of(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = ".".join([*package[: len(package) - node.level + 1], node.module or ""] if node.level else [])
-            yield from (f"{start or node.module}.{alias.name}".replace("..", ".") for alias in node.names)
+            start = ".".join(
+                [*package[: len(package) - node.level + 1], node.module or ""] if node.level else []
+            )
+            yield from (
+                f"{start or node.module}.{alias.name}".replace("..", ".") for alias in node.names
+            )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -47,11 +53,16 @@ def test_a_module_imports_only_from_those_before_it(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_core_names_neither_ray_nor_mlflow_nor_what_knows_them(path: Path) -> None:
     allowed = {"tuning"} if module_of(path) in ("commands", "__main__") else set()
-    assert not {name.split(".")[0] for name in imports_of(path)} & {"ray", "mlflow", "tuning"} - allowed
+    assert (
+        not {name.split(".")[0] for name in imports_of(path)}
+        & {"ray", "mlflow", "tuning"} - allowed
+    )
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:
@@ -71,14 +82,28 @@ def test_every_core_module_imports_where_ray_and_mlflow_are_not_installed() -> N
 
 
 def dotted(node: ast.AST) -> str:
-    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return (
+        f"{dotted(node.value)}.{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else getattr(node, "id", "")
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_edits_the_path_changes_folder_or_runs_what_it_reads(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(imports_of(path))
-    assert not used & {"sys.path", "os.chdir", "site.addsitedir", "pickle", "dill", "joblib", "pickle.load"}
+    used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(
+        imports_of(path)
+    )
+    assert not used & {
+        "sys.path",
+        "os.chdir",
+        "site.addsitedir",
+        "pickle",
+        "dill",
+        "joblib",
+        "pickle.load",
+    }
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         given = {word.arg: getattr(word.value, "value", word.value) for word in call.keywords}
         assert given.get("trust_remote_code", False) is False

@@ -32,14 +32,29 @@ def foreign(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_
     """Two adapters of task `one` as DnD lays them out, and one that stands alone; prompts beside each."""
     root = tmp_path / "foreign"
     config = adapter_config(tiny_spec, tiny_base.path)
-    for place, state in zip(("one/one_0", "one/one_1", "two"), tiny_adapters.to_state_dicts(), strict=True):
+    for place, state in zip(
+        ("one/one_0", "one/one_1", "two"), tiny_adapters.to_state_dicts(), strict=True
+    ):
         save_adapter(root / place, state, config)
         (root / place / "prompts.json").write_text(json.dumps(PROMPTS))
     return root
 
 
 def take(foreign: Path, base: Base, out: Path, *more: str) -> int:
-    return main(["bank", "import", str(foreign), "--base", base.path, "--out", str(out), "--trajectories", "1", *more])
+    return main(
+        [
+            "bank",
+            "import",
+            str(foreign),
+            "--base",
+            base.path,
+            "--out",
+            str(out),
+            "--trajectories",
+            "1",
+            *more,
+        ]
+    )
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -50,7 +65,12 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_what_is_taken_over_is_a_bank(
-    foreign: Path, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path, capsys: Any
+    foreign: Path,
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     out = tmp_path / "bank"
     assert take(foreign, tiny_base, out) == 0
@@ -66,7 +86,9 @@ def test_what_is_taken_over_is_a_bank(
     pools = build_conditions(tmp_path / "cache", BaseModelEncoder(tiny_base), bank, ["nonsense"])
     assert pools.train_ANC.shape[:2] == (3, 2)
     probes = bank.trajectories()
-    deltas = DeltaCache.build(tmp_path / "cache", tiny_base, bank.spec, bank.hash, bank.adapters, bank.load(), probes)
+    deltas = DeltaCache.build(
+        tmp_path / "cache", tiny_base, bank.spec, bank.hash, bank.adapters, bank.load(), probes
+    )
     assert deltas.table(tiny_base, probes).delta_APQD.abs().max() > 0.01
     assert main(["bank", "show", str(out)]) == 0
     assert json.loads(capsys.readouterr().out) == said
@@ -90,7 +112,10 @@ def test_what_peft_itself_saves_is_taken_over(tiny_base: Base, tmp_path: Path, c
 
 
 def of_another_rank(folder: Path) -> None:
-    state = {k: (v[:2] if ".lora_A." in k else v[:, :2]).contiguous() for k, v in load_file(folder / WEIGHTS).items()}
+    state = {
+        k: (v[:2] if ".lora_A." in k else v[:, :2]).contiguous()
+        for k, v in load_file(folder / WEIGHTS).items()
+    }
     save_file(state, folder / WEIGHTS)
     change_config(folder, r=2)
 
@@ -117,12 +142,17 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha": (lambda folder: change_config(folder, lora_alpha=3), "alpha 3"),
     "nan": (without_values, "NaN"),
     "targets": (without_a_module, "differ"),
-    "base": (lambda folder: change_config(folder, base_model_name_or_path="Qwen/Qwen2.5-0.5B"), "Qwen/Qwen2.5-0.5B"),
+    "base": (
+        lambda folder: change_config(folder, base_model_name_or_path="Qwen/Qwen2.5-0.5B"),
+        "Qwen/Qwen2.5-0.5B",
+    ),
     "kind": (lambda folder: change_config(folder, use_dora=True), "use_dora"),
     "torn": (lambda folder: (folder / WEIGHTS).write_bytes(b"short"), "truncated"),
     "prompts": (lambda folder: (folder / "prompts.json").unlink(), "--prompts"),
     "both": (
-        lambda folder: (folder / "prompts.json").write_text(json.dumps({"train": ["a"], "evaluation": ["a"]})),
+        lambda folder: (folder / "prompts.json").write_text(
+            json.dumps({"train": ["a"], "evaluation": ["a"]})
+        ),
         "keep them apart",
     ),
 }
@@ -130,7 +160,11 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=list(SPOILERS))
 def test_an_adapter_that_does_not_fit_is_named(
-    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any, spoil: tuple[Callable[[Path], Any], str]
+    foreign: Path,
+    tiny_base: Base,
+    tmp_path: Path,
+    capsys: Any,
+    spoil: tuple[Callable[[Path], Any], str],
 ) -> None:
     spoil[0](foreign / "one" / "one_1")
     assert take(foreign, tiny_base, tmp_path / "bank") == 2
@@ -139,14 +173,19 @@ def test_an_adapter_that_does_not_fit_is_named(
     assert not (tmp_path / "bank").exists()
 
 
-def test_another_name_of_the_base_can_be_accepted(foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+def test_another_name_of_the_base_can_be_accepted(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
     change_config(foreign / "two", base_model_name_or_path="org/the-same")
     assert take(foreign, tiny_base, tmp_path / "bank", "--accept-base", "org/the-same") == 0
 
 
 def test_nothing_to_take_over_is_refused(tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "empty").mkdir()
-    for source, words in ((tmp_path / "empty", "holds no adapter_config.json"), ("no/where", "no/where")):
+    for source, words in (
+        (tmp_path / "empty", "holds no adapter_config.json"),
+        ("no/where", "no/where"),
+    ):
         assert take(Path(source), tiny_base, tmp_path / "bank") == 2
         assert words in refusal(capsys)
     assert main(["bank", "show", str(tmp_path / "empty")]) == 2
@@ -165,7 +204,9 @@ def test_a_bank_of_other_adapters_is_not_written_over(
     assert len(read_manifest(out)["adapters"]) == 3
 
 
-def test_a_bank_of_another_base_is_refused(foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any) -> None:
+def test_a_bank_of_another_base_is_refused(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
     assert take(foreign, tiny_base, tmp_path / "bank") == 0
     other = Base(tiny_base.model, tiny_base.tokenizer, "elsewhere", "0" * 16)
     with pytest.raises(UserError, match="not of elsewhere"):
@@ -196,8 +237,31 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_teachers_of_real_datasets_by_both_methods(qwen: Path, tmp_path: Path, capsys: Any) -> None:
     """One step each, in float32: the same weights from PEFT and from the batched primitive."""
-    common = ["--base", str(qwen), "--data", str(SHARED / "data"), "--tasks", "ARC-e", "BoolQ", "--limit", "64"]
-    sizes = ["--rank", "2", "--alpha", "4", "--steps", "1", "--checkpoints", "1", "--examples", "4", "--every", "1"]
+    common = [
+        "--base",
+        str(qwen),
+        "--data",
+        str(SHARED / "data"),
+        "--tasks",
+        "ARC-e",
+        "BoolQ",
+        "--limit",
+        "64",
+    ]
+    sizes = [
+        "--rank",
+        "2",
+        "--alpha",
+        "4",
+        "--steps",
+        "1",
+        "--checkpoints",
+        "1",
+        "--examples",
+        "4",
+        "--every",
+        "1",
+    ]
     batches = []
     for method in ("peft", "batched"):
         out = tmp_path / method
@@ -213,8 +277,15 @@ def test_teachers_of_real_datasets_by_both_methods(qwen: Path, tmp_path: Path, c
     assert (batches[0][0] - batches[0][2]).abs().max() > 5e-4
 
 
-def test_mistakes_in_the_teachers_command_are_one_sentence(qwen: Path, tmp_path: Path, capsys: Any) -> None:
-    given = {"--base": str(qwen), "--data": str(SHARED / "data"), "--tasks": "ARC-e", "--out": str(tmp_path / "b")}
+def test_mistakes_in_the_teachers_command_are_one_sentence(
+    qwen: Path, tmp_path: Path, capsys: Any
+) -> None:
+    given = {
+        "--base": str(qwen),
+        "--data": str(SHARED / "data"),
+        "--tasks": "ARC-e",
+        "--out": str(tmp_path / "b"),
+    }
     for change, words in (
         ({"--tasks": "ARC"}, "'ARC'"),
         ({"--data": str(tmp_path / "none")}, "no folder"),

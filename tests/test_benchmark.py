@@ -47,8 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i in range(40)
     ]
-    even = [{"prompt": f"is {i} even {'really ' * (i % 5)}?", "response": f"[{i % 2 == 0}]"} for i in range(40)]
-    sums = [{"prompt": f"What is {i} + {i}?", "response": f"The answer is {2 * i}."} for i in range(40)]
+    even = [
+        {"prompt": f"is {i} even {'really ' * (i % 5)}?", "response": f"[{i % 2 == 0}]"}
+        for i in range(40)
+    ]
+    sums = [
+        {"prompt": f"What is {i} + {i}?", "response": f"The answer is {2 * i}."} for i in range(40)
+    ]
     for name, content in (("pick", pick), ("even", even), ("sums", sums)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -61,10 +66,15 @@ def suite(folder: Path) -> FileSuite:
 
 @pytest.fixture(scope="module")
 def adapter_folder(
-    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "second"
-    save_adapter(folder, tiny_adapters.to_state_dicts()[1], adapter_config(tiny_spec, tiny_base.path))
+    save_adapter(
+        folder, tiny_adapters.to_state_dicts()[1], adapter_config(tiny_spec, tiny_base.path)
+    )
     return folder
 
 
@@ -75,13 +85,19 @@ def merged(tiny_base: Base, adapter_folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload().eval()
 
 
-def prompts_of(suite: FileSuite, base: Base, task: str, count: int) -> tuple[list[Example], list[str]]:
+def prompts_of(
+    suite: FileSuite, base: Base, task: str, count: int
+) -> tuple[list[Example], list[str]]:
     examples = suite.examples(task, "evaluation", count, "parity")
     return examples, [chat_prompt(base.tokenizer, e.prompt, e.system) for e in examples]
 
 
 def test_batched_answers_are_those_of_merged_weights_one_prompt_at_a_time(
-    suite: FileSuite, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, merged: torch.nn.Module
+    suite: FileSuite,
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
+    merged: torch.nn.Module,
 ) -> None:
     _, prompts = prompts_of(suite, tiny_base, "even", 9)
     lengths = {len(tiny_base.tokenizer(p)["input_ids"]) for p in prompts}
@@ -99,11 +115,17 @@ def test_batched_answers_are_those_of_merged_weights_one_prompt_at_a_time(
             eos_token_id=tokenizer.eos_token_id,
         )
         assert text == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
-    assert respond(tiny_base, prompts, 12, "x") != ours, "the adapter changes nothing: the test would be blind"
+    assert respond(tiny_base, prompts, 12, "x") != ours, (
+        "the adapter changes nothing: the test would be blind"
+    )
 
 
 def test_the_likeliest_choice_is_that_of_merged_weights(
-    suite: FileSuite, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, merged: torch.nn.Module
+    suite: FileSuite,
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
+    merged: torch.nn.Module,
 ) -> None:
     examples, prompts = prompts_of(suite, tiny_base, "pick", 6)
     with System("x", tiny_adapters.select([1]), tiny_spec).applied(tiny_base):
@@ -115,16 +137,25 @@ def test_the_likeliest_choice_is_that_of_merged_weights(
             end = [*tiny_base.tokenizer(rival)["input_ids"], tiny_base.tokenizer.eos_token_id]
             with torch.no_grad():
                 logits = merged(torch.tensor([[*start, *end]])).logits[0].log_softmax(-1)
-            chances[rival] = sum(logits[len(start) + i - 1, token].item() for i, token in enumerate(end))
+            chances[rival] = sum(
+                logits[len(start) + i - 1, token].item() for i, token in enumerate(end)
+            )
         assert picked == max(chances, key=chances.__getitem__)
     assert likeliest_rivals(tiny_base, "number", prompts, examples) is None
 
 
-CASES = [Example(METALS, "[B]"), Example(METALS, "[B]"), Example(PAIR, "[A]"), Example(METALS, "[C]")]
+CASES = [
+    Example(METALS, "[B]"),
+    Example(METALS, "[B]"),
+    Example(PAIR, "[A]"),
+    Example(METALS, "[C]"),
+]
 
 
 def test_scores_are_those_counted_by_hand() -> None:
-    found = score_responses("choice", CASES, ["[B]", "The answer is B.", "", "[A] [C]"], ["[B]", "[A]", "[A]", "[C]"])
+    found = score_responses(
+        "choice", CASES, ["[B]", "The answer is B.", "", "[A] [C]"], ["[B]", "[A]", "[A]", "[C]"]
+    )
     assert found["accuracy"] == 0.5 and found["answered"] == 0.5 and found["in_form"] == 0.25
     assert found["likelihood_accuracy"] == 0.75
     numbers = [Example("How many?", "#### 1,200"), Example("How many?", "#### 7")]
@@ -144,10 +175,14 @@ def test_what_needs_no_model_is_counted_by_hand() -> None:
 def test_the_interval_is_wilsons(right: int, n: int) -> None:
     z, p = 1.959964, right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert wilson(right, n) == pytest.approx([(centre + s * half) / (1 + z * z / n) for s in (-1, 1)], abs=1e-4)
+    assert wilson(right, n) == pytest.approx(
+        [(centre + s * half) / (1 + z * z / n) for s in (-1, 1)], abs=1e-4
+    )
 
 
-def test_solved_examples_are_training_rows_and_none_is_scored_on(suite: FileSuite, tiny_base: Base) -> None:
+def test_solved_examples_are_training_rows_and_none_is_scored_on(
+    suite: FileSuite, tiny_base: Base
+) -> None:
     shots = solved_examples(suite, "pick", 4)
     scored = {row.example.prompt for row in suite.datasets["pick"].rows["evaluation"]}
     assert len(shots) == 4 and not {p for p, _ in shots} & scored
@@ -155,9 +190,22 @@ def test_solved_examples_are_training_rows_and_none_is_scored_on(suite: FileSuit
 
 
 def test_the_command_puts_systems_side_by_side(
-    folder: Path, suite: FileSuite, tiny_base: Base, adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    suite: FileSuite,
+    tiny_base: Base,
+    adapter_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["evaluate", "--data", str(folder), "--tasks", "pick", "sums", "--adapter", f"teacher={adapter_folder}"]
+    arguments = [
+        "evaluate",
+        "--data",
+        str(folder),
+        "--tasks",
+        "pick",
+        "sums",
+        "--adapter",
+        f"teacher={adapter_folder}",
+    ]
     assert main([*arguments, "--examples", "8", "--shots", "2", "--max-tokens", "6"]) == 0
     captured = capsys.readouterr()
     pick, sums = json.loads(captured.out)["results"]
@@ -180,7 +228,10 @@ def test_the_command_puts_systems_side_by_side(
         (["--data", "{folder}", "--tasks", "pick"], "--base"),
         (["--data", "{folder}", "--tasks", "pick", "--examples", "0"], "--examples is 0"),
         (["--data", "{folder}", "--tasks", "pick", "--max-tokens", "-1"], "--max-tokens is -1"),
-        (["--data", "{folder}", "--tasks", "pick", "--shots", "99", "--base", "{base}"], "99 solved examples"),
+        (
+            ["--data", "{folder}", "--tasks", "pick", "--shots", "99", "--base", "{base}"],
+            "99 solved examples",
+        ),
         (
             ["--data", "{folder}", "--tasks", "pick", "--adapter", "a={adapter}", "a={adapter}"],
             "two systems are called 'a'",
@@ -196,7 +247,9 @@ def test_the_command_refuses(
     adapter_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    named = [a.format(folder=folder, base=tiny_base.path, adapter=adapter_folder) for a in arguments]
+    named = [
+        a.format(folder=folder, base=tiny_base.path, adapter=adapter_folder) for a in arguments
+    ]
     assert main(["evaluate", *named]) == 2
     captured = capsys.readouterr()
     last = captured.err.splitlines()[-1]

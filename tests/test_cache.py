@@ -59,7 +59,11 @@ def test_a_build_killed_midway_leaves_nothing_that_is_used(
 
     kill_while_building(root, kind)
 
-    left = {entry.name for entry in (root / kind).iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    left = {
+        entry.name
+        for entry in (root / kind).iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    }
     assert all(entry_is_whole(root / kind / name) for name in left)
     assert left < wanted
     again = build_world(root, smoke_world(WorldConfig()), "cpu")
@@ -115,7 +119,9 @@ def test_a_whole_entry_is_not_built_twice(tmp_path: Path) -> None:
         calls.append(folder)
         write_two_files(folder)
 
-    assert build_entry(tmp_path, "kind", "key", build) == build_entry(tmp_path, "kind", "key", build)
+    assert build_entry(tmp_path, "kind", "key", build) == build_entry(
+        tmp_path, "kind", "key", build
+    )
     assert len(calls) == 1
 
 
@@ -124,7 +130,9 @@ def full_disk(tmp_path: Path) -> Path:
     """A real file system of 256 kB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
@@ -133,7 +141,12 @@ def full_disk(tmp_path: Path) -> Path:
 
 def test_a_full_disk_is_one_sentence_and_no_entry(full_disk: Path) -> None:
     with pytest.raises(UserError, match="the disk is full"):
-        build_entry(full_disk, "kind", "key", lambda folder: (folder / "big").write_bytes(b"x" * 2**20) and None)
+        build_entry(
+            full_disk,
+            "kind",
+            "key",
+            lambda folder: (folder / "big").write_bytes(b"x" * 2**20) and None,
+        )
     assert not (full_disk / "kind" / "key").exists()
 
 

@@ -61,7 +61,12 @@ def one_sentence(err: str) -> str:
     ],
 )
 def test_ablation_refuses(
-    arguments: list[str], words: list[str], here: Path, cache: Path, world: World, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: list[str],
+    here: Path,
+    cache: Path,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     status = ablation_main(["--smoke", "--cache", str(cache), *arguments])
     captured = capsys.readouterr()
@@ -87,13 +92,17 @@ def test_a_server_that_accepts_and_says_nothing_is_not_waited_for_long(
     assert address in one_sentence(capsys.readouterr().err)
 
 
-def test_an_unwritable_cache_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_cache_is_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "file").write_text("")
     assert ablation_main(["--smoke", "--cache", str(here / "file")]) == 2
     assert "file stands" in one_sentence(capsys.readouterr().err)
 
 
-def test_dry_run_names_every_trial_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_names_every_trial_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ablation_main(["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert [out.count(name) for name in ("multitask", "delta-only", "weight-only")] == [3, 3, 3]
@@ -101,10 +110,17 @@ def test_dry_run_names_every_trial_and_writes_nothing(here: Path, capsys: pytest
     assert not list(here.iterdir())
 
 
-def test_an_estimate_hears_what_saves_memory_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_estimate_hears_what_saves_memory_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = []
     for saver in ([], ["--probe-chunk", "1", "--activation-checkpointing"]):
-        assert ablation_main(["--estimate", "--smoke", "--lambda-delta", "1", "--lambda-weight", "0", *saver]) == 0
+        assert (
+            ablation_main(
+                ["--estimate", "--smoke", "--lambda-delta", "1", "--lambda-weight", "0", *saver]
+            )
+            == 0
+        )
         printed.append(capsys.readouterr().out)
     assert "training of 1 trials" in printed[0] and "activations" in printed[0]
     assert printed[0] != printed[1]
@@ -118,8 +134,20 @@ def test_dry_run_knows_what_is_cached(
     assert "teachers: cached" in capsys.readouterr().out
 
 
-def test_a_grid_of_lambdas_is_what_the_options_say(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dry-run", "--lambda-weight", "0", "0.5", "--lambda-delta", "0", "1", "--seeds", "7"]
+def test_a_grid_of_lambdas_is_what_the_options_say(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--dry-run",
+        "--lambda-weight",
+        "0",
+        "0.5",
+        "--lambda-delta",
+        "0",
+        "1",
+        "--seeds",
+        "7",
+    ]
     assert ablation_main(arguments) == 0
     out = capsys.readouterr().out
     assert out.count("nano") == 3 + 1  # three trials ((0, 0) is left out) and the world
@@ -132,7 +160,9 @@ def bundle(world: World, tmp_path: Path, config: TrainingConfig) -> Path:
     folder.mkdir()
     facts = {"size": "nano", "base_path": world.base.path, "base_hash": world.base.hash}
     facts |= {"bank_hash": world.bank.hash, "encoder": world.data.encoder}
-    GeneratorBundle.save(folder, Trial(config, world.data, world.flora).generator, config.generator, facts)
+    GeneratorBundle.save(
+        folder, Trial(config, world.data, world.flora).generator, config.generator, facts
+    )
     return folder
 
 
@@ -155,11 +185,18 @@ def test_generate_then_plain_peft_then_evaluate(
     from llgbm.lora import LoraBatch
 
     out = tmp_path / "adapter"
-    assert package_main(["generate", "--model", str(bundle), "--prompts", str(prompts), "--out", str(out)]) == 0
+    assert (
+        package_main(
+            ["generate", "--model", str(bundle), "--prompts", str(prompts), "--out", str(out)]
+        )
+        == 0
+    )
     said = json.loads(capsys.readouterr().out)
     assert said["prompts"] == 8
     base = AutoModelForCausalLM.from_pretrained(said["base"])
-    ids = world.base.tokenizer(["reverse plainly : apple lemon river =>"], return_tensors="pt")["input_ids"]
+    ids = world.base.tokenizer(["reverse plainly : apple lemon river =>"], return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         own = world.flora.forward_with_lora(LoraBatch.from_state_dicts([load_adapter(out)]), ids)[0]
         theirs = PeftModel.from_pretrained(base, str(out))(ids).logits
@@ -178,7 +215,12 @@ def test_generate_refuses_prompts_that_are_none(
 ) -> None:
     file, out = tmp_path / "empty.txt", tmp_path / "out"
     file.write_text(content)
-    assert package_main(["generate", "--model", str(bundle), "--prompts", str(file), "--out", str(out)]) == 2
+    assert (
+        package_main(
+            ["generate", "--model", str(bundle), "--prompts", str(file), "--out", str(out)]
+        )
+        == 2
+    )
     assert "no prompt" in one_sentence(capsys.readouterr().err)
     assert not out.exists()
 
@@ -193,7 +235,10 @@ def test_generate_refuses_what_is_not_there(
         (str(here / "nothing"), prompts),
         (str(bundle), here / "nothing.txt"),
     ):
-        assert package_main(["generate", "--model", model, "--prompts", str(file), "--out", str(out)]) == 2
+        assert (
+            package_main(["generate", "--model", model, "--prompts", str(file), "--out", str(out)])
+            == 2
+        )
         one_sentence(capsys.readouterr().err)
         assert not out.exists()
 
@@ -203,7 +248,15 @@ def test_generate_never_overwrites_a_foreign_adapter(
 ) -> None:
     (here / "notes").mkdir()
     (here / "notes" / "adapter_config.json").write_text("mine")
-    arguments = ["generate", "--model", str(bundle), "--prompts", str(prompts), "--out", str(here / "notes")]
+    arguments = [
+        "generate",
+        "--model",
+        str(bundle),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(here / "notes"),
+    ]
     assert package_main(arguments) == 2
     one_sentence(capsys.readouterr().err)
     assert [p.read_text() for p in (here / "notes").iterdir()] == ["mine"]
@@ -223,7 +276,10 @@ def test_a_bank_with_an_adapter_of_another_rank_is_refused(world: World, tmp_pat
     shutil.copytree(world.bank.folder, folder)
     bank = Bank.open(folder, world.bank.spec, "copy")
     other = LoraSpec(world.bank.spec.modules, rank=2, alpha=4.0)
-    state = {f"base_model.model.{name}.lora_{side}.weight": torch.ones(shape) for name, side, shape in other.pieces}
+    state = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.ones(shape)
+        for name, side, shape in other.pieces
+    }
     victim = bank.adapter_folder(next(iter(bank.adapters)))
     shutil.rmtree(victim)
     save_adapter(victim, state, adapter_config(other, world.base.path))

@@ -25,7 +25,14 @@ from tuning.studies import Study
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Node, check_resources, memory_fraction, start_ray
-from tuning.sweep.worker import HOPELESS_STARTS, TrialSetting, attempt, cause_of, check_hope, is_of_the_process
+from tuning.sweep.worker import (
+    HOPELESS_STARTS,
+    TrialSetting,
+    attempt,
+    cause_of,
+    check_hope,
+    is_of_the_process,
+)
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
@@ -82,18 +89,30 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
         TrialTracker.open(tracker.target, spec.id, spec.name, {"seed": spec.config.seed}, {})
     for name, value in UNDISTURBED.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that has nothing to do with this sweep
+    monkeypatch.setenv(
+        "RAY_ADDRESS", "127.0.0.1:1"
+    )  # of a cluster that has nothing to do with this sweep
     monkeypatch.setattr(sweep, "ray_trainable", waiting_for_four(tmp_path / "there"))
     resources = check_resources(0.25, 0.25, None, [Node(1, 1)])
     try:
         start_ray(resources)
         searcher, storage = sweep.ListSearcher(TrialOrder(specs, 4)), str(tmp_path / "state")
         TrialCheckpoints(storage, specs[0].id).write({"step": 1})
-        sweep.run_sweep(Study("s", specs), {}, tracker.target, tracker, resources, searcher, storage=storage)
+        sweep.run_sweep(
+            Study("s", specs), {}, tracker.target, tracker, resources, searcher, storage=storage
+        )
     finally:
         ray.shutdown()
-    found = {t.seed: (t.status, t.stopped_at) for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)}
-    assert found == {0: ("FINISHED", None), 1: ("FINISHED", None), 2: ("FINISHED", 40), 3: ("FAILED", None)}
+    found = {
+        t.seed: (t.status, t.stopped_at)
+        for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)
+    }
+    assert found == {
+        0: ("FINISHED", None),
+        1: ("FINISHED", None),
+        2: ("FINISHED", 40),
+        3: ("FAILED", None),
+    }
     error = tracker.live_runs()[specs[3].id].data.tags["llgbm.error"]
     assert error == "4 were there, 0.25 of a GPU each"
     assert not list(Path(storage).rglob("*.pt")) and not list(Path(storage).glob("ray/*"))
@@ -101,7 +120,10 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
 
 def test_four_quarters_of_a_gpu_run_side_by_side_on_each_machine() -> None:
     found = check_resources(1, 0.25, None, [Node(8, 1), Node(2, 1)])
-    assert found.concurrent == 6 and found.describe() == "6 at a time on 2 machines, 1 CPUs and 0.25 GPUs each"
+    assert (
+        found.concurrent == 6
+        and found.describe() == "6 at a time on 2 machines, 1 CPUs and 0.25 GPUs each"
+    )
     assert check_resources(1, 0.25, None, [Node(16, 1)]).concurrent == 4
     assert check_resources(None, None, None, [Node(16, 1)]).gpus == 0.25
     with pytest.raises(UserError, match="the largest of 2 machines has 1"):
@@ -111,15 +133,24 @@ def test_four_quarters_of_a_gpu_run_side_by_side_on_each_machine() -> None:
 
 
 @given(parts=st.integers(2, 16), gigabytes=st.integers(16, 192))
-def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(parts: int, gigabytes: int) -> None:
+def test_neighbours_fit_into_a_gpu_together_with_what_cuda_takes(
+    parts: int, gigabytes: int
+) -> None:
     total = gigabytes * 2**30
     each = memory_fraction(1 / parts, total)
     assert 0 < each < 1 / parts
     assert parts * (each * total + 600 * 2**20) <= total or each == 0.01
-    assert memory_fraction(1.0, total) == memory_fraction(0.0, total) == memory_fraction(2.0, total) == 1.0
+    assert (
+        memory_fraction(1.0, total)
+        == memory_fraction(0.0, total)
+        == memory_fraction(2.0, total)
+        == 1.0
+    )
 
 
-def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(tmp_path: Path, tracker: StudyTracker) -> None:
+def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
+    tmp_path: Path, tracker: StudyTracker
+) -> None:
     from ray import cloudpickle
 
     from tuning.sweep.run import Watcher
@@ -145,13 +176,17 @@ def test_a_death_is_told_in_one_line(tmp_path: Path) -> None:
         "Failure # 1 (occurred at noon)\nolder\nFailure # 2 (occurred at night)\nThe actor died.\n\tpid: 3\n"
         "Its memory was needed.\n"
     )
-    assert death_of(SimpleNamespace(error_file=str(file))) == "The actor died. Its memory was needed."
+    assert (
+        death_of(SimpleNamespace(error_file=str(file))) == "The actor died. Its memory was needed."
+    )
 
 
 def test_an_error_that_would_come_again_is_told_and_not_raised(
     tmp_path: Path, tracker: StudyTracker, world: World, config: TrainingConfig
 ) -> None:
-    spec = TrialSpec("weight-only", TrainingConfig(**{**vars(config), "lambda_weight": 1e39}), world.config)
+    spec = TrialSpec(
+        "weight-only", TrainingConfig(**{**vars(config), "lambda_weight": 1e39}), world.config
+    )
     told = attempt(spec, world, setting_of(tracker, tmp_path), lambda step, found: None)
     assert told["failed"].startswith("the loss is inf at step 0") and "finished" not in told
 
@@ -169,7 +204,9 @@ def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyT
     for _ in range(HOPELESS_STARTS):
         start()
     tracker.tag_trial("t", {"llgbm.last_death": "killed by the test"})
-    with pytest.raises(UserError, match=rf"died {HOPELESS_STARTS} times in a row .*killed by the test"):
+    with pytest.raises(
+        UserError, match=rf"died {HOPELESS_STARTS} times in a row .*killed by the test"
+    ):
         start()
     start("second")
     checkpoints.write({"step": 5})
@@ -183,11 +220,19 @@ def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
         MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
     ):
         assert not is_of_the_process(error)
         cause = cause_of(error, setting)
-        assert cause.startswith("out of memory (") and "more than 0.25 of a GPU" in cause and "\n" not in cause
-    assert is_of_the_process(RuntimeError("CUDA error: an illegal memory access was encountered\nmore"))
+        assert (
+            cause.startswith("out of memory (")
+            and "more than 0.25 of a GPU" in cause
+            and "\n" not in cause
+        )
+    assert is_of_the_process(
+        RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+    )
     assert cause_of(UserError("no such thing"), setting) == "no such thing"
     assert cause_of(KeyError("x"), setting) == "KeyError: 'x'"

@@ -10,7 +10,13 @@ from test_memory import bytes_held
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import TARGET_MODULES
@@ -24,8 +30,12 @@ SHAPES = [
 ]
 
 
-def model_of(shape: dict[str, int], kind: str = "qwen2", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    config, cls = (Qwen2Config, Qwen2ForCausalLM) if kind == "qwen2" else (LlamaConfig, LlamaForCausalLM)
+def model_of(
+    shape: dict[str, int], kind: str = "qwen2", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    config, cls = (
+        (Qwen2Config, Qwen2ForCausalLM) if kind == "qwen2" else (LlamaConfig, LlamaForCausalLM)
+    )
     model = cls(config(vocab_size=300, num_key_value_heads=2, **shape))
     return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
 
@@ -41,7 +51,9 @@ def hidden_under(model: PreTrainedModel, spec: LoraSpec, checkpointing: bool = F
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("targets", [TARGET_MODULES, ("v_proj", "up_proj")], ids=["all", "two"])
 @pytest.mark.parametrize("shape", SHAPES, ids=["wide", "deep"])
-def test_flops_are_those_that_torch_counts(shape: dict[str, int], targets: tuple[str, ...], kind: str) -> None:
+def test_flops_are_those_that_torch_counts(
+    shape: dict[str, int], targets: tuple[str, ...], kind: str
+) -> None:
     model = model_of(shape, kind)
     spec = LoraSpec.from_model(model, 4, 8.0, targets)
     cost = BaseShape.of(model, spec)
@@ -54,7 +66,9 @@ def test_flops_are_those_that_torch_counts(shape: dict[str, int], targets: tuple
     assert cost.forward_flops(6, 24) == pytest.approx(forward, rel=2e-5)
     # With few modules adapted, torch also skips what nothing adapted lies below.
     tolerance = 2e-5 if targets == TARGET_MODULES else 0.15
-    assert cost.backward_flops(6, 24) == pytest.approx(counter.get_total_flops() - forward, rel=tolerance)
+    assert cost.backward_flops(6, 24) == pytest.approx(
+        counter.get_total_flops() - forward, rel=tolerance
+    )
 
 
 def test_flops_of_the_head_are_those_that_torch_counts() -> None:
@@ -62,13 +76,18 @@ def test_flops_of_the_head_are_those_that_torch_counts() -> None:
     hidden = torch.randn(7, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         head_logits(model, hidden).sum().backward()
-    assert BaseShape.of(model, LoraSpec.from_model(model, 4, 8.0)).head_flops(7) == counter.get_total_flops()
+    assert (
+        BaseShape.of(model, LoraSpec.from_model(model, 4, 8.0)).head_flops(7)
+        == counter.get_total_flops()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=["wide", "deep"])
-def test_bytes_are_those_that_autograd_keeps(shape: dict[str, int], checkpointing: bool, dtype: torch.dtype) -> None:
+def test_bytes_are_those_that_autograd_keeps(
+    shape: dict[str, int], checkpointing: bool, dtype: torch.dtype
+) -> None:
     model = model_of(shape, dtype=dtype)
     spec = LoraSpec.from_model(model, 4, 8.0)
     cost = BaseShape.of(model, spec)
@@ -80,7 +99,9 @@ def test_bytes_are_those_that_autograd_keeps(shape: dict[str, int], checkpointin
         repeated = 6 * 24 * cost.layers * cost.element * 2 * (cost.attention - cost.key_value)
         repeats = Version(transformers.__version__) < Version("4.56")
         tolerance = 0.1 if repeats else 0.05
-        assert cost.activation_bytes(6, 24) + repeats * repeated == pytest.approx(held - adapters, rel=tolerance)
+        assert cost.activation_bytes(6, 24) + repeats * repeated == pytest.approx(
+            held - adapters, rel=tolerance
+        )
         return
     # A block's own share comes into being when it is run again, so it is not in what is kept before.
     saved = cost.activation_bytes(6, 24, checkpointing=True)

@@ -34,8 +34,14 @@ EXACT = {"atol": 1e-5, "rtol": 1e-5}
 ADAPTERS = {"first_0": "first", "last_0": "last", "last_1": "last"}
 TRAJECTORIES = ProbeSet.trajectories(
     {
-        "first": [Probe("give the first word : apple river =>", " apple"), Probe("first : king lamp iron =>", "")],
-        "last": [Probe("give the last word : apple =>", " [ apple done ]"), Probe("last => ", " king")],
+        "first": [
+            Probe("give the first word : apple river =>", " apple"),
+            Probe("first : king lamp iron =>", ""),
+        ],
+        "last": [
+            Probe("give the last word : apple =>", " [ apple done ]"),
+            Probe("last => ", " king"),
+        ],
     }
 )
 
@@ -59,7 +65,9 @@ def texts_of(probe_set: ProbeSet) -> list[str]:
 
 
 @pytest.fixture
-def peft_models(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path) -> list[PeftModel]:
+def peft_models(
+    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
+) -> list[PeftModel]:
     models = []
     for index, state in enumerate(tiny_adapters.to_state_dicts()):
         save_adapter(tmp_path / str(index), state, adapter_config(tiny_spec, tiny_base.path))
@@ -67,7 +75,9 @@ def peft_models(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, 
     return models
 
 
-def test_base_activation_is_the_mean_of_last_token_states_that_transformers_gives(tiny_base: Base) -> None:
+def test_base_activation_is_the_mean_of_last_token_states_that_transformers_gives(
+    tiny_base: Base,
+) -> None:
     probe_set = create_generic_probes()
     assert len({len(tiny_base.tokenizer(t)["input_ids"]) for t in texts_of(probe_set)}) > 1
     wanted = last_states(fresh(tiny_base), tiny_base, texts_of(probe_set)).mean(0)
@@ -81,14 +91,20 @@ def test_adapter_delta_is_what_peft_moves_and_leaves_the_base_to_the_bit(
     before = compute_base_activation(tiny_base, probe_set)
     plain = last_states(fresh(tiny_base), tiny_base, texts_of(probe_set))
     measured = measure_deltas(
-        tiny_base.model, tiny_spec, tiny_adapters, encode_probes(tiny_base.tokenizer, probe_set, ["a", "b", "c"]), True
+        tiny_base.model,
+        tiny_spec,
+        tiny_adapters,
+        encode_probes(tiny_base.tokenizer, probe_set, ["a", "b", "c"]),
+        True,
     )
     for index, state in enumerate(tiny_adapters.to_state_dicts()):
         wanted = last_states(peft_models[index], tiny_base, texts_of(probe_set)) - plain
         assert wanted.norm(dim=1).min() > 0.1
         torch.testing.assert_close(measured.delta_APQD[index, :, 0], wanted, **EXACT)
         torch.testing.assert_close(
-            compute_adapter_delta(tiny_base, tiny_spec, state, probe_set, before), wanted.mean(0), **EXACT
+            compute_adapter_delta(tiny_base, tiny_spec, state, probe_set, before),
+            wanted.mean(0),
+            **EXACT,
         )
     torch.testing.assert_close(measured.mean_AD, measured.delta_APQD[:, :, 0].mean(1), **EXACT)
     assert torch.equal(compute_base_activation(tiny_base, probe_set), before)
@@ -104,8 +120,12 @@ def test_trajectory_delta_is_the_delta_of_every_prefix(
         means = []
         for column, probe in enumerate(TRAJECTORIES.of(task)):
             pieces = tiny_base.tokenizer.tokenize(probe.continuation or "")
-            prefixes = [probe.prompt + "".join(pieces[:n]).replace("Ġ", " ") for n in range(len(pieces) + 1)]
-            wanted = last_states(peft_models[row], tiny_base, prefixes) - last_states(plain, tiny_base, prefixes)
+            prefixes = [
+                probe.prompt + "".join(pieces[:n]).replace("Ġ", " ") for n in range(len(pieces) + 1)
+            ]
+            wanted = last_states(peft_models[row], tiny_base, prefixes) - last_states(
+                plain, tiny_base, prefixes
+            )
             valid = probes.valid_APQ[row, column]
             torch.testing.assert_close(table.delta_APQD[row, column][valid], wanted, **EXACT)
             means.append(wanted)
@@ -114,22 +134,38 @@ def test_trajectory_delta_is_the_delta_of_every_prefix(
     assert probes.valid_APQ.sum().item() == total and not probes.valid_APQ.all()
 
 
-def test_chunking_and_selection_change_no_delta(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch) -> None:
+def test_chunking_and_selection_change_no_delta(
+    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch
+) -> None:
     probes = encode_probes(tiny_base.tokenizer, TRAJECTORIES, list(ADAPTERS.values()))
     whole = measure_deltas(tiny_base.model, tiny_spec, tiny_adapters, probes, shared=False)
     for chunk in (1, 2):
-        parts = measure_deltas(tiny_base.model, tiny_spec, tiny_adapters, probes, shared=False, chunk=chunk)
+        parts = measure_deltas(
+            tiny_base.model, tiny_spec, tiny_adapters, probes, shared=False, chunk=chunk
+        )
         torch.testing.assert_close(parts.delta_APQD, whole.delta_APQD, **EXACT)
-    alone = measure_deltas(tiny_base.model, tiny_spec, tiny_adapters.select([2]), probes.select([2]), shared=False)
+    alone = measure_deltas(
+        tiny_base.model, tiny_spec, tiny_adapters.select([2]), probes.select([2]), shared=False
+    )
     torch.testing.assert_close(whole.select([2]).delta_APQD, alone.delta_APQD, **EXACT)
     picked = whole.select([2, 0], torch.tensor([[1], [0]]))
-    assert torch.equal(picked.delta_APQD, torch.stack([whole.delta_APQD[2, [1]], whole.delta_APQD[0, [0]]]))
-    assert torch.equal(picked.probes.ids_APT, torch.stack([probes.ids_APT[2, [1]], probes.ids_APT[0, [0]]]))
+    assert torch.equal(
+        picked.delta_APQD, torch.stack([whole.delta_APQD[2, [1]], whole.delta_APQD[0, [0]]])
+    )
+    assert torch.equal(
+        picked.probes.ids_APT, torch.stack([probes.ids_APT[2, [1]], probes.ids_APT[0, [0]]])
+    )
     with pytest.raises(ValueError, match="each needs its own row"):
-        measure_deltas(tiny_base.model, tiny_spec, tiny_adapters, probes.select([0, 1]), shared=False)
+        measure_deltas(
+            tiny_base.model, tiny_spec, tiny_adapters, probes.select([0, 1]), shared=False
+        )
 
 
-@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=4))
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=4
+    )
+)
 def test_last_token_is_found_whichever_side_is_padded(rows: list[tuple[int, int, int]]) -> None:
     width = max(sum(row) for row in rows)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -148,7 +184,9 @@ def test_mean_over_probes_counts_valid_positions_only() -> None:
 
 
 def test_tasks_with_unlike_numbers_of_probes_are_refused(tiny_base: Base) -> None:
-    unlike = ProbeSet.trajectories({"one": [Probe("a", " b")], "two": [Probe("a", " b"), Probe("c", " d")]})
+    unlike = ProbeSet.trajectories(
+        {"one": [Probe("a", " b")], "two": [Probe("a", " b"), Probe("c", " d")]}
+    )
     with pytest.raises(ValueError, match="each needs as many"):
         encode_probes(tiny_base.tokenizer, unlike, ["one", "two"])
     mixed = ProbeSet.trajectories({"one": [Probe("a", " b"), Probe("c")]})
@@ -170,14 +208,22 @@ Build = Callable[..., DeltaCache]
 @pytest.fixture
 def build(tmp_path: Path, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch) -> Build:
     def make(probe_set: ProbeSet, base: Base = tiny_base, bank: str = "bank") -> DeltaCache:
-        return DeltaCache.build(tmp_path / "cache", base, tiny_spec, bank, ADAPTERS, tiny_adapters, probe_set)
+        return DeltaCache.build(
+            tmp_path / "cache", base, tiny_spec, bank, ADAPTERS, tiny_adapters, probe_set
+        )
 
     return make
 
 
-@pytest.mark.parametrize("probe_set", [create_generic_probes(), TRAJECTORIES], ids=["shared", "per task"])
+@pytest.mark.parametrize(
+    "probe_set", [create_generic_probes(), TRAJECTORIES], ids=["shared", "per task"]
+)
 def test_cache_has_the_layout_that_users_know_and_gives_back_what_was_measured(
-    build: Build, probe_set: ProbeSet, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch
+    build: Build,
+    probe_set: ProbeSet,
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
 ) -> None:
     cache = build(probe_set)
     assert cache.folder.name == "deltas"
@@ -191,7 +237,9 @@ def test_cache_has_the_layout_that_users_know_and_gives_back_what_was_measured(
     shared = probe_set.scope == "shared"
     measured = measure_deltas(tiny_base.model, tiny_spec, tiny_adapters, probes, shared)
     table = cache.table(tiny_base, probe_set)
-    assert torch.equal(table.delta_APQD, measured.delta_APQD) and torch.equal(table.base_APQD, measured.base_APQD)
+    assert torch.equal(table.delta_APQD, measured.delta_APQD) and torch.equal(
+        table.base_APQD, measured.base_APQD
+    )
     assert torch.equal(table.probes.ids_APT, probes.ids_APT)
     for row, adapter_id in enumerate(ADAPTERS):
         stored = np.load(cache.folder / f"{adapter_id}.npy", allow_pickle=False)
@@ -199,10 +247,14 @@ def test_cache_has_the_layout_that_users_know_and_gives_back_what_was_measured(
         assert torch.equal(cache.per_probe(adapter_id), measured.delta_APQD[row])
     if shared:
         activation = mean_over_probes(cache.base_activation, probes.valid_APQ[:1])[0]
-        torch.testing.assert_close(activation, compute_base_activation(tiny_base, probe_set), **EXACT)
+        torch.testing.assert_close(
+            activation, compute_base_activation(tiny_base, probe_set), **EXACT
+        )
 
 
-def test_cache_of_another_base_or_of_other_probes_is_refused(build: Build, tiny_base: Base, tmp_path: Path) -> None:
+def test_cache_of_another_base_or_of_other_probes_is_refused(
+    build: Build, tiny_base: Base, tmp_path: Path
+) -> None:
     probe_set = create_generic_probes()
     cache = build(probe_set)
     for base, asked in ((replace(tiny_base, hash="other"), probe_set), (tiny_base, TRAJECTORIES)):
@@ -214,13 +266,19 @@ def test_cache_of_another_base_or_of_other_probes_is_refused(build: Build, tiny_
         DeltaCache(tmp_path).table(tiny_base, probe_set)
 
 
-def test_cache_is_found_again_by_all_that_made_it_and_by_nothing_less(build: Build, tiny_base: Base) -> None:
+def test_cache_is_found_again_by_all_that_made_it_and_by_nothing_less(
+    build: Build, tiny_base: Base
+) -> None:
     probe_set = create_generic_probes()
     first = build(probe_set)
     written = (first.folder / "manifest.json").stat().st_mtime_ns
     assert build(probe_set).folder == first.folder
     assert (first.folder / "manifest.json").stat().st_mtime_ns == written
-    others = [build(TRAJECTORIES), build(probe_set, bank="other"), build(probe_set, replace(tiny_base, hash="other"))]
+    others = [
+        build(TRAJECTORIES),
+        build(probe_set, bank="other"),
+        build(probe_set, replace(tiny_base, hash="other")),
+    ]
     assert len({c.folder for c in (first, *others)}) == 4
 
 
@@ -241,7 +299,9 @@ def test_torn_cache_is_built_again(build: Build, tiny_base: Base) -> None:
     ]
     for damage in damages:
         damage()
-        assert torch.equal(build(probe_set).table(tiny_base, probe_set).delta_APQD, wanted.delta_APQD)
+        assert torch.equal(
+            build(probe_set).table(tiny_base, probe_set).delta_APQD, wanted.delta_APQD
+        )
 
 
 def test_nothing_to_measure_is_refused(
@@ -249,5 +309,13 @@ def test_nothing_to_measure_is_refused(
 ) -> None:
     for adapters in ({}, {"first_0": "first"}):
         with pytest.raises(ValueError, match="each needs one"):
-            DeltaCache.build(tmp_path, tiny_base, tiny_spec, "bank", adapters, tiny_adapters, create_generic_probes())
+            DeltaCache.build(
+                tmp_path,
+                tiny_base,
+                tiny_spec,
+                "bank",
+                adapters,
+                tiny_adapters,
+                create_generic_probes(),
+            )
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,12 @@ from transformers import BertConfig, BertModel, Qwen2Config, Qwen2Model, T5Confi
 
 from llgbm.models.load import Base
 
-SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+}
 
 
 def make_tokens(length: int = 6) -> dict[str, Tensor]:
@@ -31,7 +36,9 @@ def qwen() -> nn.Module:
 
 def t5() -> nn.Module:
     torch.manual_seed(0)
-    return T5Model(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)).eval()
+    return T5Model(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)
+    ).eval()
 
 
 @pytest.mark.parametrize("make", [bert, qwen, t5])
@@ -49,7 +56,9 @@ def test_features_are_those_of_each_prompt_alone(make) -> None:
 def test_the_chosen_layer_is_the_one_taken() -> None:
     model, tokens = qwen(), make_tokens()
     with torch.no_grad():
-        wanted = model(input_ids=tokens["input_ids"].flatten(0, 1), output_hidden_states=True).hidden_states[1]
+        wanted = model(
+            input_ids=tokens["input_ids"].flatten(0, 1), output_hidden_states=True
+        ).hidden_states[1]
         got = TokenFeatures(model, layer=0)(tokens)
         last = TokenFeatures(model, layer=-1)(tokens)
         torch.testing.assert_close(got.flatten(0, 1), wanted)
@@ -71,7 +80,10 @@ def test_parts_of_an_example_and_their_encoding(tiny_base: Base) -> None:
     assert condition_texts(examples, "answers") == ["one", "two"]
     assert condition_texts(examples, "prompts+answers") == ["first\none", "second\ntwo"]
     encoded = encode_texts(tiny_base.tokenizer, ["a", "a a a"], 2)
-    assert encoded["input_ids"].shape == (2, 2) and encoded["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert encoded["input_ids"].shape == (2, 2) and encoded["attention_mask"].tolist() == [
+        [1, 0],
+        [1, 1],
+    ]
 
 
 def test_wrong_conditions_are_refused(tiny_base: Base) -> None:

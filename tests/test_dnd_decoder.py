@@ -40,7 +40,9 @@ def plain_conv(image_chw: Tensor, kernel: Tensor, bias: Tensor | None = None) ->
     out = torch.zeros(kernel.shape[0], height, width, dtype=image_chw.dtype)
     for i in range(k):
         for j in range(k):
-            out += torch.einsum("oc,chw->ohw", kernel[:, :, i, j], padded[:, i : i + height, j : j + width])
+            out += torch.einsum(
+                "oc,chw->ohw", kernel[:, :, i, j], padded[:, i : i + height, j : j + width]
+            )
     return out if bias is None else out + bias[:, None, None]
 
 
@@ -57,7 +59,9 @@ def plain_layer(x_nlc: Tensor, state: dict[str, Tensor]) -> Tensor:
         return plain_conv(y.permute(1, 0, 2), kernel).permute(1, 0, 2)
 
     first = over_l(over_c(x, state["linear1.conv1w.weight"]), state["linear1.conv1h.weight"])
-    second = over_c(over_l(x, state["linear1.conv2h.weight"]), state["linear1.conv2w.weight"]).tanh()
+    second = over_c(
+        over_l(x, state["linear1.conv2h.weight"]), state["linear1.conv2w.weight"]
+    ).tanh()
     mixed = (first + second + state["linear1.bias"]) / 3
     return plain_conv(mixed, state["linear2.weight"], state["linear2.bias"])
 
@@ -65,7 +69,9 @@ def plain_layer(x_nlc: Tensor, state: dict[str, Tensor]) -> Tensor:
 def plain_decoder(x_nlc: Tensor, state: dict[str, Tensor], n_layers: int) -> Tensor:
     for index in range(n_layers):
         prefix = f"decoder.module_list.{index}."
-        y = plain_layer(x_nlc, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        y = plain_layer(
+            x_nlc, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        )
         x_nlc = x_nlc + y if x_nlc.shape == y.shape else y
     return x_nlc
 
@@ -93,7 +99,9 @@ def test_decoder_equals_the_stored_values() -> None:
         facts = stored.metadata()
     features = json.loads(facts["features"])
     model = HyperConvDecoder(features, features[0], int(facts["kernel_size"]))
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("state.")}, strict=True)
+    model.load_state_dict(
+        {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}, strict=True
+    )
     torch.testing.assert_close(model(tensors["input"]), tensors["output"], rtol=0, atol=1e-5)
 
 
@@ -114,34 +122,55 @@ def test_loss_is_the_weighted_mean_over_what_is_no_padding() -> None:
     assert loss.item() == pytest.approx((3 * 1 + 0.5 * 4 + 0.5 * 9) / 3)
     loss.backward()
     torch.testing.assert_close(tokens.grad, torch.tensor([[[[-2.0, 0.0]], [[-2 / 3, -1.0]]]]))
-    assert torch.equal(target.isnan(), kept.isnan()) and torch.equal(target.nan_to_num(), kept.nan_to_num())
+    assert torch.equal(target.isnan(), kept.isnan()) and torch.equal(
+        target.nan_to_num(), kept.nan_to_num()
+    )
 
 
 def test_loss_leaves_out_what_the_mask_leaves_out() -> None:
     target = torch.tensor([[[[1.0, 5.0]]]])
-    loss = weighted_token_mse(torch.zeros_like(target), target, torch.ones(1), torch.tensor([[[[True, False]]]]))
+    loss = weighted_token_mse(
+        torch.zeros_like(target), target, torch.ones(1), torch.tensor([[[[True, False]]]])
+    )
     assert loss.item() == 1.0
 
 
 @pytest.mark.parametrize(
     ("tokens", "target", "weight", "message"),
     [
-        (torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), float("nan")), torch.ones(2), "nothing but padding"),
-        (torch.full((1, 2, 2, 2), float("nan")), torch.zeros(1, 2, 2, 2), torch.ones(2), "prediction holds NaN"),
+        (
+            torch.zeros(1, 2, 2, 2),
+            torch.full((1, 2, 2, 2), float("nan")),
+            torch.ones(2),
+            "nothing but padding",
+        ),
+        (
+            torch.full((1, 2, 2, 2), float("nan")),
+            torch.zeros(1, 2, 2, 2),
+            torch.ones(2),
+            "prediction holds NaN",
+        ),
         (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 3), torch.ones(2), "must agree"),
         (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), torch.ones(3), "one weight a token"),
     ],
 )
-def test_loss_cannot_be_nothing(tokens: Tensor, target: Tensor, weight: Tensor, message: str) -> None:
+def test_loss_cannot_be_nothing(
+    tokens: Tensor, target: Tensor, weight: Tensor, message: str
+) -> None:
     with pytest.raises(DndError, match=message):
         weighted_token_mse(tokens, target, weight)
 
 
 def test_long_prompts_are_shortened_along_the_text() -> None:
     torch.manual_seed(0)
-    model = HyperConvDecoderModel_SuperLarge(CONFIG, torch.ones(N_TOKENS), max_length=11, modified_length=5)
+    model = HyperConvDecoderModel_SuperLarge(
+        CONFIG, torch.ones(N_TOKENS), max_length=11, modified_length=5
+    )
     features = torch.randn(2, 3, 11, 4)
-    first = torch.einsum("bnlc,ml->bnmc", features, model.down_proj.weight) + model.down_proj.bias[:, None]
+    first = (
+        torch.einsum("bnlc,ml->bnmc", features, model.down_proj.weight)
+        + model.down_proj.bias[:, None]
+    )
     second = torch.einsum("bnlc,ml->bnmc", first * first.sigmoid(), model.gate_proj.weight)
     short = second + model.gate_proj.bias[:, None]
     torch.testing.assert_close(model.generate(features), model.model(short))
@@ -230,4 +259,6 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(DndError, match="another model size"):
         HyperConvDecoderModel(CONFIG, torch.ones(N_TOKENS + 1))
     with pytest.raises(DndError, match="make the two equal"):
-        HyperConvDecoderModel_SuperLarge(CONFIG, torch.ones(N_TOKENS), max_length=11, modified_length=6)
+        HyperConvDecoderModel_SuperLarge(
+            CONFIG, torch.ones(N_TOKENS), max_length=11, modified_length=6
+        )

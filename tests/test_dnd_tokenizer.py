@@ -12,7 +12,11 @@ import torch
 from conftest import SHARED
 from dnd.errors import DndError
 from dnd.importance import importance_weights, load_importance
-from dnd.tokenizer.register import Qwen257BLoRA_Tokenizer2D, Qwen2505LoRA_Tokenizer2D, Qwen2515LoRA_Tokenizer2D
+from dnd.tokenizer.register import (
+    Qwen257BLoRA_Tokenizer2D,
+    Qwen2505LoRA_Tokenizer2D,
+    Qwen2515LoRA_Tokenizer2D,
+)
 from dnd.tokenizer.tokenizer import LoraTokenizer2D, default_token_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,13 +31,24 @@ def make_adapter(
     noise = torch.Generator().manual_seed(seed)
     state: OrderedDict[str, Tensor] = OrderedDict()
     for index, (n_in, n_out) in enumerate(sizes):
-        state[f"layers.{index}.proj.lora_A.weight"] = torch.randn(*lead, rank, n_in, generator=noise) * 0.05 + 0.01
-        state[f"layers.{index}.proj.lora_B.weight"] = torch.randn(*lead, n_out, rank, generator=noise) * 0.02
+        state[f"layers.{index}.proj.lora_A.weight"] = (
+            torch.randn(*lead, rank, n_in, generator=noise) * 0.05 + 0.01
+        )
+        state[f"layers.{index}.proj.lora_B.weight"] = (
+            torch.randn(*lead, n_out, rank, generator=noise) * 0.02
+        )
     return state
 
 
 def qwen_layer(hidden: int, kv: int, inner: int) -> list[tuple[int, int]]:
-    return [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 2, (inner, hidden)]
+    return [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        *[(hidden, inner)] * 2,
+        (inner, hidden),
+    ]
 
 
 def plain_tokens(state: dict[str, Tensor], height: int, width: int) -> list[list[list[float]]]:
@@ -68,7 +83,8 @@ def test_tokens_equal_a_plain_implementation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [("qwen2505", Qwen2505LoRA_Tokenizer2D), ("qwen2515", Qwen2515LoRA_Tokenizer2D)]
+    ("name", "make"),
+    [("qwen2505", Qwen2505LoRA_Tokenizer2D), ("qwen2515", Qwen2515LoRA_Tokenizer2D)],
 )
 def test_tokens_equal_the_stored_values(name: str, make: type[LoraTokenizer2D]) -> None:
     file = SHARED / "goldens" / f"tokenizer_{name}.safetensors"
@@ -76,7 +92,9 @@ def test_tokens_equal_the_stored_values(name: str, make: type[LoraTokenizer2D]) 
         pytest.skip("../shared/goldens is absent: no stored tokens to compare with")
     with safe_open(file, "pt") as stored:
         facts, wanted = stored.metadata(), stored.get_tensor("tokens")
-        state = OrderedDict((k, stored.get_tensor(f"lora.{k}")) for k in json.loads(facts["key_order"]))
+        state = OrderedDict(
+            (k, stored.get_tensor(f"lora.{k}")) for k in json.loads(facts["key_order"])
+        )
     tokenizer = make()
     assert tokenizer.token_size == tuple(json.loads(facts["token_size"]))
     torch.testing.assert_close(tokenizer.tokenize(state), wanted, rtol=0, atol=1e-6, equal_nan=True)
@@ -91,16 +109,26 @@ def test_tokens_equal_the_stored_values(name: str, make: type[LoraTokenizer2D]) 
         (Qwen257BLoRA_Tokenizer2D, qwen_layer(3584, 512, 18944), 16, 176),
     ],
 )
-def test_token_counts_of_a_layer(make: type[LoraTokenizer2D], layer: list, rank: int, count: int) -> None:
+def test_token_counts_of_a_layer(
+    make: type[LoraTokenizer2D], layer: list, rank: int, count: int
+) -> None:
     assert make().n_tokens(make_adapter(layer, rank)) == count
 
 
-shapes = st.lists(st.tuples(st.sampled_from([1, 3, 6, 12, 30]), st.sampled_from([1, 5, 6, 18])), min_size=1, max_size=4)
+shapes = st.lists(
+    st.tuples(st.sampled_from([1, 3, 6, 12, 30]), st.sampled_from([1, 5, 6, 18])),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(1, 4), st.integers(0, 2), st.sampled_from([0, 1, 2]), st.integers(0, 10**6))
-def test_round_trip(sizes: list[tuple[int, int]], rank: int, spare: int, n_lead: int, seed: int) -> None:
+@given(
+    shapes, st.integers(1, 4), st.integers(0, 2), st.sampled_from([0, 1, 2]), st.integers(0, 10**6)
+)
+def test_round_trip(
+    sizes: list[tuple[int, int]], rank: int, spare: int, n_lead: int, seed: int
+) -> None:
     state = make_adapter(sizes, rank, seed, (2,) * n_lead)
     kept = {k: v.clone() for k, v in state.items()}
     tokenizer = LoraTokenizer2D((rank + 2 + spare, 8))
@@ -151,7 +179,9 @@ def test_detokenize_is_differentiable_and_ignores_padding() -> None:
     sum(t.square().sum() for t in tokenizer.detokenize(state, tokens).values()).backward()
     assert tokens.grad is not None and tokens.grad.isfinite().all()
     padding = tokens.detach().isnan()
-    assert padding.any() and (tokens.grad[padding] == 0).all() and (tokens.grad[~padding] != 0).all()
+    assert (
+        padding.any() and (tokens.grad[padding] == 0).all() and (tokens.grad[~padding] != 0).all()
+    )
 
 
 def test_a_stack_is_tokenized_as_its_adapters_are() -> None:
@@ -175,13 +205,19 @@ def renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     ("state", "message"),
     [
         (
-            {**make_adapter([(6, 6)], 2), **renamed(make_adapter([(6, 6)], 1), "layers.0", "layers.1")},
+            {
+                **make_adapter([(6, 6)], 2),
+                **renamed(make_adapter([(6, 6)], 1), "layers.0", "layers.1"),
+            },
             "mixes the ranks",
         ),
         (renamed(make_adapter([(6, 6)], 2), "lora_A", "weight_A"), "no matrix of a LoRA"),
         ({"q.lora_A.weight": torch.zeros(2, 6)}, "lacks lora_A or lora_B"),
         ({}, "lacks lora_A or lora_B"),
-        ({**make_adapter([(6, 6)], 2), "layers.0.proj.lora_A.default.weight": torch.zeros(2, 6)}, "stands twice"),
+        (
+            {**make_adapter([(6, 6)], 2), "layers.0.proj.lora_A.default.weight": torch.zeros(2, 6)},
+            "stands twice",
+        ),
         (make_adapter([(13, 6)], 2), "do not divide"),
         (make_adapter([(6, 6)], 3), "a token of height 4 holds 2"),
         ({k: v * math.nan for k, v in make_adapter([(6, 6)], 2).items()}, "NaN or infinite"),
@@ -223,7 +259,9 @@ def test_a_bank_that_has_no_importance_is_refused() -> None:
         importance_weights([*bank, make_adapter([(6, 6)], rank=2)], tokenizer)
 
 
-@pytest.mark.parametrize(("name", "count"), [("qwen2.5-0.5b_ARC-c", 24 * 179), ("qwen2.5-1.5b_Math-Plus", 28 * 161)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("qwen2.5-0.5b_ARC-c", 24 * 179), ("qwen2.5-1.5b_Math-Plus", 28 * 161)]
+)
 def test_published_importance_weights_load(name: str, count: int) -> None:
     file = SHARED / "criterion_weight" / f"{name}.pt"
     if not file.is_file():
@@ -234,7 +272,9 @@ def test_published_importance_weights_load(name: str, count: int) -> None:
         load_importance(file, count + 1)
 
 
-@pytest.mark.parametrize("stored", [torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.zeros(3), [1.0]])
+@pytest.mark.parametrize(
+    "stored", [torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.zeros(3), [1.0]]
+)
 def test_foreign_importance_weights_are_refused(tmp_path: Path, stored: object) -> None:
     torch.save(stored, tmp_path / "weights.pt")
     with pytest.raises(DndError, match="importance weights"):

@@ -70,16 +70,39 @@ def settings(world: World) -> TrainSettings:
 
 def options_of(settings: TrainSettings, bank: Path, out: Path) -> list[str]:
     """The same settings as a command line."""
-    given = {"n-prompts": 3, "max-length": 16, "kernel-size": 3, "steps": 4, "save-every": 2, "seed": 0}
+    given = {
+        "n-prompts": 3,
+        "max-length": 16,
+        "kernel-size": 3,
+        "steps": 4,
+        "save-every": 2,
+        "seed": 0,
+    }
     sizes = [f"--{name}={value}" for name, value in given.items()]
     places = [f"--bank={bank}", f"--out={out}", f"--encoder={settings.encoder}"]
-    tokens = ["--features", "8x12x66", "--learning-rate=1e-3", "--token-size", "6", "66", "--length=16"]
+    tokens = [
+        "--features",
+        "8x12x66",
+        "--learning-rate=1e-3",
+        "--token-size",
+        "6",
+        "66",
+        "--length=16",
+    ]
     return [*places, *sizes, *tokens, f"--batch-size={settings.batch_size}"]
 
 
-def launch(script: str, count: str, options: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, count: str, options: Sequence[str], folder: Path
+) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHON": sys.executable, "LEFT": str(folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "LEFT": str(folder),
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+    }
     command = [str(DND / "scripts" / "launch_multi.sh"), script, count, *options]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
 
@@ -91,17 +114,26 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(
     alone = train(settings, AdapterBank.open(bank_folder), tmp_path / "alone")
     (tmp_path / "worker.py").write_text(WORKER)
     halved = replace(settings, batch_size=settings.batch_size // 2)
-    done = launch(str(tmp_path / "worker.py"), "2", options_of(halved, bank_folder, tmp_path / "both"), tmp_path)
+    done = launch(
+        str(tmp_path / "worker.py"),
+        "2",
+        options_of(halved, bank_folder, tmp_path / "both"),
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     losses = torch.load(Path(result["checkpoint"]) / "trainer.pt", weights_only=True)["losses"]
     assert losses == pytest.approx(alone.losses, rel=1e-4) and len(losses) == 4
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
-    assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+    assert first.keys() == second.keys() and all(
+        torch.equal(v, second[k]) for k, v in first.items()
+    )
     assert alone.losses[-1] < alone.losses[0]
 
 
-def test_a_resumed_training_ends_as_an_unbroken_one(tmp_path: Path, bank_folder: Path, settings: TrainSettings) -> None:
+def test_a_resumed_training_ends_as_an_unbroken_one(
+    tmp_path: Path, bank_folder: Path, settings: TrainSettings
+) -> None:
     bank = AdapterBank.open(bank_folder)
     whole = train(settings, bank, tmp_path / "whole")
 
@@ -137,11 +169,17 @@ def test_generated_adapters_are_what_plain_peft_loads(
     )
     states = [read_adapter(Path(folder) / "adapter_model.safetensors") for folder in written]
     assert any((states[0][k] - states[1][k]).abs().max() > 0 for k in states[0])
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base.path), written[0])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(world.base.path), written[0]
+    )
     held = {k.replace(".default.", "."): v for k, v in model.state_dict().items() if ".lora_" in k}
-    assert held.keys() == states[0].keys() and all(torch.equal(held[k], v) for k, v in states[0].items())
+    assert held.keys() == states[0].keys() and all(
+        torch.equal(held[k], v) for k, v in states[0].items()
+    )
     texts = json.loads((prompts / "prompts.json").read_text())["evaluation"]
-    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: settings.n_prompts]
+    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[
+        : settings.n_prompts
+    ]
     encoded = encode_texts(world.base.tokenizer, [texts[i] for i in drawn], settings.max_length)
     tokens = trained.model.generate({name: ids[None] for name, ids in encoded.items()})[0]
     wanted = LoraTokenizer2D((6, 66)).detokenize(states[0], tokens)
@@ -171,7 +209,10 @@ def plain_bank(folder: Path, ranks: Sequence[int] = (2, 2), key: str = "q.lora_{
     for index, rank in enumerate(ranks):
         own = folder / f"task{index}" / f"task{index}_0"
         own.mkdir(parents=True)
-        state: dict[str, Tensor] = {key.format("A"): torch.randn(rank, 12), key.format("B"): torch.randn(12, rank)}
+        state: dict[str, Tensor] = {
+            key.format("A"): torch.randn(rank, 12),
+            key.format("B"): torch.randn(12, rank),
+        }
         save_file(state, own / "adapter_model.safetensors")
         (own / "adapter_config.json").write_text("{}")
         (own / "prompts.json").write_text(json.dumps(["one", "two", "three"]))
@@ -187,15 +228,22 @@ def refused(capsys: pytest.CaptureFixture[str], settings: TrainSettings, *option
 
 
 def test_bad_input_costs_one_sentence(
-    tmp_path: Path, settings: TrainSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    settings: TrainSettings,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "--smoke for the embedded one" in refused(capsys, settings)
     good = plain_bank(tmp_path / "good")
-    assert "no task 'task7'; it has: task0, task1" in refused(capsys, settings, f"--bank={good}", "--tasks", "task7")
+    assert "no task 'task7'; it has: task0, task1" in refused(
+        capsys, settings, f"--bank={good}", "--tasks", "task7"
+    )
     assert "3 prompts, 9 are needed" in refused(capsys, settings, f"--bank={good}", "--n-prompts=9")
     assert "do not divide" in refused(capsys, settings, f"--bank={good}", "--token-size", "4", "7")
-    assert "name a folder or a hub id" in refused(capsys, settings, f"--bank={good}", "--encoder=nowhere")
+    assert "name a folder or a hub id" in refused(
+        capsys, settings, f"--bank={good}", "--encoder=nowhere"
+    )
     for ranks in ((2, 3), (2, 1)):
         mixed = plain_bank(tmp_path / f"mixed{ranks[1]}", ranks)
         assert "share one base and one rank" in refused(capsys, settings, f"--bank={mixed}")
@@ -213,10 +261,14 @@ def test_the_package_needs_nothing_of_llgbm_but_for_its_bank(tmp_path: Path) -> 
         "import dnd.recipes; from dnd.commands import exit_status, generate_command, train_command;"
         "sys.exit(exit_status(lambda: train_command(dnd.recipes.MATH, 'bank', 'out', (), sys.argv[1:])))"
     )
-    done = subprocess.run([sys.executable, "-c", code, "--smoke"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--smoke"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "error: --smoke needs LLGBM" in done.stderr, done.stderr
     plain_bank(tmp_path / "bank")
-    done = subprocess.run([sys.executable, "-c", code, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--dry-run"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "2 adapters of 2 tasks" in done.stderr, done.stderr
 
 
@@ -224,13 +276,21 @@ def test_the_launcher_refuses_before_it_starts_anything(tmp_path: Path) -> None:
     for script, count, message in (
         ("workspace/main/tasks/math/nosuch.py", "2", "there is no script"),
         ("workspace/main/tasks/math/train_qwen1.5lora_Math.py", "0", "N a number of processes"),
-        ("workspace/main/tasks/math/train_qwen1.5lora_Math.py", "2", "there is no bank at data/math1.5B"),
+        (
+            "workspace/main/tasks/math/train_qwen1.5lora_Math.py",
+            "2",
+            "there is no bank at data/math1.5B",
+        ),
     ):
         done = launch(script, count, [], tmp_path)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert (
+            done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+        ), done.stderr
 
 
-@pytest.mark.parametrize("script", sorted((DND / "workspace" / "main" / "tasks").rglob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "script", sorted((DND / "workspace" / "main" / "tasks").rglob("*.py")), ids=lambda p: p.stem
+)
 def test_task_scripts_are_a_few_lines_over_one_function(script: Path) -> None:
     lines = [line for line in script.read_text().splitlines() if line.strip()]
     assert len(lines) <= 14

@@ -35,17 +35,28 @@ DATASETS = ("ARC-e", "ARC-c", "BoolQ", "OBQA", "WinoGrande", "GSM8K")
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
 
 
 def commands(path: Path) -> list[list[str]]:
-    lines = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 EVERY = [words for path in DOCS for words in commands(path)]
-NOT_PLANNED = {"--resume", "--bank"}  # They need what an earlier run left; `--estimate` is a plan of its own.
-PLANS = [w[2:] for w in EVERY if w[:2] == ["python", "tuning/run_ablation.py"] and not NOT_PLANNED & set(w)]
+NOT_PLANNED = {
+    "--resume",
+    "--bank",
+}  # They need what an earlier run left; `--estimate` is a plan of its own.
+PLANS = [
+    w[2:]
+    for w in EVERY
+    if w[:2] == ["python", "tuning/run_ablation.py"] and not NOT_PLANNED & set(w)
+]
 
 
 def label(words: list[str]) -> str:
@@ -55,7 +66,9 @@ def label(words: list[str]) -> str:
 @pytest.mark.parametrize("words", EVERY, ids=label)
 def test_every_option_of_a_command_exists(words: list[str]) -> None:
     if words[0] == "python":
-        program, arguments = (" ".join(words[1:3]), words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        program, arguments = (
+            (" ".join(words[1:3]), words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        )
         PARSERS[program](arguments)
     else:
         assert words[0] in OTHER_PROGRAMS
@@ -68,23 +81,35 @@ def folder(tmp_path: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "models" / "Qwen2.5-0.5B-Instruct").symlink_to(tiny_base.path)
     (tmp_path / "data").mkdir()
     for name in DATASETS:
-        rows = [{"prompt": f"{name}: is {i} plus {i} even?", "response": "True", "system": ""} for i in range(24)]
+        rows = [
+            {"prompt": f"{name}: is {i} plus {i} even?", "response": "True", "system": ""}
+            for i in range(24)
+        ]
         (tmp_path / "data" / f"{name}_train.json").write_text(json.dumps(rows))
-    (tmp_path / "reference.py").write_text(blocks(ROOT / "docs" / "reproduce_reference.md", "python")[0])
+    (tmp_path / "reference.py").write_text(
+        blocks(ROOT / "docs" / "reproduce_reference.md", "python")[0]
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def without(arguments: list[str], *options: str) -> list[str]:
     """The arguments less some options of one value, which need weights of full size or a GPU."""
-    places = {place + step for place, word in enumerate(arguments) for step in (0, 1) if word in options}
+    places = {
+        place + step for place, word in enumerate(arguments) for step in (0, 1) if word in options
+    }
     return [word for place, word in enumerate(arguments) if place not in places]
 
 
 @pytest.mark.parametrize("arguments", PLANS, ids=label)
-def test_the_sweeps_can_be_planned(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sweeps_can_be_planned(
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     size = "--model-size" if "--base" in arguments else ""
-    planned = [*without(arguments, size, "--gpus-per-trial"), *([] if "--dry-run" in arguments else ["--dry-run"])]
+    planned = [
+        *without(arguments, size, "--gpus-per-trial"),
+        *([] if "--dry-run" in arguments else ["--dry-run"]),
+    ]
     assert run_ablation.main(planned) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     wanted = 3 if "--lambda-weight" in arguments else 9
@@ -95,8 +120,12 @@ def test_the_sweeps_can_be_planned(arguments: list[str], folder: Path, capsys: p
 def test_the_study_of_the_reference_reads_the_delta_as_the_page_says(folder: Path) -> None:
     from tuning.arguments import study_of
 
-    study = study_of(parse_arguments(["--study", "reference.py:reference", "--seeds", "0", "1", "2"]))
-    readings = {(t.config.delta_probes, t.config.delta_reading, t.config.delta_loss) for t in study.trials}
+    study = study_of(
+        parse_arguments(["--study", "reference.py:reference", "--seeds", "0", "1", "2"])
+    )
+    readings = {
+        (t.config.delta_probes, t.config.delta_reading, t.config.delta_loss) for t in study.trials
+    }
     assert readings == {("generic", "mean", "mse")} and len(study.trials) == 9
 
 
@@ -111,14 +140,22 @@ def table_row(size: str, adapters: int, tokens: int) -> str:
         estimate_trial(replace(config, activation_checkpointing=on), base, spec, 20, 384, tokens)
         for on in (False, True)
     )
-    counts = [human(n) for n in (plain.base_parameters, plain.adapter_values, plain.generator_parameters)]
-    costs = [cell for e in (plain, saving) for cell in (human(e.step_flops, "FLOP"), human(e.peak_bytes, "B"))]
+    counts = [
+        human(n) for n in (plain.base_parameters, plain.adapter_values, plain.generator_parameters)
+    ]
+    costs = [
+        cell
+        for e in (plain, saving)
+        for cell in (human(e.step_flops, "FLOP"), human(e.peak_bytes, "B"))
+    ]
     return f"| {' | '.join([size, f'{adapters} × 5 × {tokens}', *counts, *costs])} |"
 
 
 @pytest.mark.parametrize("tokens", [64, 256])
 @pytest.mark.parametrize(("size", "adapters"), [("qwen2.5-0.5b", 16), ("qwen2.5-1.5b", 8)])
-def test_the_table_of_memory_is_what_the_formulas_say(size: str, adapters: int, tokens: int) -> None:
+def test_the_table_of_memory_is_what_the_formulas_say(
+    size: str, adapters: int, tokens: int
+) -> None:
     assert table_row(size, adapters, tokens) in DOCS[0].read_text(encoding="utf-8").splitlines()
 
 

@@ -29,14 +29,20 @@ SAVERS = (
 )
 
 
-def one_step(world: World, config: TrainingConfig) -> tuple[Trial, dict[str, torch.Tensor], TrialEstimate]:
+def one_step(
+    world: World, config: TrainingConfig
+) -> tuple[Trial, dict[str, torch.Tensor], TrialEstimate]:
     """A trial, its first batch, and the estimate for probes as long as that batch's."""
     trial = Trial(config, world.data, world.flora)
     batch = next(iter(trial.batches()))
     tokens = batch_deltas(batch).probes.ids_APT.shape[-1]
     width = world.data.conditions.train_ANC.shape[-1]
     n_teachers = len(world.data.rows["train"])
-    return trial, batch, estimate_trial(config, world.base.model, world.bank.spec, n_teachers, width, tokens)
+    return (
+        trial,
+        batch,
+        estimate_trial(config, world.base.model, world.bank.spec, n_teachers, width, tokens),
+    )
 
 
 @pytest.mark.parametrize("change", SAVERS, ids=str)
@@ -61,7 +67,11 @@ def test_every_generator_can_be_estimated(world: World, config: TrainingConfig, 
 def test_what_a_step_holds_is_what_was_estimated(world: World, config: TrainingConfig) -> None:
     """Probes enough that the base's activations outweigh the rest, as at full size."""
     trial, batch, estimate = one_step(world, replace(config, n_probes=4, batch_size=8))
-    modules = (*trial.generator.parameters(), *trial.generator.buffers(), *world.base.model.parameters())
+    modules = (
+        *trial.generator.parameters(),
+        *trial.generator.buffers(),
+        *world.base.model.parameters(),
+    )
     own = {t.untyped_storage().data_ptr() for t in modules}
     own |= {t.untyped_storage().data_ptr() for t in (*batch.values(), *world.base.model.buffers())}
     _, held = bytes_held(lambda: trial.compute_loss(batch)["loss"], ignore=own)
@@ -73,7 +83,9 @@ def test_what_a_step_holds_is_what_was_estimated(world: World, config: TrainingC
     ("name", "adapters", "generator", "values"),
     [("qwen2.5-0.5b", 16, 59e6, 4_399_104), ("qwen2.5-1.5b", 8, 212e6, 18_464_768)],
 )
-def test_published_sizes_fit_a_gpu_of_80_gigabytes(name: str, adapters: int, generator: float, values: int) -> None:
+def test_published_sizes_fit_a_gpu_of_80_gigabytes(
+    name: str, adapters: int, generator: float, values: int
+) -> None:
     """With no saver of memory on: 5 probes of 64 tokens each, a bank of 100, 384 values a condition."""
     size = model_size(name)
     assert isinstance(size, PublishedSize)
@@ -94,7 +106,9 @@ def test_a_study_is_a_table_before_anything_is_built() -> None:
     study = phase_4_5(StudyOptions(seeds=(0, 1)))
     text = estimate_study(study)
     lines = text.splitlines()
-    assert [sum(name in line for line in lines) for name in ("multitask", "delta-only", "weight-only")] == [1, 1, 1]
+    assert [
+        sum(name in line for line in lines) for name in ("multitask", "delta-only", "weight-only")
+    ] == [1, 1, 1]
     assert "training of 6 trials" in text and "adapters of a step" in lines[0]
     sketch = WorldSketch(study.worlds[0])
     assert all(p.is_meta for p in sketch.base.parameters())
@@ -103,5 +117,11 @@ def test_a_study_is_a_table_before_anything_is_built() -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [human(n) for n in (0, 12, 1500, 4_399_104, 2.5e12)] == ["0", "12", "1.5 k", "4.4 M", "2.5 T"]
+    assert [human(n) for n in (0, 12, 1500, 4_399_104, 2.5e12)] == [
+        "0",
+        "12",
+        "1.5 k",
+        "4.4 M",
+        "2.5 T",
+    ]
     assert human(1e9, "B") == "1 GB"

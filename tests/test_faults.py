@@ -34,7 +34,9 @@ def reference(finished: tuple[Path, str], cache: Path) -> Reference:
     return sweep.trials(), sweep.client()
 
 
-def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cache: Path, reference: Reference) -> None:
+def test_a_killed_worker_and_a_killed_driver_leave_no_trace(
+    tmp_path: Path, cache: Path, reference: Reference
+) -> None:
     sweep = Sweep(tmp_path, cache)
     process = sweep.start()
     sweep.wait_for_checkpoint()
@@ -52,7 +54,9 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(tmp_path: Path, cach
 
 
 @pytest.mark.slow
-def test_a_sweep_through_rays_client_is_the_same_sweep(tmp_path: Path, cache: Path, reference: Reference) -> None:
+def test_a_sweep_through_rays_client_is_the_same_sweep(
+    tmp_path: Path, cache: Path, reference: Reference
+) -> None:
     sweep = Sweep(tmp_path, cache)
     with ray_client_server(tmp_path) as address:
         assert sweep.finish("--address", address) == 0, sweep.log()
@@ -85,7 +89,9 @@ def test_the_state_in_an_object_store_outlives_the_driver(
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_costs_nothing_but_time(tmp_path: Path, cache: Path, reference: Reference) -> None:
+def test_a_machine_that_dies_costs_nothing_but_time(
+    tmp_path: Path, cache: Path, reference: Reference
+) -> None:
     sweep = Sweep(tmp_path, cache)
     with two_machines() as (cluster, nodes):
         process = sweep.start("--address", cluster.address)

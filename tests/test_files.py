@@ -15,7 +15,14 @@ from made_datasets import SYSTEM, rows, write_rows
 
 from llgbm.models.encoding import chat_prompt, encode_pairs
 from llgbm.runtime import UserError
-from llgbm.tasks.files import FileSuite, dataset_files, datasets_in, plan_split, read_dataset, read_rows
+from llgbm.tasks.files import (
+    FileSuite,
+    dataset_files,
+    datasets_in,
+    plan_split,
+    read_dataset,
+    read_rows,
+)
 
 
 @pytest.fixture
@@ -24,10 +31,14 @@ def folder(tmp_path: Path) -> Path:
     write_rows(tmp_path, "river_test", rows("river", 20, start=100))
     write_rows(tmp_path, "stone", rows("stone", 60))
     write_rows(
-        tmp_path, "cloud_validation", [{"prompt": f"is {i} even?", "response": f"[{i % 2 == 0}]"} for i in range(50)]
+        tmp_path,
+        "cloud_validation",
+        [{"prompt": f"is {i} even?", "response": f"[{i % 2 == 0}]"} for i in range(50)],
     )
     write_rows(
-        tmp_path, "sums", [{"prompt": f"What is {i} + 1?", "response": f"The answer is {i + 1}."} for i in range(50)]
+        tmp_path,
+        "sums",
+        [{"prompt": f"What is {i} + 1?", "response": f"The answer is {i + 1}."} for i in range(50)],
     )
     write_rows(tmp_path, "tiger_train", rows("tiger", 30))
     write_rows(tmp_path, "tiger_test", rows("tiger", 30, start=100))
@@ -40,10 +51,18 @@ def open_all(folder: Path, **more: Any) -> FileSuite:
 
 def test_datasets_are_found_by_their_files(folder: Path) -> None:
     assert datasets_in(folder) == ["cloud", "river", "stone", "sums", "tiger"]
-    assert [p and p.name for p in dataset_files(folder, "river")] == ["river_train.json", "river_test.json"]
+    assert [p and p.name for p in dataset_files(folder, "river")] == [
+        "river_train.json",
+        "river_test.json",
+    ]
     assert [p and p.name for p in dataset_files(folder, "cloud")] == ["cloud_validation.json", None]
-    write_rows(folder, "cloud_test", [{"prompt": f"is {i} odd?", "response": "[True]"} for i in range(20)])
-    assert [p and p.name for p in dataset_files(folder, "cloud")] == ["cloud_validation.json", "cloud_test.json"]
+    write_rows(
+        folder, "cloud_test", [{"prompt": f"is {i} odd?", "response": "[True]"} for i in range(20)]
+    )
+    assert [p and p.name for p in dataset_files(folder, "cloud")] == [
+        "cloud_validation.json",
+        "cloud_test.json",
+    ]
 
 
 def test_no_row_serves_two_purposes_and_no_limit_moves_one(folder: Path) -> None:
@@ -59,9 +78,14 @@ def test_no_row_serves_two_purposes_and_no_limit_moves_one(folder: Path) -> None
 
 def test_shares_of_the_training_rows_do_not_overlap_and_cover_all(folder: Path) -> None:
     suite = open_all(folder)
-    shares = [{e.prompt for e in suite.examples("river", "train", 200, "teacher", (k, 3))} for k in range(3)]
+    shares = [
+        {e.prompt for e in suite.examples("river", "train", 200, "teacher", (k, 3))}
+        for k in range(3)
+    ]
     assert not (shares[0] & shares[1] or shares[0] & shares[2] or shares[1] & shares[2])
-    assert set.union(*shares) == {row.example.prompt for row in suite.datasets["river"].rows["train"]}
+    assert set.union(*shares) == {
+        row.example.prompt for row in suite.datasets["river"].rows["train"]
+    }
 
 
 @given(st.integers(1, 150), st.integers(1, 150), st.text(max_size=5))
@@ -86,7 +110,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> None:
     SUITE_OF_REAL_SHAPE[:] = [FileSuite.open(folder, ["river"])]
 
 
-def test_a_suite_is_a_value_that_its_folder_takes_no_part_in(folder: Path, tmp_path_factory: Any) -> None:
+def test_a_suite_is_a_value_that_its_folder_takes_no_part_in(
+    folder: Path, tmp_path_factory: Any
+) -> None:
     other = tmp_path_factory.mktemp("moved")
     for path in folder.glob("*.json"):
         (other / path.name).write_bytes(path.read_bytes())
@@ -94,7 +120,10 @@ def test_a_suite_is_a_value_that_its_folder_takes_no_part_in(folder: Path, tmp_p
     assert here == there and hash(here) == hash(there) and here.fingerprint == there.fingerprint
     assert here.examples("river", "train", 5, "x") == there.examples("river", "train", 5, "x")
     assert here.fingerprint != open_all(folder, limit=16).fingerprint
-    assert here.fingerprint != FileSuite.open(folder, ["river", "cloud", "sums"], ["tiger"], ["stone"]).fingerprint
+    assert (
+        here.fingerprint
+        != FileSuite.open(folder, ["river", "cloud", "sums"], ["tiger"], ["stone"]).fingerprint
+    )
     carried = pickle.dumps(here)
     assert len(carried) < 2000 and pickle.loads(carried).fingerprint == here.fingerprint
     write_rows(other, "river_test", rows("river", 21, start=100))
@@ -115,13 +144,22 @@ def test_kinds_prompts_and_limits(folder: Path) -> None:
     assert suite.available("evaluation") == 10
     with pytest.raises(UserError, match="11 rows of river asked for"):
         suite.examples("river", "evaluation", 11, "x")
-    held_out = {row.example.prompt for n in ("stone", "tiger") for r in suite.datasets[n].rows.values() for row in r}
+    held_out = {
+        row.example.prompt
+        for n in ("stone", "tiger")
+        for r in suite.datasets[n].rows.values()
+        for row in r
+    }
     assert len(suite.probe_prompts) == 8 and not set(suite.probe_prompts) & held_out
     assert {e.system for e in suite.probe_examples} == {SYSTEM, ""}
-    assert not any("tiger" in p or "stone" in p for p in (*suite.nonsense_prompts, *suite.probe_prompts))
+    assert not any(
+        "tiger" in p or "stone" in p for p in (*suite.nonsense_prompts, *suite.probe_prompts)
+    )
 
 
-def test_validation_is_picked_among_those_answered_alike(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_is_picked_among_those_answered_alike(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     split = plan_split(folder, ["river", "stone", "cloud"], ["tiger"], None)
     assert (split.train, split.val, split.test) == (("river", "cloud"), ("stone",), ("tiger",))
     assert "stone" in capsys.readouterr().err
@@ -149,7 +187,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "message"), BAD)
-def test_bad_rows_are_named_with_file_and_number_or_left_out_on_demand(row: Any, message: str, folder: Path) -> None:
+def test_bad_rows_are_named_with_file_and_number_or_left_out_on_demand(
+    row: Any, message: str, folder: Path
+) -> None:
     write_rows(folder, "river_train", [*rows("river", 20), row, *rows("river", 20, start=20)])
     with pytest.raises(UserError, match=f"river_train.json has 1 bad rows: row 21 {message}"):
         read_dataset(folder, "river")
@@ -185,42 +225,76 @@ def reworded(row: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("change", [dict, reworded])
 @pytest.mark.parametrize(
-    ("source", "target"), [("river_train", "tiger_test"), ("river_test", "stone"), ("stone", "tiger_train")]
+    ("source", "target"),
+    [("river_train", "tiger_test"), ("river_test", "stone"), ("stone", "tiger_train")],
 )
-def test_a_question_in_two_parts_of_the_split_is_refused(source: str, target: str, change: Any, folder: Path) -> None:
+def test_a_question_in_two_parts_of_the_split_is_refused(
+    source: str, target: str, change: Any, folder: Path
+) -> None:
     leaked = json.loads((folder / f"{source}.json").read_text())[7]
-    write_rows(folder, target, [*json.loads((folder / f"{target}.json").read_text()), change(leaked)])
-    with pytest.raises(UserError, match=f"row 8 of {source}.json and row .* of {target}.json ask the same"):
+    write_rows(
+        folder, target, [*json.loads((folder / f"{target}.json").read_text()), change(leaked)]
+    )
+    with pytest.raises(
+        UserError, match=f"row 8 of {source}.json and row .* of {target}.json ask the same"
+    ):
         open_all(folder, limit=8)
 
 
 def test_files_with_the_same_questions_are_refused(folder: Path) -> None:
     write_rows(folder, "river_validation", [reworded(row) for row in rows("river", 20, start=100)])
-    with pytest.raises(UserError, match="river_test.json and river_validation.json hold the same questions"):
+    with pytest.raises(
+        UserError, match="river_test.json and river_validation.json hold the same questions"
+    ):
         open_all(folder)
     (folder / "river_validation.json").unlink()
     write_rows(folder, "river_test", rows("river", 30, start=5))
-    with pytest.raises(UserError, match="river_train.json and river_test.json hold the same questions"):
+    with pytest.raises(
+        UserError, match="river_train.json and river_test.json hold the same questions"
+    ):
         open_all(folder)
 
 
-def test_a_few_repeated_questions_are_left_out_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(folder, "river_test", [*rows("river", 20, start=100), *rows("river", 2), rows("river", 1, start=100)[0]])
+def test_a_few_repeated_questions_are_left_out_and_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(
+        folder,
+        "river_test",
+        [*rows("river", 20, start=100), *rows("river", 2), rows("river", 1, start=100)[0]],
+    )
     suite = open_all(folder)
     assert "3 rows of river_test.json repeat an earlier question" in capsys.readouterr().err
-    assert len(suite.datasets["river"].rows["evaluation"]) + len(suite.datasets["river"].rows["prompts"]) == 20
+    assert (
+        len(suite.datasets["river"].rows["evaluation"])
+        + len(suite.datasets["river"].rows["prompts"])
+        == 20
+    )
 
 
 def test_the_real_files_open_without_a_leak() -> None:
     if not (SHARED / "data").is_dir():
         pytest.skip("../shared/data is absent: no real datasets to open")
-    suite = FileSuite.open(SHARED / "data", ["ARC-e", "BoolQ", "GSM8K"], ["OBQA"], ["ARC-c", "WinoGrande"], limit=64)
-    assert [t.family for t in suite.tasks] == ["choice", "truth", "number", "choice", "choice", "choice"]
-    with pytest.raises(UserError, match="CodeAlpaca-20K.json has 2 bad rows: row 7955 has an empty 'response'"):
+    suite = FileSuite.open(
+        SHARED / "data", ["ARC-e", "BoolQ", "GSM8K"], ["OBQA"], ["ARC-c", "WinoGrande"], limit=64
+    )
+    assert [t.family for t in suite.tasks] == [
+        "choice",
+        "truth",
+        "number",
+        "choice",
+        "choice",
+        "choice",
+    ]
+    with pytest.raises(
+        UserError, match="CodeAlpaca-20K.json has 2 bad rows: row 7955 has an empty 'response'"
+    ):
         read_dataset(SHARED / "data", "CodeAlpaca-20K")
 
 
-def test_a_chat_is_what_the_tokenizers_own_template_makes_of_it_and_only_the_response_is_learnt() -> None:
+def test_a_chat_is_what_the_tokenizers_own_template_makes_of_it_and_only_the_response_is_learnt() -> (
+    None
+):
     if not (SHARED / "qwen2.5").is_dir():
         pytest.skip("../shared/qwen2.5 is absent: no real tokenizer to render a chat with")
     from transformers import AutoTokenizer

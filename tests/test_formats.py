@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from formats import ARGUMENTS, BASE, CACHE, DATA, FOLDER, PROMPTS, STORE, TOPICS, restore_store, shown_numbers
+from formats import (
+    ARGUMENTS,
+    BASE,
+    CACHE,
+    DATA,
+    FOLDER,
+    PROMPTS,
+    STORE,
+    TOPICS,
+    restore_store,
+    shown_numbers,
+)
 from safetensors.torch import load_file
 
 from llgbm.evaluation.baselines import known_baselines
@@ -51,7 +62,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
     bundle = GeneratorBundle.load(Path("bundles") / name)
-    assert (bundle.facts["base_hash"], bundle.facts["generator"]["name"]) == (load_base(BASE).hash, name)
+    assert (bundle.facts["base_hash"], bundle.facts["generator"]["name"]) == (
+        load_base(BASE).hash,
+        name,
+    )
     wrote, wanted = bundle.generate(PROMPTS), load_file(Path("bundles") / f"{name}.safetensors")
     assert wrote.keys() == wanted.keys() and max(t.abs().max() for t in wanted.values()) > 0.01
     for key, values in wanted.items():
@@ -63,14 +77,24 @@ def test_a_bank_lists_and_loads() -> None:
     bank = open_bank(Path("bank"), load_base(BASE))
     assert dict(bank.adapters) == {f"{topic}_0": topic for topic in TOPICS[:3]}
     assert (bank.spec.rank, bank.spec.alpha) == (1, 2.0)
-    files = [load_file(f"bank/checkpoints/{topic}/{topic}_0/adapter_model.safetensors") for topic in TOPICS[:3]]
+    files = [
+        load_file(f"bank/checkpoints/{topic}/{topic}_0/adapter_model.safetensors")
+        for topic in TOPICS[:3]
+    ]
     stacked = LoraBatch.from_state_dicts(files).flatten(bank.spec)
-    assert torch.equal(bank.load().flatten(bank.spec), stacked) and stacked.abs().min(1).values.max() > 0
+    assert (
+        torch.equal(bank.load().flatten(bank.spec), stacked)
+        and stacked.abs().min(1).values.max() > 0
+    )
     asked = {row["prompt"] for row in json.loads((DATA / "river.json").read_text())}
     prompts = bank.prompts("river_0")
     assert {purpose: len(own) for purpose, own in prompts.items()} == {"train": 2, "evaluation": 2}
     assert set(prompts["train"] + prompts["evaluation"]) <= asked
-    assert bank.facts == {"base_accuracy": 0.0, "teacher_accuracy": 0.0, "worst_teacher_accuracy": 0.0}
+    assert bank.facts == {
+        "base_accuracy": 0.0,
+        "teacher_accuracy": 0.0,
+        "worst_teacher_accuracy": 0.0,
+    }
     stored = json.loads(Path("bank/trajectories.json").read_text())
     probes = bank.trajectories()
     assert [[p.prompt, p.continuation] for p in probes.of("stone")] == stored["stone"]
@@ -84,11 +108,21 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
     data = gather_data(CACHE, config, base, bank)
     baselines = known_baselines(CACHE, World(config, base, bank, data, make_flora(base, bank)))
     assert contents(CACHE) == before
-    assert {name.split("/")[0] for name in before} == {"banks", "baselines", "conditions", "deltas", "multitask"}
-    assert dict(zip(data.adapter_ids, data.tasks, strict=True)) == {f"{topic}_0": topic for topic in TOPICS}
+    assert {name.split("/")[0] for name in before} == {
+        "banks",
+        "baselines",
+        "conditions",
+        "deltas",
+        "multitask",
+    }
+    assert dict(zip(data.adapter_ids, data.tasks, strict=True)) == {
+        f"{topic}_0": topic for topic in TOPICS
+    }
     assert data.values_AV.shape == (4, bank.spec.n_values) and data.multitask_V.abs().max() > 0
     for table in (data.loss_deltas, data.shared_deltas, data.generic_deltas):
-        assert table.delta_APQD.shape == table.base_APQD.shape and table.delta_APQD.abs().max() > 0.01
+        assert (
+            table.delta_APQD.shape == table.base_APQD.shape and table.delta_APQD.abs().max() > 0.01
+        )
     assert data.conditions.train_ANC.shape == (4, 8, 8)
     assert baselines == json.loads((STORE / "numbers.json").read_text())["baselines"]
 
@@ -118,7 +152,10 @@ def test_a_store_gives_its_report_and_its_numbers(uri: str, tmp_path: Path) -> N
     (tmp_path / "report").mkdir()
     printed = write_report(tmp_path / "report", record)
     for trial in wanted["trials"].values():
-        assert trial["config"] in printed and f"{trial['metrics']['heldout/delta_cosine']:.3f}" in printed
+        assert (
+            trial["config"] in printed
+            and f"{trial['metrics']['heldout/delta_cosine']:.3f}" in printed
+        )
     assert (tmp_path / "report" / "report.md").is_file()
 
 
@@ -134,7 +171,9 @@ def test_trials_of_a_store_count_as_finished(uri: str, here: Path) -> None:
 
 
 def test_the_champion_of_a_store_is_fetched(uri: str) -> None:
-    bundle = GeneratorBundle.load(fetch_bundle("models:/llgbm-generator-base-base-smoke@champion", uri))
+    bundle = GeneratorBundle.load(
+        fetch_bundle("models:/llgbm-generator-base-base-smoke@champion", uri)
+    )
     wanted = load_file(Path("bundles") / "default.safetensors")
     for key, values in bundle.generate(PROMPTS).items():
         torch.testing.assert_close(values, wanted[key], rtol=0, atol=1e-5)

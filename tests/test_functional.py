@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -36,7 +42,9 @@ def fresh(base: Base) -> PreTrainedModel:
 
 def peft_output(model: PeftModel, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        output = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        output = model.eval()(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        )
     return output.hidden_states[-1], output.logits
 
 
@@ -49,7 +57,9 @@ def test_equals_peft_on_adapters_read_from_disk(
         plain = fresh(tiny_base)(input_ids=ids).logits
     for index, state in enumerate(tiny_adapters.to_state_dicts()):
         save_adapter(tmp_path / str(index), state, adapter_config(flora.spec, tiny_base.path))
-        wanted = peft_output(PeftModel.from_pretrained(fresh(tiny_base), str(tmp_path / str(index))), ids)
+        wanted = peft_output(
+            PeftModel.from_pretrained(fresh(tiny_base), str(tmp_path / str(index))), ids
+        )
         torch.testing.assert_close((hidden[index], logits[index]), wanted, **EXACT)
         assert (wanted[1] - plain).abs().max() > 0.1
 
@@ -60,10 +70,14 @@ def test_equals_peft_on_other_target_modules_and_on_states_that_peft_made(
 ) -> None:
     config = LoraConfig(r=2, lora_alpha=5, target_modules=list(targets), init_lora_weights=False)
     models = [get_peft_model(fresh(tiny_base), config) for _ in range(2)]
-    states = [{k: v.clone() for k, v in get_peft_model_state_dict(model).items()} for model in models]
+    states = [
+        {k: v.clone() for k, v in get_peft_model_state_dict(model).items()} for model in models
+    ]
     flora = FunctionalLoRA(tiny_base.model, 2, 5, targets)
     hidden = flora.forward_with_lora(LoraBatch.from_state_dicts(states), ids, hidden_only=True)
-    torch.testing.assert_close(hidden, torch.stack([peft_output(m, ids)[0] for m in models]), **EXACT)
+    torch.testing.assert_close(
+        hidden, torch.stack([peft_output(m, ids)[0] for m in models]), **EXACT
+    )
 
 
 def test_a_batch_equals_single_passes_on_shared_and_on_own_texts(
@@ -82,23 +96,33 @@ def test_a_batch_equals_single_passes_on_shared_and_on_own_texts(
 def test_every_a_and_b_gets_the_gradient_that_the_other_paths_give(
     flora: FunctionalLoRA, tiny_base: Base, tiny_adapters: LoraBatch, ids: Tensor
 ) -> None:
-    weight = torch.randn(4, 9, flora.model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(
+        4, 9, flora.model.config.hidden_size, generator=torch.Generator().manual_seed(3)
+    )
     leaves = {k: v.clone().requires_grad_() for k, v in tiny_adapters.to_state_dicts()[1].items()}
     batch = LoraBatch.from_state_dicts([tiny_adapters.to_state_dicts()[0], leaves])
     batched = (flora.forward_with_lora(batch, ids, hidden_only=True)[1] * weight).sum()
     gradients = dict(zip(leaves, torch.autograd.grad(batched, list(leaves.values())), strict=True))
 
     output = torch.func.functional_call(
-        flora.model, flora.apply_lora_weights(leaves), kwargs={"input_ids": ids, "output_hidden_states": True}
+        flora.model,
+        flora.apply_lora_weights(leaves),
+        kwargs={"input_ids": ids, "output_hidden_states": True},
     )
-    effective = torch.autograd.grad((output.hidden_states[-1] * weight).sum(), list(leaves.values()))
+    effective = torch.autograd.grad(
+        (output.hidden_states[-1] * weight).sum(), list(leaves.values())
+    )
 
-    config = LoraConfig(r=flora.spec.rank, lora_alpha=6, target_modules=list(flora.spec.target_modules))
+    config = LoraConfig(
+        r=flora.spec.rank, lora_alpha=6, target_modules=list(flora.spec.target_modules)
+    )
     peft = get_peft_model(fresh(tiny_base), config)
     set_peft_model_state_dict(peft, {k: v.detach() for k, v in leaves.items()})
     states = peft(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     (states * weight).sum().backward()
-    trained = {n.replace(".default", ""): p.grad for n, p in peft.named_parameters() if p.requires_grad}
+    trained = {
+        n.replace(".default", ""): p.grad for n, p in peft.named_parameters() if p.requires_grad
+    }
 
     assert len(leaves) == 2 * len(flora.spec.modules) == len(trained)
     for (key, gradient), other in zip(gradients.items(), effective, strict=True):
@@ -114,7 +138,9 @@ def test_effective_weights_give_the_logits_of_the_batched_pass(
 ) -> None:
     for index, state in enumerate(tiny_adapters.to_state_dicts()):
         output = torch.func.functional_call(
-            flora.model, flora.apply_lora_weights(state), kwargs={"input_ids": ids, "use_cache": False}
+            flora.model,
+            flora.apply_lora_weights(state),
+            kwargs={"input_ids": ids, "use_cache": False},
         )
         batched = flora.forward_with_lora(tiny_adapters, ids)[index]
         torch.testing.assert_close(output.logits, batched, **EXACT)
@@ -131,9 +157,13 @@ def test_padding_on_either_side_changes_no_real_state(
         padded[row, place], mask[row, place] = ids[row, : lengths[row]], 1
     hidden = flora.forward_with_lora(tiny_adapters, padded, mask, hidden_only=True)
     for row, place in enumerate(places):
-        alone = flora.forward_with_lora(tiny_adapters, ids[row : row + 1, : lengths[row]], hidden_only=True)[:, 0]
+        alone = flora.forward_with_lora(
+            tiny_adapters, ids[row : row + 1, : lengths[row]], hidden_only=True
+        )[:, 0]
         torch.testing.assert_close(hidden[:, row, place], alone, **EXACT)
-    peft = get_peft_model(fresh(tiny_base), LoraConfig(r=3, lora_alpha=6, target_modules=flora.spec.target_modules))
+    peft = get_peft_model(
+        fresh(tiny_base), LoraConfig(r=3, lora_alpha=6, target_modules=flora.spec.target_modules)
+    )
     set_peft_model_state_dict(peft, tiny_adapters.to_state_dicts()[2])
     wanted = peft_output(peft, padded, mask)[0]
     torch.testing.assert_close(hidden[2][mask.bool()], wanted[mask.bool()], **EXACT)
@@ -147,8 +177,12 @@ def test_adapters_of_another_rank_or_base_are_refused_and_ids_of_another_number(
         return LoraBatch.unflatten(spec, torch.zeros(1, spec.n_values))
 
     tokenizer = tiny_base.tokenizer
-    wider = new_model(ModelSize(hidden=40, layers=2, heads=4, kv_heads=2, intermediate=48), tokenizer, 0)
-    deeper = new_model(ModelSize(hidden=32, layers=3, heads=4, kv_heads=2, intermediate=48), tokenizer, 0)
+    wider = new_model(
+        ModelSize(hidden=40, layers=2, heads=4, kv_heads=2, intermediate=48), tokenizer, 0
+    )
+    deeper = new_model(
+        ModelSize(hidden=32, layers=3, heads=4, kv_heads=2, intermediate=48), tokenizer, 0
+    )
     for wrong in (zeros(tiny_base.model, 2), zeros(wider, 3), zeros(deeper, 3)):
         with pytest.raises(ValueError, match="another (rank or )?base"):
             flora.forward_with_lora(wrong, ids)
@@ -171,7 +205,9 @@ def test_the_base_is_left_as_it_was_even_by_a_pass_that_fails(
     with torch.no_grad():
         assert torch.equal(flora.model(input_ids=ids).logits, wanted)
     assert all(torch.equal(v, before[k]) for k, v in flora.model.state_dict().items())
-    assert not any(m._forward_hooks for m in flora.model.modules() if isinstance(m, torch.nn.Linear))
+    assert not any(
+        m._forward_hooks for m in flora.model.modules() if isinstance(m, torch.nn.Linear)
+    )
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_task"])
@@ -185,10 +221,15 @@ def test_differentiable_delta_equals_the_measured_one(
     else:
         answers = {task: [" ".join([" done"] * n) for n in (1, 3, 2)] for task in tasks}
         probe_set = ProbeSet.trajectories(
-            {task: [Probe(t, a) for t, a in zip(texts, answers[task], strict=True)] for task in tasks}
+            {
+                task: [Probe(t, a) for t, a in zip(texts, answers[task], strict=True)]
+                for task in tasks
+            }
         )
     probes = encode_probes(tiny_base.tokenizer, probe_set, tasks)
-    measured = measure_deltas(flora.model, flora.spec, tiny_adapters, probes, scope == "shared", chunk=2)
+    measured = measure_deltas(
+        flora.model, flora.spec, tiny_adapters, probes, scope == "shared", chunk=2
+    )
     delta = compute_delta_differentiable(flora, tiny_adapters, probes, measured.base_APQD)
     torch.testing.assert_close(delta, measured.delta_APQD, **EXACT)
     assert delta[probes.valid_APQ].norm(dim=-1).min() > 0.1
@@ -197,7 +238,10 @@ def test_differentiable_delta_equals_the_measured_one(
         base_states = read_states(flora.model, probes)
     torch.testing.assert_close(measured.base_APQD, base_states, **EXACT)
     leaves = LoraBatch(
-        *({n: t.clone().requires_grad_() for n, t in s.items()} for s in (tiny_adapters.a, tiny_adapters.b))
+        *(
+            {n: t.clone().requires_grad_() for n, t in s.items()}
+            for s in (tiny_adapters.a, tiny_adapters.b)
+        )
     )
     compute_delta_differentiable(flora, leaves, probes, base_states).square().sum().backward()
     for tensor in (*leaves.a.values(), *leaves.b.values()):

@@ -24,17 +24,23 @@ GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
 
 
 class TestGenerators(GeneratorContract):
-    @pytest.fixture(params=[(name, dropout) for name in sorted(GENERATORS) for dropout in (0.0, 0.2)], ids=str)
+    @pytest.fixture(
+        params=[(name, dropout) for name in sorted(GENERATORS) for dropout in (0.0, 0.2)], ids=str
+    )
     def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
         name, dropout = request.param
         return GeneratorConfig(name=name, hidden=32, blocks=2, dropout=dropout)
 
-    def make(self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0) -> LoraGenerator:
+    def make(
+        self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0
+    ) -> LoraGenerator:
         spec = spec or make_spec()
         return make_generator(config, spec, WIDTH, random_statistics(spec), seed)
 
 
-@pytest.mark.parametrize("change", [{"hidden": 0}, {"blocks": -1}, {"dropout": 1.0}, {"dropout": -0.1}])
+@pytest.mark.parametrize(
+    "change", [{"hidden": 0}, {"blocks": -1}, {"dropout": 1.0}, {"dropout": -0.1}]
+)
 def test_config_refuses_what_no_generator_can_have(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="hidden >= 1"):
         GeneratorConfig(**change)
@@ -42,7 +48,9 @@ def test_config_refuses_what_no_generator_can_have(change: dict[str, Any]) -> No
 
 def test_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=f"'nosuch'; there are: .*{sorted(GENERATORS)[0]}"):
-        make_generator(GeneratorConfig(name="nosuch"), make_spec(), WIDTH, random_statistics(make_spec()), 0)
+        make_generator(
+            GeneratorConfig(name="nosuch"), make_spec(), WIDTH, random_statistics(make_spec()), 0
+        )
 
 
 def test_statistics_of_another_base_are_refused() -> None:
@@ -66,7 +74,9 @@ def test_spoiled_generator_is_refused_in_one_sentence_that_names_it(tmp_path: Pa
         lambda: facts.write_text("{}"),
         lambda: facts.write_text("[]"),
         lambda: facts.write_text(facts.read_text().replace('"hidden": 16', '"hidden": 8')),
-        lambda: save_file({**load_file(weights), "inlet.bias": torch.full((16,), float("nan"))}, weights),
+        lambda: save_file(
+            {**load_file(weights), "inlet.bias": torch.full((16,), float("nan"))}, weights
+        ),
     ]
     for damage in damages:
         save_generator(tmp_path, generator, config, {})
@@ -119,7 +129,9 @@ def test_hyperconv_decoder_gives_the_output_of_upstream() -> None:
 def test_tokenizer_gives_the_tokens_of_upstream_and_the_way_back(size: str) -> None:
     tensors, facts = golden(f"tokenizer_qwen{size}.safetensors")
     register = base_framework("dnd.tokenizer.register")
-    tokenizer = getattr(register, f"Qwen{size}LoRA_Tokenizer2D")(token_size=tuple(json.loads(facts["token_size"])))
+    tokenizer = getattr(register, f"Qwen{size}LoRA_Tokenizer2D")(
+        token_size=tuple(json.loads(facts["token_size"]))
+    )
     lora = OrderedDict((key, tensors[f"lora.{key}"]) for key in json.loads(facts["key_order"]))
     tokens = tokenizer.tokenize(OrderedDict(lora))
     tokens = tokens[0] if isinstance(tokens, tuple) else tokens

@@ -12,13 +12,17 @@ from tuning.studies import STUDIES
 def test_every_id_is_the_held_one() -> None:
     held = read_table(TABLE)
     changed = list(differences(held, all_ids()))
-    assert not changed, "\n".join([*changed[:20], "where this is meant: python tests/held_ids.py --write"])
+    assert not changed, "\n".join(
+        [*changed[:20], "where this is meant: python tests/held_ids.py --write"]
+    )
 
 
 def test_the_table_has_every_study_and_every_kind_of_entry() -> None:
     held = read_table(TABLE)
     assert list(held["studies"]) == list(COMMANDS)
-    assert all(f"--study {name}{smoke}" in COMMANDS for name in STUDIES for smoke in ("", " --smoke"))
+    assert all(
+        f"--study {name}{smoke}" in COMMANDS for name in STUDIES for smoke in ("", " --smoke")
+    )
     assert all(study["trials"] and study["worlds"] for study in held["studies"].values())
     assert set(held["cache"]) == {"banks", "baselines", "conditions", "deltas", "multitask"}
     ids = [i for study in held["studies"].values() for i in study["trials"].values()]

@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, load_adapter, save_adapter
+from llgbm.lora.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_config,
+    load_adapter,
+    save_adapter,
+)
 from llgbm.models.load import Base
 from llgbm.runtime import UserError
 
@@ -40,9 +46,13 @@ def random_states(rank: int, count: int, prefix: str, seed: int = 0) -> list[dic
     infix=st.sampled_from(["", ".default"]),
 )
 @settings(max_examples=30, deadline=None)
-def test_state_dicts_of_either_spelling_come_back(rank: int, count: int, prefix: str, infix: str) -> None:
+def test_state_dicts_of_either_spelling_come_back(
+    rank: int, count: int, prefix: str, infix: str
+) -> None:
     states = random_states(rank, count, prefix)
-    spelled = [{k.replace(".weight", f"{infix}.weight"): v for k, v in state.items()} for state in states]
+    spelled = [
+        {k.replace(".weight", f"{infix}.weight"): v for k, v in state.items()} for state in states
+    ]
     batch = LoraBatch.from_state_dicts(spelled)
     batch.check(make_spec(rank))
     assert batch.n_adapters == count
@@ -90,8 +100,14 @@ def test_flat_values_of_another_width_are_refused() -> None:
 
 
 def test_spec_is_what_the_model_has(tiny_base: Base, tiny_spec: LoraSpec) -> None:
-    weights = {n.removesuffix(".weight"): p for n, p in tiny_base.model.named_parameters() if "_proj.weight" in n}
-    assert {m.name: (m.n_out, m.n_in) for m in tiny_spec.modules} == {n: tuple(p.shape) for n, p in weights.items()}
+    weights = {
+        n.removesuffix(".weight"): p
+        for n, p in tiny_base.model.named_parameters()
+        if "_proj.weight" in n
+    }
+    assert {m.name: (m.n_out, m.n_in) for m in tiny_spec.modules} == {
+        n: tuple(p.shape) for n, p in weights.items()
+    }
     assert len(tiny_spec.modules) == 14
     assert tiny_spec.n_values == sum(3 * sum(p.shape) for p in weights.values())
     with pytest.raises(UserError, match="no Linear layer called c_attn"):
@@ -104,11 +120,15 @@ def test_spec_is_what_the_model_has(tiny_base: Base, tiny_spec: LoraSpec) -> Non
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
-    save_adapter(folder, random_states(2, 1, "base_model.model.")[0], adapter_config(SPEC, "some/base"))
+    save_adapter(
+        folder, random_states(2, 1, "base_model.model.")[0], adapter_config(SPEC, "some/base")
+    )
     return folder
 
 
-def edit_weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+def edit_weights(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         state = change(load_file(folder / ADAPTER_WEIGHTS))
         save_file(state, folder / ADAPTER_WEIGHTS)
@@ -145,18 +165,29 @@ SPOILED: dict[str, Callable[[Path], object]] = {
     "only a header": cut_weights_to(0.05),
     "empty": cut_weights_to(0),
     "a pickle": lambda folder: torch.save({"x": torch.ones(1)}, folder / ADAPTER_WEIGHTS),
-    "text": lambda folder: (folder / ADAPTER_WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "text": lambda folder: (folder / ADAPTER_WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    ),
     "no weights": lambda folder: (folder / ADAPTER_WEIGHTS).unlink(),
-    "a folder": lambda folder: ((folder / ADAPTER_WEIGHTS).unlink(), (folder / ADAPTER_WEIGHTS).mkdir()),
+    "a folder": lambda folder: (
+        (folder / ADAPTER_WEIGHTS).unlink(),
+        (folder / ADAPTER_WEIGHTS).mkdir(),
+    ),
     "NaN": edit_weights(poison(float("nan"))),
     "infinite": edit_weights(poison(float("inf"))),
     "no tensor": edit_weights(lambda state: {}),
     "a missing key": edit_weights(lambda state: dict(list(state.items())[1:])),
-    "a missing module": edit_weights(lambda state: {k: v for k, v in state.items() if "layers.1.q_proj" not in k}),
-    "another module": edit_weights(lambda state: {k.replace("layers.1", "layers.2"): v for k, v in state.items()}),
+    "a missing module": edit_weights(
+        lambda state: {k: v for k, v in state.items() if "layers.1.q_proj" not in k}
+    ),
+    "another module": edit_weights(
+        lambda state: {k.replace("layers.1", "layers.2"): v for k, v in state.items()}
+    ),
     "a foreign key": edit_weights(lambda state: {**state, "lm_head.weight": torch.ones(2, 2)}),
     "another rank": edit_weights(lambda state: random_states(3, 1, "base_model.model.")[0]),
-    "a transposed shape": edit_weights(lambda state: {k: v.T.contiguous() for k, v in state.items()}),
+    "a transposed shape": edit_weights(
+        lambda state: {k: v.T.contiguous() for k, v in state.items()}
+    ),
     "no config": lambda folder: (folder / ADAPTER_CONFIG).unlink(),
     "config of another rank": edit_config(lambda config: {**config, "r": 8}),
     "config of another alpha": edit_config(lambda config: {**config, "lora_alpha": 32}),
@@ -164,7 +195,9 @@ SPOILED: dict[str, Callable[[Path], object]] = {
     "DoRA": edit_config(lambda config: {**config, "use_dora": True}),
     "alpha by module": edit_config(lambda config: {**config, "alpha_pattern": {"q_proj": 64}}),
     "trained biases": edit_config(lambda config: {**config, "bias": "all"}),
-    "config without rank": edit_config(lambda config: {k: v for k, v in config.items() if k != "r"}),
+    "config without rank": edit_config(
+        lambda config: {k: v for k, v in config.items() if k != "r"}
+    ),
     "config that is a list": edit_config(lambda config: [config]),
     "config that is torn": lambda folder: (folder / ADAPTER_CONFIG).write_text('{"r": 2, "lora_al'),
     "config that is binary": lambda folder: (folder / ADAPTER_CONFIG).write_bytes(b"\xff\xfe\x00{"),
@@ -172,7 +205,9 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", SPOILED)
-def test_a_spoiled_adapter_is_refused_in_one_sentence_that_names_it(adapter: Path, damage: str) -> None:
+def test_a_spoiled_adapter_is_refused_in_one_sentence_that_names_it(
+    adapter: Path, damage: str
+) -> None:
     load_adapter(adapter, SPEC)
     SPOILED[damage](adapter)
     with pytest.raises(UserError) as caught:
@@ -185,15 +220,23 @@ def test_an_adapter_comes_back_as_float32_to_the_bit(adapter: Path, tmp_path: Pa
     state = random_states(2, 1, "base_model.model.")[0]
     loaded = load_adapter(adapter, SPEC)
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
-    save_adapter(tmp_path / "half", {k: v.bfloat16() for k, v in state.items()}, adapter_config(SPEC, "some/base"))
+    save_adapter(
+        tmp_path / "half",
+        {k: v.bfloat16() for k, v in state.items()},
+        adapter_config(SPEC, "some/base"),
+    )
     assert {v.dtype for v in load_adapter(tmp_path / "half", SPEC).values()} == {torch.float32}
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_a_write_that_fails_leaves_the_older_adapter_and_nothing_half_written(adapter: Path) -> None:
+def test_a_write_that_fails_leaves_the_older_adapter_and_nothing_half_written(
+    adapter: Path,
+) -> None:
     before, names = files_under(adapter), os.listdir(adapter.parent)
     unwritable = {"r": object()}
     for target in (adapter, adapter.parent / "new"):
@@ -202,7 +245,9 @@ def test_a_write_that_fails_leaves_the_older_adapter_and_nothing_half_written(ad
     assert files_under(adapter) == before and os.listdir(adapter.parent) == names
 
 
-def test_an_older_adapter_is_replaced_and_a_foreign_folder_is_not(adapter: Path, tmp_path: Path) -> None:
+def test_an_older_adapter_is_replaced_and_a_foreign_folder_is_not(
+    adapter: Path, tmp_path: Path
+) -> None:
     newer = random_states(2, 1, "base_model.model.", seed=1)[0]
     save_adapter(adapter, newer, adapter_config(SPEC, "some/base"))
     assert all(torch.equal(v, newer[k]) for k, v in load_adapter(adapter, SPEC).items())
@@ -214,5 +259,7 @@ def test_an_older_adapter_is_replaced_and_a_foreign_folder_is_not(adapter: Path,
     for target in (foreign, file, file / "below"):
         with pytest.raises(UserError, match="name another folder"):
             save_adapter(target, newer, adapter_config(SPEC, "some/base"))
-    assert files_under(foreign) == {ADAPTER_CONFIG: b"days of training"} and file.read_text() == "kept"
+    assert (
+        files_under(foreign) == {ADAPTER_CONFIG: b"days of training"} and file.read_text() == "kept"
+    )
     assert sorted(os.listdir(tmp_path)) == ["adapter", "file", "foreign"]

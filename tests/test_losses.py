@@ -31,7 +31,9 @@ class TestDeltaLosses(LossContract):
 
         return named
 
-    def masked(self, loss: Callable[..., Tensor], pred: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
+    def masked(
+        self, loss: Callable[..., Tensor], pred: Tensor, teacher: Tensor, keep: Tensor
+    ) -> Tensor:
         return loss(pred, teacher, keep)
 
     def test_refuses_a_teacher_that_is_not_finite(self, loss: Loss) -> None:
@@ -40,7 +42,9 @@ class TestDeltaLosses(LossContract):
                 loss(torch.ones(2, 3), torch.full((2, 3), value))
 
     @pytest.mark.parametrize("shape", [(3,), (2, 1), (2, 3, 4), ()])
-    def test_refuses_a_mask_of_another_shape(self, loss: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    def test_refuses_a_mask_of_another_shape(
+        self, loss: Callable[..., Tensor], shape: tuple[int, ...]
+    ) -> None:
         with pytest.raises(ValueError, match="`valid` has shape"):
             loss(*random_pair((2, 3, 4), seed=0), torch.ones(shape, dtype=torch.bool))
 
@@ -66,14 +70,20 @@ class TestWeightLoss(LossContract):
         return loss(pred, teacher.masked_fill(~keep[:, None], NAN))
 
     def test_is_the_mean_over_what_is_no_padding(self, loss: Loss) -> None:
-        pred, teacher = torch.tensor([[1.0, 5.0], [2.0, 7.0]]), torch.tensor([[0.0, NAN], [4.0, NAN]])
+        pred, teacher = (
+            torch.tensor([[1.0, 5.0], [2.0, 7.0]]),
+            torch.tensor([[0.0, NAN], [4.0, NAN]]),
+        )
         assert loss(pred, teacher).item() == pytest.approx((1 + 4) / 2)
 
 
 @given(cosine=st.floats(-0.99, 0.99), norm=st.floats(0.1, 10), width=st.integers(2, 64))
 @settings(max_examples=40, deadline=None)
 def test_delta_losses_have_their_closed_forms(cosine: float, norm: float, width: int) -> None:
-    teacher, pred = torch.zeros(1, width, dtype=torch.double), torch.zeros(1, width, dtype=torch.double)
+    teacher, pred = (
+        torch.zeros(1, width, dtype=torch.double),
+        torch.zeros(1, width, dtype=torch.double),
+    )
     teacher[0, 0] = 2.0
     pred[0, 0], pred[0, 1] = 2 * norm * cosine, 2 * norm * math.sqrt(1 - cosine**2)
     wanted = {
@@ -84,7 +94,9 @@ def test_delta_losses_have_their_closed_forms(cosine: float, norm: float, width:
     }
     assert wanted.keys() == DELTA_LOSSES.keys()
     for kind, value in wanted.items():
-        assert delta_loss(kind, pred, teacher).item() == pytest.approx(value, rel=1e-5, abs=1e-7), kind
+        assert delta_loss(kind, pred, teacher).item() == pytest.approx(value, rel=1e-5, abs=1e-7), (
+            kind
+        )
 
 
 def random_batch(spec: LoraSpec, n_adapters: int, seed: int) -> LoraBatch:
@@ -99,20 +111,34 @@ def explicit(batch: LoraBatch) -> Tensor:
     return torch.cat(products, dim=1)
 
 
-@given(rank=st.integers(1, 4), n_left=st.integers(1, 3), n_right=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    rank=st.integers(1, 4),
+    n_left=st.integers(1, 3),
+    n_right=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
-def test_inner_products_are_those_of_the_formed_matrices(rank: int, n_left: int, n_right: int, seed: int) -> None:
-    left, right = random_batch(make_spec(rank), n_left, seed), random_batch(make_spec(rank), n_right, seed + 100)
+def test_inner_products_are_those_of_the_formed_matrices(
+    rank: int, n_left: int, n_right: int, seed: int
+) -> None:
+    left, right = (
+        random_batch(make_spec(rank), n_left, seed),
+        random_batch(make_spec(rank), n_right, seed + 100),
+    )
     wanted = explicit(left) @ explicit(right).T
     torch.testing.assert_close(delta_w_inner(left, right).double(), wanted, atol=1e-3, rtol=1e-4)
 
 
 @given(rank=st.integers(1, 4), seed=st.integers(0, 99), closeness=st.sampled_from([0.0, 0.5, 0.98]))
 @settings(max_examples=25, deadline=None)
-def test_relative_error_is_that_of_the_formed_matrices(rank: int, seed: int, closeness: float) -> None:
+def test_relative_error_is_that_of_the_formed_matrices(
+    rank: int, seed: int, closeness: float
+) -> None:
     spec = make_spec(rank)
     teacher, noise = random_batch(spec, 3, seed), random_batch(spec, 3, seed + 100)
-    pred = LoraBatch.unflatten(spec, closeness * teacher.flatten(spec) + (1 - closeness) * noise.flatten(spec))
+    pred = LoraBatch.unflatten(
+        spec, closeness * teacher.flatten(spec) + (1 - closeness) * noise.flatten(spec)
+    )
     wanted = (explicit(pred) - explicit(teacher)).norm(dim=1) / explicit(teacher).norm(dim=1)
     torch.testing.assert_close(delta_w_error(pred, teacher).double(), wanted, atol=1e-4, rtol=1e-3)
 
@@ -121,7 +147,8 @@ def test_relative_error_is_free_of_the_gauge_and_one_for_no_adapter() -> None:
     teacher = random_batch(make_spec(3), 2, seed=0)
     turn = torch.randn(3, 3, generator=torch.Generator().manual_seed(9)) + 2 * torch.eye(3)
     turned = LoraBatch(
-        {n: torch.linalg.inv(turn) @ a for n, a in teacher.a.items()}, {n: b @ turn for n, b in teacher.b.items()}
+        {n: torch.linalg.inv(turn) @ a for n, a in teacher.a.items()},
+        {n: b @ turn for n, b in teacher.b.items()},
     )
     nothing = LoraBatch(teacher.a, {n: torch.zeros_like(b) for n, b in teacher.b.items()})
     torch.testing.assert_close(delta_w_error(turned, teacher), torch.zeros(2), atol=3e-3, rtol=0)
@@ -140,8 +167,12 @@ def test_relative_error_refuses_adapters_of_another_base_or_number() -> None:
             delta_w_inner(*pair)
 
 
-@pytest.mark.parametrize("make", [MultiTaskLoss, lambda w, d: TrainingConfig(lambda_weight=w, lambda_delta=d)])
-@pytest.mark.parametrize("weights", [(-0.1, 1.0), (1.0, -1e-9), (0.0, 0.0), (NAN, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize(
+    "make", [MultiTaskLoss, lambda w, d: TrainingConfig(lambda_weight=w, lambda_delta=d)]
+)
+@pytest.mark.parametrize(
+    "weights", [(-0.1, 1.0), (1.0, -1e-9), (0.0, 0.0), (NAN, 1.0), (1.0, math.inf)]
+)
 def test_impossible_lambdas_are_a_users_mistake(
     make: Callable[[float, float], object], weights: tuple[float, float]
 ) -> None:
@@ -157,7 +188,11 @@ def test_unknown_kind_is_answered_with_the_known_ones() -> None:
         delta_loss("l7", torch.ones(1, 2), torch.ones(1, 2))
 
 
-@given(weight=st.floats(0.01, 10), delta=st.floats(0.01, 10), kind=st.sampled_from(sorted(DELTA_LOSSES)))
+@given(
+    weight=st.floats(0.01, 10),
+    delta=st.floats(0.01, 10),
+    kind=st.sampled_from(sorted(DELTA_LOSSES)),
+)
 @settings(max_examples=25, deadline=None)
 def test_total_is_the_weighted_sum_of_its_terms(weight: float, delta: float, kind: str) -> None:
     tokens, deltas = random_pair((3, 8), seed=1), random_pair((3, 2, 5), seed=2)
@@ -177,15 +212,24 @@ def test_a_term_whose_lambda_is_zero_is_not_computed(
     unused = "delta" if used == "tokens" else "tokens"
     pred, teacher = random_pair((3, 4), seed=0)
     terms = MultiTaskLoss(weight, delta)(
-        **{f"{used}_pred": pred, f"{used}_teacher": teacher, f"{unused}_pred": broken, f"{unused}_teacher": pred}
+        **{
+            f"{used}_pred": pred,
+            f"{used}_teacher": teacher,
+            f"{unused}_pred": broken,
+            f"{unused}_teacher": pred,
+        }
     )
     assert terms.keys() == {"loss", "loss_weight" if used == "tokens" else "loss_delta"}
     assert terms["loss"].item() > 0
 
 
-@pytest.mark.parametrize("missing", ["delta_pred", "delta_teacher", "tokens_pred", "tokens_teacher"])
+@pytest.mark.parametrize(
+    "missing", ["delta_pred", "delta_teacher", "tokens_pred", "tokens_teacher"]
+)
 def test_a_missing_input_is_never_a_loss_of_zero(missing: str) -> None:
-    inputs = dict.fromkeys(("delta_pred", "delta_teacher", "tokens_pred", "tokens_teacher"), torch.ones(2, 3))
+    inputs = dict.fromkeys(
+        ("delta_pred", "delta_teacher", "tokens_pred", "tokens_teacher"), torch.ones(2, 3)
+    )
     with pytest.raises(ValueError, match=f"weight above 0 but no.*{missing}"):
         MultiTaskLoss()(**{**inputs, missing: None})
 

@@ -44,7 +44,9 @@ def table(flora: FunctionalLoRA, tiny_adapters: LoraBatch) -> DeltaTable:
 
 
 def leaves_of(batch: LoraBatch) -> LoraBatch:
-    return LoraBatch(*({n: t.clone().requires_grad_() for n, t in side.items()} for side in (batch.a, batch.b)))
+    return LoraBatch(
+        *({n: t.clone().requires_grad_() for n, t in side.items()} for side in (batch.a, batch.b))
+    )
 
 
 def bytes_held(forward: Callable[[], Tensor], ignore: Collection[int] = ()) -> tuple[Tensor, int]:
@@ -75,19 +77,25 @@ def test_gradients_are_those_of_the_plain_pass_in_less_memory(
             )
         )
         (delta * table.delta_APQD.roll(1, 0)).sum().backward()
-        results.append((delta.detach(), [t.grad for t in (*leaves.a.values(), *leaves.b.values())], held))
+        results.append(
+            (delta.detach(), [t.grad for t in (*leaves.a.values(), *leaves.b.values())], held)
+        )
     (delta, gradients, held), (saved_delta, saved_gradients, saved_held) = results
     torch.testing.assert_close(saved_delta, delta, atol=1e-6, rtol=1e-6)
     for plain, saved in zip(gradients, saved_gradients, strict=True):
         assert plain is not None and plain.abs().max() > 1e-4
-        torch.testing.assert_close(saved / plain.abs().max(), plain / plain.abs().max(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            saved / plain.abs().max(), plain / plain.abs().max(), atol=1e-6, rtol=1e-5
+        )
     assert saved_held < held / 4
 
 
 def test_modules_outside_the_blocks_are_adapted_too(tiny_base: Base) -> None:
     """Without a numbered block around it (as an LM head), a module keeps its plain hook."""
     spec = LoraSpec.from_model(tiny_base.model, 2, 4.0, ("q_proj", "lm_head"))
-    batch = LoraBatch.unflatten(spec, torch.randn(1, spec.n_values, generator=torch.Generator().manual_seed(0)))
+    batch = LoraBatch.unflatten(
+        spec, torch.randn(1, spec.n_values, generator=torch.Generator().manual_seed(0))
+    )
     ids = torch.arange(6)[None]
     outputs = []
     for checkpointing in (False, True):
@@ -98,10 +106,15 @@ def test_modules_outside_the_blocks_are_adapted_too(tiny_base: Base) -> None:
         assert (tiny_base.model(input_ids=ids).logits - outputs[0]).abs().max() > 0.1
 
 
-def test_the_base_is_left_as_it_was(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch) -> None:
+def test_the_base_is_left_as_it_was(
+    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch
+) -> None:
     ids = torch.arange(6)[None].expand(3, -1)
     before = [dict(module._forward_hooks) for module in tiny_base.model.modules()]
-    with pytest.raises(IndexError), adapters_applied(tiny_base.model, tiny_adapters, tiny_spec.scaling, True):
+    with (
+        pytest.raises(IndexError),
+        adapters_applied(tiny_base.model, tiny_adapters, tiny_spec.scaling, True),
+    ):
         final_hidden(tiny_base.model, torch.full((3, 2), 10**6))
     hidden = [final_hidden(tiny_base.model, ids)]
     leaves = leaves_of(tiny_adapters)
@@ -113,12 +126,19 @@ def test_the_base_is_left_as_it_was(tiny_base: Base, tiny_spec: LoraSpec, tiny_a
     assert not any("forward" in vars(module) for module in tiny_base.model.modules())
 
 
-def test_a_training_that_saves_memory_follows_the_plain_one(world: World, config: TrainingConfig) -> None:
+def test_a_training_that_saves_memory_follows_the_plain_one(
+    world: World, config: TrainingConfig
+) -> None:
     curves = []
     for change in ({}, {"activation_checkpointing": True, "probe_chunk": 1}):
         found: list[float] = []
         settings = replace(config, steps=6, eval_every=6, n_probes=3, **change)
-        train(settings, world.data, world.flora, lambda step, m, found=found: found.append(m["loss/total"]) or True)
+        train(
+            settings,
+            world.data,
+            world.flora,
+            lambda step, m, found=found: found.append(m["loss/total"]) or True,
+        )
         curves.append(torch.tensor(found))
     torch.testing.assert_close(curves[1], curves[0], atol=0, rtol=1e-4)
 

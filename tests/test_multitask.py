@@ -17,7 +17,9 @@ from llgbm.teachers.build import build_multitask, mixture
 from llgbm.world import World
 
 
-def test_the_mixture_is_of_training_tasks_in_equal_parts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mixture_is_of_training_tasks_in_equal_parts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: Counter[tuple[str, str]] = Counter()
     draw = SyntheticSuite.examples
 
@@ -36,12 +38,16 @@ def test_the_mixture_is_of_training_tasks_in_equal_parts(world: World, monkeypat
     assert 0 <= seen < len(split.train)
 
 
-def test_it_learns_its_mixture_and_is_found_again(world: World, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_its_mixture_and_is_found_again(
+    world: World, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     suite, base, spec = world.config.suite, world.base, world.bank.spec
     values_V = build_multitask(cache, base, suite, world.config.teachers, spec)
     assert "cached" in capfd.readouterr().err
     assert torch.equal(values_V.to(world.data.multitask_V), world.data.multitask_V)
-    examples = [e for task in suite.split.train for e in suite.examples(task, "train", 8, "a fresh stream")]
+    examples = [
+        e for task in suite.split.train for e in suite.examples(task, "train", 8, "a fresh stream")
+    ]
     texts = encode_examples(base, examples)
     both = LoraBatch.unflatten(spec, torch.stack([torch.zeros_like(values_V), values_V]))
     twice = type(texts)(texts.input_ids_ST.repeat(2, 1), texts.targets_ST.repeat(2, 1))
@@ -53,14 +59,23 @@ def test_it_learns_its_mixture_and_is_found_again(world: World, cache: Path, cap
 def test_it_is_a_baseline_for_every_task(world: World) -> None:
     rows = list(world.data.rows["test"])
     flat_AV = multitask_lora(world.data, world.flora, rows)
-    assert flat_AV.shape == (len(rows), world.bank.spec.n_values) and torch.equal(flat_AV[0], flat_AV[-1])
+    assert flat_AV.shape == (len(rows), world.bank.spec.n_values) and torch.equal(
+        flat_AV[0], flat_AV[-1]
+    )
     assert "multitask_lora" in evaluate_baselines(world.data, world.flora)
 
 
-def test_baselines_are_measured_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+def test_baselines_are_measured_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {
+        name: dict(result.metrics)
+        for name, result in evaluate_baselines(world.data, world.flora).items()
+    }
     assert known_baselines(tmp_path, world) == measured
-    monkeypatch.setattr("llgbm.evaluation.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "llgbm.evaluation.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again")
+    )
     assert known_baselines(tmp_path, world) == measured
 
 

@@ -41,17 +41,29 @@ def test_it_is_committed_bare(path: Path) -> None:
     assert path.stat().st_size < LIMIT
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     for cell in notebook.cells:
-        assert not cell.get("outputs") and cell.get("execution_count") is None, "run `make notebooks-clean`"
+        assert not cell.get("outputs") and cell.get("execution_count") is None, (
+            "run `make notebooks-clean`"
+        )
         assert not cell.metadata, f"cell {cell.id} carries metadata"
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# Phase ")
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(
+        "# Phase "
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_defines_nothing_and_uses_the_package(path: Path) -> None:
     tree = ast.parse("\n".join(code_of(path)))
     nodes = list(ast.walk(tree))
-    assert not [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    used = {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    assert not [
+        n.name
+        for n in nodes
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    used = {
+        node.module.split(".")[0]
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
     assert used & {"llgbm", "tuning"}
 
 
@@ -63,7 +75,11 @@ def test_one_variable_switches_the_base(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_top_to_bottom(
-    path: Path, world: World, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    world: World,
+    cache: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nbclient import NotebookClient
 
@@ -73,9 +89,16 @@ def test_it_runs_top_to_bottom(
         folder, _ = request.getfixturevalue("finished")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlruns/mlflow.db")
     notebook = read(path)
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+    )
     client.execute()
-    pictures = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
+    pictures = [
+        o
+        for cell in notebook.cells
+        for o in cell.get("outputs", ())
+        if "image/png" in o.get("data", {})
+    ]
     assert len(pictures) >= 2, "a notebook tells its story with plots"
 
 
@@ -93,4 +116,6 @@ def test_a_rendered_page_is_in_the_docs(phase: str) -> None:
         for line in cell.source.splitlines()
         if cell.cell_type == "markdown" and line.startswith("#")
     ]
-    assert [h for h in headings if h not in text.splitlines()] == [], "the notebook changed: run `make notebooks`"
+    assert [h for h in headings if h not in text.splitlines()] == [], (
+        "the notebook changed: run `make notebooks`"
+    )

@@ -21,7 +21,10 @@ def torch_names(tree: ast.AST) -> Iterator[str]:
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            aliases |= {(a.asname or a.name.split(".")[0]): (a.name if a.asname else "torch") for a in _of_torch(node)}
+            aliases |= {
+                (a.asname or a.name.split(".")[0]): (a.name if a.asname else "torch")
+                for a in _of_torch(node)
+            }
             yield from (a.name for a in _of_torch(node))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             aliases |= {(a.asname or a.name): f"{node.module}.{a.name}" for a in node.names}
@@ -37,7 +40,11 @@ def _of_torch(node: ast.Import) -> list[ast.alias]:
 
 
 def _dotted(node: ast.AST) -> str:
-    return f"{_dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return (
+        f"{_dotted(node.value)}.{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else getattr(node, "id", "")
+    )
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

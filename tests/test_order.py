@@ -18,7 +18,9 @@ from tuning.studies.spec import TrialSpec
 Costs = dict[str, float]
 
 
-def run(trials: Sequence[TrialSpec], costs: Costs, places: int, order: TrialOrder, clock: list[float]) -> float:
+def run(
+    trials: Sequence[TrialSpec], costs: Costs, places: int, order: TrialOrder, clock: list[float]
+) -> float:
     """Run a list on so many places, each trial for the seconds of its configuration; return when the last ends."""
     running: list[tuple[float, str, TrialSpec]] = []
     handed_out = []
@@ -44,7 +46,9 @@ def phase_4_5(costs: Costs, places: int, known: bool) -> float:
     trials = STUDIES["phase_4_5"](StudyOptions()).trials
     by_config = {trial.config: costs[trial.name] for trial in trials}
     clock = [0.0]
-    order = TrialOrder(trials, places, by_config.get if known else lambda config: None, lambda: clock[0])
+    order = TrialOrder(
+        trials, places, by_config.get if known else lambda config: None, lambda: clock[0]
+    )
     return run(trials, costs, places, order, clock)
 
 
@@ -55,14 +59,19 @@ def test_nine_trials_on_two_places_end_when_they_can(known: bool) -> None:
     assert in_turn(trials, costs, 2) == 387
     every = [costs[trial.name] for trial in trials]
     best = min(
-        max(sum(c for c, place in zip(every, places, strict=True) if place == which) for which in (0, 1))
+        max(
+            sum(c for c, place in zip(every, places, strict=True) if place == which)
+            for which in (0, 1)
+        )
         for places in product((0, 1), repeat=len(every))
     )
     assert phase_4_5(costs, 2, known) == best == 364
 
 
 @given(st.tuples(*[st.floats(1, 100)] * 3), st.integers(1, 5))
-def test_with_known_times_it_is_within_grahams_bound(seconds: tuple[float, ...], places: int) -> None:
+def test_with_known_times_it_is_within_grahams_bound(
+    seconds: tuple[float, ...], places: int
+) -> None:
     costs = dict(zip(("multitask", "delta-only", "weight-only"), seconds, strict=True))
     each = [seconds[i] for i in range(3) for _ in range(3)]
     lowest = max(sum(each) / places, max(each))
@@ -72,7 +81,9 @@ def test_with_known_times_it_is_within_grahams_bound(seconds: tuple[float, ...],
 
 
 def test_trials_of_one_kind_keep_the_order_of_the_list() -> None:
-    trials = STUDIES["phase_4_5"](StudyOptions(lambda_weight=(0.1, 0.3), lambda_delta=(1.0,), seeds=(0, 1, 2))).trials
+    trials = STUDIES["phase_4_5"](
+        StudyOptions(lambda_weight=(0.1, 0.3), lambda_delta=(1.0,), seeds=(0, 1, 2))
+    ).trials
     order = TrialOrder(trials, 2)
     assert [order.next(str(n)) for n in range(len(trials))] == list(trials)
     assert order.next("one more") is None

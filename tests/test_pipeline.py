@@ -39,7 +39,12 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run one in a folder; return the JSON object of its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=870
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=870,
     )
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "said": done.stderr}
@@ -51,7 +56,11 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "narrow"
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5")
     torch.manual_seed(0)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     config = qwen2_config(NARROW, vocab_size=QWEN_VOCABULARY, initializer_range=0.2, **special)
     Qwen2ForCausalLM(config).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -62,8 +71,26 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(narrow: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run")
     (folder / "tuning").symlink_to(ROOT / "tuning")
-    data = ["--data", str(SHARED / "data"), "--tasks", *TASKS, "--held-out", HELD_OUT, "--rows", "64"]
-    settings = ["--adapters-per-task", "2", "--teacher-steps", "5", "--teacher-rate", "0.05", "--rank", "4"]
+    data = [
+        "--data",
+        str(SHARED / "data"),
+        "--tasks",
+        *TASKS,
+        "--held-out",
+        HELD_OUT,
+        "--rows",
+        "64",
+    ]
+    settings = [
+        "--adapters-per-task",
+        "2",
+        "--teacher-steps",
+        "5",
+        "--teacher-rate",
+        "0.05",
+        "--rank",
+        "4",
+    ]
     trial = ["--lambda-weight", "0.3", "--lambda-delta", "1", "--steps", "8", "--smoke"]
     arguments = ["tuning/run_ablation.py", "--base", str(narrow), *data, *settings, *trial]
     return folder, command(folder, *arguments)
@@ -79,7 +106,9 @@ def test_a_qwen_goes_from_files_to_a_registered_generator_and_an_evaluated_adapt
 ) -> None:
     folder, result = swept
     assert [trial["status"] for trial in result["trials"]] == ["FINISHED"]
-    assert result["registered"] == [{"name": "llgbm-generator-base-narrow-smoke", "version": "1", "alias": "champion"}]
+    assert result["registered"] == [
+        {"name": "llgbm-generator-base-narrow-smoke", "version": "1", "alias": "champion"}
+    ]
     teacher = only(folder, f".llgbm/banks/*/checkpoints/{HELD_OUT}/{HELD_OUT}_0")
     bank = teacher.parents[2]
     listed = json.loads((bank / "bank.json").read_text())
@@ -128,8 +157,12 @@ def check_that_peft_runs_it(narrow: Path, adapter: Path) -> None:
     flora = FunctionalLoRA(base.model, 4, 8.0)
     with torch.no_grad():
         plain = base.model(ids).logits
-        own = flora.forward_with_lora(LoraBatch.from_state_dicts([load_adapter(adapter, flora.spec)]), ids)[0]
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(narrow), str(adapter))(ids).logits
+        own = flora.forward_with_lora(
+            LoraBatch.from_state_dicts([load_adapter(adapter, flora.spec)]), ids
+        )[0]
+        theirs = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(narrow), str(adapter)
+        )(ids).logits
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
     assert (own - plain).abs().max() > 1e-3
 

@@ -19,17 +19,28 @@ from tuning.tracking.costs import Costs, PastRun, kind_of, past_runs
 
 
 def past(
-    config: TrainingConfig, rate: float, seconds: float, trial_id: str = "x", stopped: int | None = None
+    config: TrainingConfig,
+    rate: float,
+    seconds: float,
+    trial_id: str = "x",
+    stopped: int | None = None,
 ) -> PastRun:
     """A run as MLflow gives it back: parameters are texts."""
     flat = {key: str(value) for key, value in config.as_dict().items() if key != "generator"}
-    params = {**flat, **{f"generator.{key}": str(value) for key, value in config.as_dict()["generator"].items()}}
-    return PastRun(trial_id, {"time/steps_per_second": rate, "time/seconds": seconds}, params, stopped)
+    params = {
+        **flat,
+        **{f"generator.{key}": str(value) for key, value in config.as_dict()["generator"].items()},
+    }
+    return PastRun(
+        trial_id, {"time/steps_per_second": rate, "time/seconds": seconds}, params, stopped
+    )
 
 
 def folder_hash(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(str(path).encode() + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 def test_a_dry_run_beside_a_finished_study_knows_it_and_changes_nothing(
@@ -51,9 +62,26 @@ def test_a_dry_run_beside_a_finished_study_knows_it_and_changes_nothing(
         assert "no past run" not in line
     assert "6 trials, 3 finished already, 3 to run: about" in out
     assert "from 3 past runs" in out
-    assert main(["--dry-run", "--smoke", "--cache", str(cache), "--steps", "7", "--batch-size", "3"]) == 0
+    assert (
+        main(["--dry-run", "--smoke", "--cache", str(cache), "--steps", "7", "--batch-size", "3"])
+        == 0
+    )
     assert "no past run of their kind" in capsys.readouterr().out
-    assert main(["--dry-run", "--smoke", "--cache", str(cache), "--search", "optuna", "--num-samples", "2"]) == 0
+    assert (
+        main(
+            [
+                "--dry-run",
+                "--smoke",
+                "--cache",
+                str(cache),
+                "--search",
+                "optuna",
+                "--num-samples",
+                "2",
+            ]
+        )
+        == 0
+    )
     searched = capsys.readouterr().out
     assert "in the Optuna study: none yet" in searched
     assert "4 trials, 0 finished already, 4 to run, 4 of them still to be drawn: about" in searched
@@ -64,12 +92,20 @@ def test_an_estimate_is_the_median_step_and_the_median_rest(finished: tuple[Path
     runs = past_runs(None, finished[0], "llgbm")
     assert len(runs) == 3 and past_runs(None, finished[0], "another") == []
     config = TrainingConfig(steps=600)
-    known = [past(config, rate, 600 / rate + rest) for rate, rest in ((2.0, 10.0), (4.0, 30.0), (5.0, 20.0))]
-    other = [past(TrainingConfig(steps=600, lambda_delta=0), 100.0, 6.0), past(config, 1.0, 9e9, stopped=100)]
+    known = [
+        past(config, rate, 600 / rate + rest)
+        for rate, rest in ((2.0, 10.0), (4.0, 30.0), (5.0, 20.0))
+    ]
+    other = [
+        past(TrainingConfig(steps=600, lambda_delta=0), 100.0, 6.0),
+        past(config, 1.0, 9e9, stopped=100),
+    ]
     costs = Costs([*known, *other])
     for steps in (100, 600):
         expected = steps * median([1 / 2, 1 / 4, 1 / 5]) + median([10, 30, 20])
-        assert costs.seconds(TrainingConfig(steps=steps, seed=5, lambda_weight=7)) == pytest.approx(expected)
+        assert costs.seconds(TrainingConfig(steps=steps, seed=5, lambda_weight=7)) == pytest.approx(
+            expected
+        )
     assert costs.basis(config) == 3
     assert costs.seconds(TrainingConfig(batch_size=3)) is None
 
@@ -79,7 +115,14 @@ def test_an_estimate_is_the_median_step_and_the_median_rest(finished: tuple[Path
     [
         TrainingConfig(),
         TrainingConfig(lambda_weight=0, lambda_delta=1, delta_probes="domain"),
-        TrainingConfig(lambda_weight=1, lambda_delta=0, use_small_model=False, batch_size=3, n_probes=1, n_prompts=2),
+        TrainingConfig(
+            lambda_weight=1,
+            lambda_delta=0,
+            use_small_model=False,
+            batch_size=3,
+            n_probes=1,
+            n_prompts=2,
+        ),
     ],
 )
 def test_a_run_is_of_the_kind_of_its_configuration(config: TrainingConfig) -> None:
@@ -120,6 +163,9 @@ def test_a_search_shows_what_is_drawn_and_costs_what_is_not(
 
 def test_what_a_stopped_trial_reached_is_no_end() -> None:
     config = TrainingConfig(steps=600)
-    assert past(config, 1.0, 1.0).last_result["finished"] and past(config, 1.0, 1.0).last_result["step"] == 600
+    assert (
+        past(config, 1.0, 1.0).last_result["finished"]
+        and past(config, 1.0, 1.0).last_result["step"] == 600
+    )
     stopped = past(config, 1.0, 1.0, stopped=200).last_result
     assert (stopped["step"], stopped["finished"]) == (200, False)

@@ -20,7 +20,9 @@ def test_every_signature_is_the_held_one(kind: str) -> None:
 
 def test_the_table_has_every_name() -> None:
     held = read_table(TABLE)
-    assert {f"llgbm.{module}.{name}" for module, names in GIVEN.items() for name in names.split()} <= set(held["given"])
+    assert {
+        f"llgbm.{module}.{name}" for module, names in GIVEN.items() for name in names.split()
+    } <= set(held["given"])
     documented = {name for _, name in documented_names()}
     assert documented <= set(held["documented"])
     assert {
@@ -65,7 +67,9 @@ def with_a_callback(report: Callable[[], None] = lambda: None) -> None:
 
 
 def test_a_signature_is_the_same_in_every_process() -> None:
-    assert " at 0x" in str(inspect.signature(with_a_callback)) and " at 0x" not in signature(with_a_callback)
+    assert " at 0x" in str(inspect.signature(with_a_callback)) and " at 0x" not in signature(
+        with_a_callback
+    )
 
 
 def test_imports_are_found_wherever_they_stand() -> None:

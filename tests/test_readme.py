@@ -25,13 +25,18 @@ def with_toy_generator(text: str) -> str:
 
 def run(command: list[str], folder: Path) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
 
 MADE = [
-    line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.startswith("make")
+    line.split("#")[0].split()
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("make")
 ]
 SCRIPTS = [block for block in blocks("bash") if not block.startswith("make")]
 
@@ -49,7 +54,9 @@ def test_the_make_commands_are_there() -> None:
 def test_every_command_and_every_python_example_runs(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     smoke = "python tuning/run_ablation.py --smoke"
-    assert SCRIPTS[0].strip() == smoke, "the fixture runs the README's first script; keep the two alike"
+    assert SCRIPTS[0].strip() == smoke, (
+        "the fixture runs the README's first script; keep the two alike"
+    )
     for script in SCRIPTS[1:]:
         run(["bash", "-euc", with_toy_generator(script)], folder)
     for example in blocks("python"):

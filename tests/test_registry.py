@@ -32,7 +32,13 @@ def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
     folder.mkdir()
     save_file({"weight": torch.arange(6.0).reshape(2, 3)}, folder / "generator.safetensors")
-    described = {"size": "tiny", "base_hash": "base1", "bank_hash": "bank1", "encoder": "minilm", "rank": 4}
+    described = {
+        "size": "tiny",
+        "base_hash": "base1",
+        "bank_hash": "bank1",
+        "encoder": "minilm",
+        "rank": 4,
+    }
     (folder / "generator.json").write_text(json.dumps(described))
     return folder
 
@@ -53,11 +59,21 @@ def accuracies(mean: float) -> dict[str, float]:
 
 
 def register(
-    study: StudyTracker, bundle: Path, score: float = 0.5, data: str = "val1", name: str = NAME, **changed: object
+    study: StudyTracker,
+    bundle: Path,
+    score: float = 0.5,
+    data: str = "val1",
+    name: str = NAME,
+    **changed: object,
 ) -> RegisteredVersion:
     assert study.target is not None
     run_id = TrialTracker.open(study.target, f"t{score}", "multitask", {"seed": 0}, {}).run_id
-    tags = {"llgbm.study": "study", "llgbm.val_data": data, "llgbm.study_id": "id", "llgbm.trial_id": f"t{score}"}
+    tags = {
+        "llgbm.study": "study",
+        "llgbm.val_data": data,
+        "llgbm.study_id": "id",
+        "llgbm.trial_id": f"t{score}",
+    }
     given: dict = {"metric": "val/accuracy", "per_task": accuracies(score), **changed}
     return register_generator(study.tracking_uri, run_id, bundle, name, tags, score, **given)
 
@@ -66,7 +82,9 @@ def champion(study: StudyTracker, alias: str = "champion") -> str:
     return str(study.client.get_model_version_by_alias(NAME, alias).version)
 
 
-def measured(mean: float = 0.5, data: str = "val1", metric: str = "val/accuracy", **kept: dict) -> Measured:
+def measured(
+    mean: float = 0.5, data: str = "val1", metric: str = "val/accuracy", **kept: dict
+) -> Measured:
     return Measured("3", mean, metric, data, kept.get("per_task", accuracies(mean)))
 
 
@@ -74,7 +92,12 @@ def measured(mean: float = 0.5, data: str = "val1", metric: str = "val/accuracy"
     ("old", "new", "alias", "reason"),
     [
         (None, measured(0.0), "champion", "no champion before"),
-        (measured(0.5), measured(0.6), "champion", "version 3, had val/accuracy = 0.5000; this one is better"),
+        (
+            measured(0.5),
+            measured(0.6),
+            "champion",
+            "version 3, had val/accuracy = 0.5000; this one is better",
+        ),
         (measured(0.5), measured(0.5), "challenger", "not shown to be better"),
         (measured(0.5), measured(0.4), "challenger", "not shown to be better"),
         (
@@ -83,10 +106,30 @@ def measured(mean: float = 0.5, data: str = "val1", metric: str = "val/accuracy"
             "challenger",
             "data .val1.: the two cannot be compared",
         ),
-        (measured(0.5), measured(0.9, metric="val/delta_cosine"), "challenger", "another metric .val/accuracy."),
-        (measured(0.5, per_task={}), measured(0.9), "challenger", "no figures of the same validation tasks"),
-        (measured(0.5, per_task={"other": 1.0}), measured(0.9), "challenger", "no figures of the same"),
-        (Measured("3", float("nan"), "", ""), measured(0.9), "challenger", "other validation data .unknown."),
+        (
+            measured(0.5),
+            measured(0.9, metric="val/delta_cosine"),
+            "challenger",
+            "another metric .val/accuracy.",
+        ),
+        (
+            measured(0.5, per_task={}),
+            measured(0.9),
+            "challenger",
+            "no figures of the same validation tasks",
+        ),
+        (
+            measured(0.5, per_task={"other": 1.0}),
+            measured(0.9),
+            "challenger",
+            "no figures of the same",
+        ),
+        (
+            Measured("3", float("nan"), "", ""),
+            measured(0.9),
+            "challenger",
+            "other validation data .unknown.",
+        ),
     ],
 )
 def test_only_what_a_paired_test_calls_better_becomes_champion(
@@ -108,7 +151,11 @@ def test_a_version_names_where_it_came_from(study: StudyTracker, bundle: Path) -
     found = study.client.get_model_version_by_alias(NAME, "champion")
     wanted = {"llgbm.size": "tiny", "llgbm.base_hash": "base1", "llgbm.bank_hash": "bank1"}
     wanted |= {"llgbm.encoder": "minilm", "llgbm.study": "study", "llgbm.run_id": str(found.run_id)}
-    wanted |= {"llgbm.val_score": "0.5", "llgbm.val_metric": "val/accuracy", "llgbm.val_data": "val1"}
+    wanted |= {
+        "llgbm.val_score": "0.5",
+        "llgbm.val_metric": "val/accuracy",
+        "llgbm.val_data": "val1",
+    }
     wanted |= {"llgbm.study_id": "id", "llgbm.trial_id": "t0.5", "llgbm.registered_as": "champion"}
     assert json.loads(found.tags.pop("llgbm.val_per_task")) == pytest.approx(accuracies(0.5))
     assert found.tags == wanted
@@ -121,13 +168,17 @@ def test_a_version_names_where_it_came_from(study: StudyTracker, bundle: Path) -
     assert logged.status == "READY" and logged.artifact_location == found.source
 
 
-def test_the_run_keeps_its_status_and_nothing_becomes_active(study: StudyTracker, bundle: Path) -> None:
+def test_the_run_keeps_its_status_and_nothing_becomes_active(
+    study: StudyTracker, bundle: Path
+) -> None:
     assert study.target is not None
     trial = TrialTracker.open(study.target, "t0.5", "multitask", {"seed": 0}, {})
     study.finish_trial("t0.5", "KILLED")
     before = study.client.get_run(trial.run_id).info
     tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t0.5"}
-    register_generator(study.tracking_uri, trial.run_id, bundle, NAME, tags, 0.5, "val/accuracy", accuracies(0.5))
+    register_generator(
+        study.tracking_uri, trial.run_id, bundle, NAME, tags, 0.5, "val/accuracy", accuracies(0.5)
+    )
     after = study.client.get_run(trial.run_id).info
     assert (after.status, after.end_time) == ("KILLED", before.end_time)
     assert mlflow.active_run() is None
@@ -145,9 +196,14 @@ def test_champions_follow_one_another_only_when_beaten(study: StudyTracker, bund
     assert champion(study) == "4" and champion_history(study.client, NAME) == ["1", "4"]
     texts = [study.client.get_model_version(NAME, number).description or "" for number in "1234"]
     assert "Registered as champion. There was no champion before." in texts[0]
-    assert "Registered as challenger" in texts[1] and "not shown to be better: -0.100 over 8 tasks" in texts[1]
+    assert (
+        "Registered as challenger" in texts[1]
+        and "not shown to be better: -0.100 over 8 tasks" in texts[1]
+    )
     assert "other validation data (val1)" in texts[2] and "val2" in texts[2]
-    assert "version 1, had val/accuracy = 0.5000; this one is better: +0.100 over 8 tasks" in texts[3]
+    assert (
+        "version 1, had val/accuracy = 0.5000; this one is better: +0.100 over 8 tasks" in texts[3]
+    )
 
 
 def test_the_same_trial_is_registered_once(study: StudyTracker, bundle: Path) -> None:
@@ -218,7 +274,10 @@ def test_a_registration_killed_at_any_point_is_finished_by_the_next(
         assert version.status == "READY" and version.tags["llgbm.registered_as"] == "champion"
         (model,) = [model for model in models if model.name == f"model-{stage}"]
         assert model.status == "READY" and model.artifact_location == version.source
-        assert (fetch_bundle(f"models:/model-{stage}@champion", study.tracking_uri) / "generator.safetensors").is_file()
+        assert (
+            fetch_bundle(f"models:/model-{stage}@champion", study.tracking_uri)
+            / "generator.safetensors"
+        ).is_file()
 
 
 def test_a_failed_upload_is_not_used_and_leaves_nothing(
@@ -228,9 +287,13 @@ def test_a_failed_upload_is_not_used_and_leaves_nothing(
         patch.setattr(type(study.client), "log_model_artifacts", _no_space)
         with pytest.raises(UserError, match="free some disk space"):
             register(study, bundle)
-    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == ["FAILED"]
+    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == [
+        "FAILED"
+    ]
     assert register(study, bundle).alias == "champion"
-    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == ["READY"]
+    assert [model.status for model in study.client.search_logged_models([study.experiment_id])] == [
+        "READY"
+    ]
 
 
 def _no_space(*arguments: object) -> None:
@@ -251,7 +314,10 @@ def test_promotion_by_hand_and_back(study: StudyTracker, bundle: Path) -> None:
         promote(study.client, f"{NAME}/1")
     with pytest.raises(UserError, match="no model 'nobody'"):
         rollback(study.client, "nobody")
-    assert promote(study.client, f"models:/{NAME}/3").version == "3" and champion_history(study.client, NAME)[-1] == "3"
+    assert (
+        promote(study.client, f"models:/{NAME}/3").version == "3"
+        and champion_history(study.client, NAME)[-1] == "3"
+    )
 
 
 def test_rollback_passes_over_what_is_gone_and_mends_a_history_that_a_kill_left(
@@ -281,7 +347,9 @@ def test_the_model_carries_its_code_pins_and_signature(study: StudyTracker, bund
 
 
 @pytest.mark.parametrize("address", [f"models:/{NAME}@champion", f"models:/{NAME}/1"])
-def test_a_registered_bundle_is_fetched_bit_by_bit(study: StudyTracker, bundle: Path, address: str) -> None:
+def test_a_registered_bundle_is_fetched_bit_by_bit(
+    study: StudyTracker, bundle: Path, address: str
+) -> None:
     register(study, bundle)
     folder = fetch_bundle(address, study.tracking_uri)
     assert folder != bundle and "artifacts/bundle" in folder.as_posix()
@@ -321,7 +389,9 @@ def test_a_folder_is_its_own_bundle(bundle: Path) -> None:
         ("nowhere/at/all", "holds no generator.*generator.json"),
     ],
 )
-def test_what_does_not_exist_is_named(study: StudyTracker, bundle: Path, address: str, message: str) -> None:
+def test_what_does_not_exist_is_named(
+    study: StudyTracker, bundle: Path, address: str, message: str
+) -> None:
     register(study, bundle)
     with pytest.raises(UserError, match=message) as error:
         fetch_bundle(address, study.tracking_uri)
@@ -349,7 +419,10 @@ class WordBundle:
 
     def generate(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         count = float(sum(len(prompt.split()) for prompt in prompts))
-        return {"layer.lora_A.weight": torch.full((3, 2), count).T, "layer.lora_B.weight": torch.ones(3, 2)}
+        return {
+            "layer.lora_A.weight": torch.full((3, 2), count).T,
+            "layer.lora_B.weight": torch.ones(3, 2),
+        }
 
     def adapter_config(self) -> dict[str, object]:
         return {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
@@ -366,7 +439,10 @@ def predict(*prompts: str) -> pd.DataFrame:
 def test_each_row_becomes_one_adapter() -> None:
     answer = predict(json.dumps(["one two", "three"]), json.dumps(["one"]))
     states = [load(base64.b64decode(text)) for text in answer["adapter_safetensors_base64"]]
-    assert [state["layer.lora_A.weight"].tolist() for state in states] == [[[3.0] * 3] * 2, [[1.0] * 3] * 2]
+    assert [state["layer.lora_A.weight"].tolist() for state in states] == [
+        [[3.0] * 3] * 2,
+        [[1.0] * 3] * 2,
+    ]
     assert json.loads(answer["adapter_config"][1]) == WordBundle().adapter_config()
 
 

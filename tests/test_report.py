@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from made_study import BASELINES, LAMBDAS, TASKS, log_trial, make_study
 
-from tuning.report import StudyRecord, collect_baselines, find_study, read_study, result_json, summary, write_report
+from tuning.report import (
+    StudyRecord,
+    collect_baselines,
+    find_study,
+    read_study,
+    result_json,
+    summary,
+    write_report,
+)
 from tuning.report.__main__ import main
 from tuning.report.groups import group_trials
 from tuning.report.plots import DeltaMap, plot_heat_map
@@ -30,15 +38,29 @@ EFFECTS = {"multitask": 0.3, "delta-only": 0.31, "weight-only": 0.0}
 
 
 def trial(config: str, seed: int, accuracy: float, status: str = "FINISHED") -> TrialResult:
-    metrics = {"heldout/accuracy": accuracy, "heldout/delta_cosine": 0.9, "train/accuracy": 0.95, "time/seconds": 60.0}
+    metrics = {
+        "heldout/accuracy": accuracy,
+        "heldout/delta_cosine": 0.9,
+        "train/accuracy": 0.95,
+        "time/seconds": 60.0,
+    }
     metrics |= {"heldout/accuracy_shuffled_prompts": 0.0}
-    curves = {"val/accuracy": [(10, accuracy / 2), (20, accuracy)], "loss/total": [(1, 2.0), (2, 1.0)]}
+    curves = {
+        "val/accuracy": [(10, accuracy / 2), (20, accuracy)],
+        "loss/total": [(1, 2.0), (2, 1.0)],
+    }
     params = {"model_size": "nano", "seed": str(seed)}
-    return TrialResult(f"{config}{seed}", config, seed, status, metrics, curves, params, f"run{config}{seed}")
+    return TrialResult(
+        f"{config}{seed}", config, seed, status, metrics, curves, params, f"run{config}{seed}"
+    )
 
 
 def trials() -> list[TrialResult]:
-    return [trial(config, seed, value) for config, values in VALUES.items() for seed, value in enumerate(values)]
+    return [
+        trial(config, seed, value)
+        for config, values in VALUES.items()
+        for seed, value in enumerate(values)
+    ]
 
 
 def record(every: list[TrialResult]) -> StudyRecord:
@@ -90,7 +112,9 @@ def test_a_worse_method_is_called_worse() -> None:
 
 def test_the_top_says_what_can_be_concluded_and_what_cannot(made: StudyTracker) -> None:
     top = summary(read_study(made.tracking_uri, made.parent_run_id)).splitlines()[0]
-    assert re.search(r"^\*\*delta-only\*\* has the highest .* higher than weight-only \(difference \+0.3", top)
+    assert re.search(
+        r"^\*\*delta-only\*\* has the highest .* higher than weight-only \(difference \+0.3", top
+    )
     assert "whether it differs from multitask cannot be concluded" in top
     assert "3 seeds × 12 tasks" in top
 
@@ -107,11 +131,18 @@ def test_no_finished_trial_still_makes_a_report(tmp_path: Path) -> None:
 
 
 def test_baselines_are_found_again_in_the_parents_metrics() -> None:
-    logged = {"baseline/ridge/accuracy": 0.4, "baseline/ridge/delta_cosine": 0.8, "world/nano/base_accuracy": 0.0}
+    logged = {
+        "baseline/ridge/accuracy": 0.4,
+        "baseline/ridge/delta_cosine": 0.8,
+        "world/nano/base_accuracy": 0.0,
+    }
     assert collect_baselines(logged) == {"ridge": {"accuracy": 0.4, "delta_cosine": 0.8}}
     sized = {"baseline/best_single_nano/accuracy": 0.1, "baseline/best_single_micro/accuracy": 0.2}
     found = collect_baselines(sized, ["nano", "micro"])
-    assert found == {"best_single (nano)": {"accuracy": 0.1}, "best_single (micro)": {"accuracy": 0.2}}
+    assert found == {
+        "best_single (nano)": {"accuracy": 0.1},
+        "best_single (micro)": {"accuracy": 0.2},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +155,13 @@ def written(made: StudyTracker, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_past_study_is_reported_from_its_store_alone(written: Path) -> None:
     text = (written / "report.md").read_text()
-    wanted = ("Results", "Differences in heldout/accuracy", "Learning curves", "Held-out tasks", "Delta maps")
+    wanted = (
+        "Results",
+        "Differences in heldout/accuracy",
+        "Learning curves",
+        "Held-out tasks",
+        "Delta maps",
+    )
     for title in (*wanted, "Memorisation", "Seconds and memory", "Baselines", "Trials"):
         assert f"\n## {title}\n" in text
     assert all(f"| {task} " in text for task in TASKS)
@@ -137,7 +174,9 @@ def test_a_past_study_is_reported_from_its_store_alone(written: Path) -> None:
     for row in rows:
         by_config[row["configuration"]].append(float(row["heldout/accuracy"]))
     for group in found["configurations"]:
-        assert group["metrics"]["heldout/accuracy"]["mean"] == pytest.approx(np.mean(by_config[group["config"]]))
+        assert group["metrics"]["heldout/accuracy"]["mean"] == pytest.approx(
+            np.mean(by_config[group["config"]])
+        )
 
 
 def test_the_page_needs_nothing_beside_itself(written: Path) -> None:
@@ -160,7 +199,8 @@ def test_names_from_a_store_cannot_break_the_page(tmp_path: Path) -> None:
 def test_a_grid_of_lambdas_has_a_heat_map_and_three_points_have_none(tmp_path: Path) -> None:
     grid = [(w, d) for w in (0.0, 0.3, 1.0) for d in (0.0, 1.0) if w or d]
     every = [
-        replace(trial(f"{w} {d}", 0, 0.5), params={"lambda_weight": str(w), "lambda_delta": str(d)}) for w, d in grid
+        replace(trial(f"{w} {d}", 0, 0.5), params={"lambda_weight": str(w), "lambda_delta": str(d)})
+        for w, d in grid
     ]
     assert plot_heat_map(tmp_path / "grid.png", group_trials(every))
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
@@ -179,14 +219,18 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_an_unknown_study_names_the_known_ones(made: StudyTracker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_study_names_the_known_ones(
+    made: StudyTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(["nothing", "--tracking-uri", made.tracking_uri], capsys)
     assert "no study 'nothing'" in line and "made0001 (made)" in line
     line = refused(["latest", "--tracking-uri", made.tracking_uri, "--experiment", "other"], capsys)
     assert "no experiment 'other'" in line and "llgbm" in line
 
 
-def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_is_not_there_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(["latest", "--tracking-uri", f"sqlite:///{tmp_path}/none/mlflow.db"], capsys)
     assert "no MLflow store" in line and not (tmp_path / "none").exists()
 
@@ -209,5 +253,7 @@ def test_a_damaged_artifact_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     run_id = log_trial(tracker, "multitask", 0, {task: 0.5 for task in TASKS}, (0.3, 1.0))
     (broken,) = tmp_path.rglob("per_task.json")
     broken.write_text("{")
-    line = refused(["damaged1", "--tracking-uri", tracker.tracking_uri, "--out", str(tmp_path / "out")], capsys)
+    line = refused(
+        ["damaged1", "--tracking-uri", tracker.tracking_uri, "--out", str(tmp_path / "out")], capsys
+    )
     assert "per_task.json" in line and run_id in line

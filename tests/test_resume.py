@@ -22,7 +22,14 @@ from tuning.studies import Study, StudyOptions
 from tuning.studies import spec as space
 from tuning.studies.from_file import make_study
 from tuning.studies.spec import TrialSpec
-from tuning.sweep.checkpoints import KEPT, TrialCheckpoints, below, open_storage, study_lock, trial_lock
+from tuning.sweep.checkpoints import (
+    KEPT,
+    TrialCheckpoints,
+    below,
+    open_storage,
+    study_lock,
+    trial_lock,
+)
 from tuning.sweep.resume import (
     ARGUMENTS_TAG,
     adopt_finished,
@@ -85,9 +92,14 @@ def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(r
     run_id = ran(first, trial(0), "FINISHED")
     second = Study("second", (trial(0, "here"), trial(1, "here")))
     tracker = begun(root, second)
-    assert [t.config.seed for t in adopt_finished(second.trials, tracker.live_runs(), tracker)] == [0]
+    assert [t.config.seed for t in adopt_finished(second.trials, tracker.live_runs(), tracker)] == [
+        0
+    ]
     ran(tracker, second.trials[1], "FINISHED")
-    found = {t.seed: (t.config, t.status) for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)}
+    found = {
+        t.seed: (t.config, t.status)
+        for t in read_trials(tracker.tracking_uri, tracker.parent_run_id)
+    }
     assert found == {0: ("here", "FINISHED"), 1: ("here", "FINISHED")}
     (own,) = read_trials(first.tracking_uri, first.parent_run_id)
     assert (own.run_id, own.config) == (run_id, "multitask")
@@ -134,7 +146,9 @@ def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> No
     assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
     assert recorded == SMOKE.id
     assert find_study(tracker, "latest").info.run_name == "later"
-    with pytest.raises(UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"):
+    with pytest.raises(
+        UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"
+    ):
         find_study(tracker, "x")
 
 
@@ -177,14 +191,26 @@ def test_checkpoints_come_back_and_a_torn_one_is_passed_over(tmp_path: Path, kin
     assert checkpoints.newest() is None and checkpoints.newest_name() == "start"
     for step in (5, 10, 100):
         checkpoints.write(
-            {"step": step, "best_score": float("-inf"), "generator": {"w": torch.full((3,), float(step))}}
+            {
+                "step": step,
+                "best_score": float("-inf"),
+                "generator": {"w": torch.full((3,), float(step))},
+            }
         )
     names = sorted(path.name for path in (tmp_path / "t").iterdir())
     assert names == ["step_00000010.pt", "step_00000100.pt"] and len(names) == KEPT
     state = checkpoints.newest()
-    assert state is not None and state["step"] == 100 and state["generator"]["w"].tolist() == [100.0] * 3
+    assert (
+        state is not None
+        and state["step"] == 100
+        and state["generator"]["w"].tolist() == [100.0] * 3
+    )
     last = tmp_path / "t" / names[-1]
-    for torn in (last.read_bytes()[:-1], b"", last.read_bytes()[:40] + b"x" + last.read_bytes()[41:]):
+    for torn in (
+        last.read_bytes()[:-1],
+        b"",
+        last.read_bytes()[:40] + b"x" + last.read_bytes()[41:],
+    ):
         last.write_bytes(torn)
         state = checkpoints.newest()
         assert state is not None and state["step"] == 10
@@ -195,13 +221,19 @@ def test_checkpoints_come_back_and_a_torn_one_is_passed_over(tmp_path: Path, kin
     assert checkpoints.newest() is None
 
 
-def _hold(storage: str, held: multiprocessing.synchronize.Event, release: multiprocessing.synchronize.Event) -> None:
+def _hold(
+    storage: str,
+    held: multiprocessing.synchronize.Event,
+    release: multiprocessing.synchronize.Event,
+) -> None:
     with trial_lock(storage, "t"), study_lock(storage, "s"):
         held.set()
         release.wait(60)
 
 
-def test_two_processes_never_hold_one_trial_or_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_never_hold_one_trial_or_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = multiprocessing.get_context("fork")
     held, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(str(tmp_path), held, release))
@@ -228,7 +260,12 @@ StudyTracker.open(None, Path(sys.argv[1]), "ablation")
 
 
 def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Path) -> None:
-    assert subprocess.run([sys.executable, "-c", _HALF_MADE, str(tmp_path)], capture_output=True).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", _HALF_MADE, str(tmp_path)], capture_output=True
+        ).returncode
+        == 9
+    )
     assert not begun(tmp_path, Study("study", (trial(0),))).live_runs()
     assert not list((tmp_path / "mlruns").glob("*.making"))
 
@@ -248,6 +285,10 @@ def test_the_settings_of_an_object_store_stay_at_the_end_of_its_address() -> Non
 
 def test_a_trial_id_depends_on_all_that_its_numbers_depend_on() -> None:
     spec = trial(0)
-    others = [trial(1), replace(spec, config=replace(spec.config, steps=7)), replace(spec, world=WorldConfig("micro"))]
+    others = [
+        trial(1),
+        replace(spec, config=replace(spec.config, steps=7)),
+        replace(spec, world=WorldConfig("micro")),
+    ]
     assert len({spec.id, *(other.id for other in others)}) == 4
     assert replace(spec, name="other").id == spec.id

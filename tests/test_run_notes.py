@@ -27,20 +27,30 @@ from tuning.tracking.trial import TrialTracker
 
 def open_trial(study: StudyTracker, trial_id: str = "t1", **tags: str) -> TrialTracker:
     assert study.target is not None
-    return TrialTracker.open(study.target, trial_id, "multitask", {"seed": 0, "model_size": "nano"}, tags)
+    return TrialTracker.open(
+        study.target, trial_id, "multitask", {"seed": 0, "model_size": "nano"}, tags
+    )
 
 
 def test_a_note_says_what_is_changed_and_why() -> None:
     trials = phase_4_5(StudyOptions(steps=50)).trials
-    notes = {trial.name: run_notes.trial_note(trial, "because") for trial in trials if trial.config.seed == 0}
+    notes = {
+        trial.name: run_notes.trial_note(trial, "because")
+        for trial in trials
+        if trial.config.seed == 0
+    }
     assert "λ_w = 1, λ_d = 0" in notes["weight-only"] and "weights alone" in notes["weight-only"]
     assert "* `lambda_delta`: 0.0 (default 1.0)" in notes["weight-only"]
     assert "no teacher weight is looked at" in notes["delta-only"]
-    assert all("Why: because" in note and "* `steps`: 50 (default 600)" in note for note in notes.values())
+    assert all(
+        "Why: because" in note and "* `steps`: 50 (default 600)" in note for note in notes.values()
+    )
     assert "seed" not in notes["multitask"].split("Changed")[1]
     plain = TrialSpec("plain", TrainingConfig(), trials[0].world)
     assert "All settings are the default training's." in run_notes.trial_note(plain)
-    other = replace(plain, config=replace(plain.config, generator=replace(plain.config.generator, hidden=8)))
+    other = replace(
+        plain, config=replace(plain.config, generator=replace(plain.config.generator, hidden=8))
+    )
     assert "* `generator.hidden`: 8 (default 320)" in run_notes.trial_note(other)
 
 
@@ -53,7 +63,11 @@ def test_the_note_is_where_mlflow_shows_it_and_fits(study: StudyTracker) -> None
 def test_a_studys_note_counts_trials_seeds_and_configurations() -> None:
     study = phase_4_5(StudyOptions(seeds=(3, 1)))
     note = run_notes.study_note(study.name, study.trials, "Does it help?")
-    assert "6 trials over seeds 1, 3" in note and "24 held-out tasks" in note and "Why: Does it help?" in note
+    assert (
+        "6 trials over seeds 1, 3" in note
+        and "24 held-out tasks" in note
+        and "Why: Does it help?" in note
+    )
     assert [line for line in note.splitlines() if line.startswith("*")][1:] == [
         "* multitask",
         "* delta-only",
@@ -70,7 +84,10 @@ def test_the_data_of_a_run_are_named_by_hash_once(study: StudyTracker, world: Wo
     for part, role in run_notes.ROLE_OF_PART.items():
         tasks = json.loads(roles[role].schema)["tasks"]
         assert sorted(tasks) == sorted(getattr(world.config.suite.split, part))
-        assert json.loads(roles[role].source)["bank"] == world.bank.hash and roles[role].digest == world.data.hash
+        assert (
+            json.loads(roles[role].source)["bank"] == world.bank.hash
+            and roles[role].digest == world.data.hash
+        )
 
 
 def test_the_machine_is_watched_while_a_trial_runs_and_a_resumed_run_goes_on(
@@ -92,7 +109,10 @@ def test_the_machine_is_watched_while_a_trial_runs_and_a_resumed_run_goes_on(
 
 def test_a_store_that_is_gone_costs_no_trial(study: StudyTracker, tmp_path: Path) -> None:
     trial = open_trial(study)
-    with run_notes.system_metrics(f"sqlite:///{tmp_path}/mlruns/mlflow.db", "0" * 32), pytest.raises(KeyError):
+    with (
+        run_notes.system_metrics(f"sqlite:///{tmp_path}/mlruns/mlflow.db", "0" * 32),
+        pytest.raises(KeyError),
+    ):
         raise KeyError(trial.run_id)
 
 
@@ -102,7 +122,9 @@ def test_a_policy_that_does_not_exist_is_refused(policy: str, best: int) -> None
         run_notes.check_policy(policy, best)
 
 
-def result(name: str, size: str, value: float | None, status: str = "FINISHED", **more: object) -> TrialResult:
+def result(
+    name: str, size: str, value: float | None, status: str = "FINISHED", **more: object
+) -> TrialResult:
     metrics = {} if value is None else {"val/accuracy": value}
     given: dict = {"curves": {}, "params": {"model_size": size}, "run_id": f"run-{name}", **more}
     return TrialResult(name, name, 0, status, metrics, **given)
@@ -118,7 +140,11 @@ def test_the_best_are_the_best_of_each_size_among_the_whole() -> None:
         result("f", "nano", 0.9, stopped_at=100),
         result("g", "micro", 0.0),
     ]
-    assert [r.trial_id for r in run_notes.best_trials(results, "val/accuracy", 2)] == ["b", "c", "g"]
+    assert [r.trial_id for r in run_notes.best_trials(results, "val/accuracy", 2)] == [
+        "b",
+        "c",
+        "g",
+    ]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -133,19 +159,32 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
     standardiser = Standardiser.fit(world.data.values_AV)
     generator = make_generator(spec.config.generator, world.bank.spec, width, standardiser, seed=0)
     (tmp_path / "kept" / "generator").mkdir(parents=True)
-    GeneratorBundle.save(tmp_path / "kept" / "generator", generator, spec.config.generator, bundle_facts(spec, world))
+    GeneratorBundle.save(
+        tmp_path / "kept" / "generator", generator, spec.config.generator, bundle_facts(spec, world)
+    )
     trial = open_trial(study)
     trial.log_artifacts(tmp_path / "kept", "")
     (found,) = read_trials(study.tracking_uri, study.parent_run_id)
     for _ in range(2):
         run_notes.keep_best_adapters(study.client, {"t1": world}, [found])
-    results = {part: evaluate_generator(generator, world.data, world.flora, part) for part in ("val", "test")}
+    results = {
+        part: evaluate_generator(generator, world.data, world.flora, part)
+        for part in ("val", "test")
+    }
     run_notes.write_trial_adapters(tmp_path / "own", world, results)
     saved = Path(study.client.download_artifacts(trial.run_id, "adapters", str(tmp_path)))
     own = sorted(
-        path.relative_to(tmp_path / "own/adapters") for path in (tmp_path / "own").rglob("*") if path.is_file()
+        path.relative_to(tmp_path / "own/adapters")
+        for path in (tmp_path / "own").rglob("*")
+        if path.is_file()
     )
-    assert own == sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file()) and own
+    assert (
+        own == sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file())
+        and own
+    )
     for folder in {path.parent for path in own}:
-        states = [load_adapter(root / folder, world.bank.spec) for root in (saved, tmp_path / "own/adapters")]
+        states = [
+            load_adapter(root / folder, world.bank.spec)
+            for root in (saved, tmp_path / "own/adapters")
+        ]
         assert all(states[0][key].equal(states[1][key]) for key in states[1])

@@ -74,7 +74,9 @@ def test_curves_read_in_bulk_are_those_read_one_by_one(
     for result in read_trials(study.tracking_uri, study.parent_run_id):
         assert set(result.curves) == {"loss/total", "val/accuracy"}
         for key, curve in result.curves.items():
-            assert curve == [(m.step, m.value) for m in study.client.get_metric_history(result.run_id, key)]
+            assert curve == [
+                (m.step, m.value) for m in study.client.get_metric_history(result.run_id, key)
+            ]
     (first, *_) = read_trials(study.tracking_uri, study.parent_run_id, ("system/cpu",))
     assert first.curves == {"system/cpu": [(0, 1.0), (1, 1.0), (2, 1.0)]}
 
@@ -88,8 +90,12 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
-def test_sixteen_trials_log_through_a_server_over_a_database_and_lose_nothing(database: str, tmp_path: Path) -> None:
-    with serving(mlflow_server(sys.executable, with_driver(database), tmp_path), tmp_path / "log", "health") as server:
+def test_sixteen_trials_log_through_a_server_over_a_database_and_lose_nothing(
+    database: str, tmp_path: Path
+) -> None:
+    with serving(
+        mlflow_server(sys.executable, with_driver(database), tmp_path), tmp_path / "log", "health"
+    ) as server:
         study = StudyTracker.open(server, tmp_path, "ablation")
         log_many(study.begin("study", "id", {}, {}))
         check_nothing_is_lost(study)

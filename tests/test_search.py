@@ -52,10 +52,14 @@ def score(spec: TrialSpec) -> dict[str, Any]:
 
 def fresh(space: SearchSpace, n_points: int, study: optuna.Study | None = None) -> PointSearch:
     directions = ["maximize"] * len(space.objectives)
-    return PointSearch(space, study or optuna.create_study(directions=directions, study_name="s"), n_points)
+    return PointSearch(
+        space, study or optuna.create_study(directions=directions, study_name="s"), n_points
+    )
 
 
-def finish(search: PointSearch, result: Callable[[TrialSpec], dict[str, Any] | None] = score) -> list[TrialSpec]:
+def finish(
+    search: PointSearch, result: Callable[[TrialSpec], dict[str, Any] | None] = score
+) -> list[TrialSpec]:
     """Run what is asked for, one by one."""
     ran = []
     while (spec := search.ask()) is not None:
@@ -68,14 +72,20 @@ def params_of(study: optuna.Study) -> list[dict[str, float]]:
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.parametrize(("sampler", "objectives"), [("optuna", BOTH[:1]), ("random", BOTH[:1]), ("optuna", BOTH)])
-def test_the_points_are_those_of_optunas_own_loop_over_means(sampler: str, objectives: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "objectives"), [("optuna", BOTH[:1]), ("random", BOTH[:1]), ("optuna", BOTH)]
+)
+def test_the_points_are_those_of_optunas_own_loop_over_means(
+    sampler: str, objectives: tuple[str, ...]
+) -> None:
     space = replace(SPACE, sampler=sampler, objectives=objectives, seeds=(0, 1, 2))
     search = fresh(space, 9)
     assert len(finish(search)) == 27
 
     def objective(trial: optuna.Trial) -> list[float]:
-        point = {name: trial.suggest_float(name, *ends, log=True) for name, ends in space.ranges.items()}
+        point = {
+            name: trial.suggest_float(name, *ends, log=True) for name, ends in space.ranges.items()
+        }
         found = [score(spec) for spec in space.trials(point)]
         return [float(np.mean([result[name] for result in found])) for name in objectives]
 
@@ -87,10 +97,16 @@ def test_the_points_are_those_of_optunas_own_loop_over_means(sampler: str, objec
         theirs.sampler = kinds[sampler](seed=seed, **more)
         theirs.optimize(objective, n_trials=1)
     assert params_of(search.study) == params_of(theirs)
-    np.testing.assert_allclose([t.values for t in search.study.trials], [t.values for t in theirs.trials], rtol=1e-12)
+    np.testing.assert_allclose(
+        [t.values for t in search.study.trials], [t.values for t in theirs.trials], rtol=1e-12
+    )
 
 
-@given(kills=st.lists(st.booleans(), min_size=12, max_size=40), concurrent=st.integers(1, 3), data=st.data())
+@given(
+    kills=st.lists(st.booleans(), min_size=12, max_size=40),
+    concurrent=st.integers(1, 3),
+    data=st.data(),
+)
 @settings(max_examples=25, deadline=None)
 def test_a_driver_killed_anywhere_loses_and_doubles_no_point(
     kills: list[bool], concurrent: int, data: st.DataObject
@@ -131,7 +147,9 @@ def test_a_later_run_goes_on_and_runs_nothing_again(tmp_path: Path) -> None:
     assert finish(again) == []
     more = PointSearch(SPACE, open_search(study, url), 5)
     assert len(finish(more)) == 4
-    straight = fresh(SPACE, 5, optuna.create_study(direction="maximize", study_name=more.study.study_name))
+    straight = fresh(
+        SPACE, 5, optuna.create_study(direction="maximize", study_name=more.study.study_name)
+    )
     finish(straight)
     assert params_of(more.study) == params_of(straight.study)
     other = replace(study, space=replace(SPACE, seeds=(5,)))
@@ -157,7 +175,11 @@ def test_a_failed_seed_fails_its_point_and_no_other() -> None:
 
     ran = finish(search, result)
     assert len(ran) == 6
-    assert [t.state for t in search.study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert [t.state for t in search.study.trials] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
     assert search.retry_failed() == 1
     retried = finish(search)
     assert [spec.id for spec in retried] == [ran[0].id]
@@ -177,7 +199,10 @@ def test_a_stopped_seed_counts_with_what_it_reached(objectives: tuple[str, ...])
 
     finish(search, result)
     point = search.study.trials[1]
-    means = [np.mean([score(spec)[name] for spec in search.space.trials(point.params)]) for name in objectives]
+    means = [
+        np.mean([score(spec)[name] for spec in search.space.trials(point.params)])
+        for name in objectives
+    ]
     np.testing.assert_allclose(point.values, means, rtol=1e-12)
     assert point.user_attrs[STOPPED] == 200
     assert point.state == (TrialState.PRUNED if len(objectives) == 1 else TrialState.COMPLETE)
@@ -192,7 +217,8 @@ def test_optunas_front_is_what_is_called_best() -> None:
     front = {search.space.trials(t.params)[0].name for t in search.study.best_trials}
     said = describe_best(search.space, search.study)
     assert all(
-        (search.space.trials(t.params)[0].name in said) == (t in search.study.best_trials) for t in search.study.trials
+        (search.space.trials(t.params)[0].name in said) == (t in search.study.best_trials)
+        for t in search.study.trials
     )
     assert 1 <= len(front) <= 5
 
@@ -204,7 +230,10 @@ def test_optuna_comes_nearer_to_a_planted_top_than_random_does() -> None:
         finish(fresh(space, 25, study))
         return study.best_value
 
-    best = {sampler: np.mean([reached(sampler, n) for n in range(4)]) for sampler in ("optuna", "random")}
+    best = {
+        sampler: np.mean([reached(sampler, n) for n in range(4)])
+        for sampler in ("optuna", "random")
+    }
     assert best["optuna"] > best["random"]
 
 
@@ -216,7 +245,11 @@ def test_half_a_point_is_no_point() -> None:
     finish(search)
     straight = fresh(SPACE, 2)
     finish(straight)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert [t.state for t in study.trials] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
     assert params_of(study)[1:] == params_of(straight.study)
 
 
@@ -256,8 +289,12 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
         ("postgresql://127.0.0.1:9/x", "cannot be used"),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_one_sentence(url: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "text.db").write_text("no database at all, and long enough to be looked at as one" * 20)
+def test_a_storage_that_cannot_be_used_is_one_sentence(
+    url: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.db").write_text(
+        "no database at all, and long enough to be looked at as one" * 20
+    )
     with pytest.raises(UserError, match=words) as refused:
         open_search(STUDIES["optuna_lambda"](StudyOptions()), url.format(here=tmp_path))
     assert "\n" not in str(refused.value) and "--optuna-storage" in str(refused.value)
@@ -265,7 +302,9 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(url: str, words: str, tmp
 
 @given(steps=st.integers(1, 2000), eval_every=st.integers(1, 600))
 @settings(deadline=None)
-def test_asha_stops_nothing_after_the_last_evaluation_before_the_end(steps: int, eval_every: int) -> None:
+def test_asha_stops_nothing_after_the_last_evaluation_before_the_end(
+    steps: int, eval_every: int
+) -> None:
     config = TrainingConfig(steps=steps, eval_every=eval_every)
     study = Study("s", (TrialSpec("one", config, SPACE.base.world),), metric="val/delta_cosine")
     evaluations = [step for step in range(1, steps) if step % eval_every == 0]
@@ -283,14 +322,18 @@ def test_ashas_rungs_compare_validation_values_and_let_a_last_step_pass() -> Non
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import TrialScheduler
 
-    study = Study("s", (TrialSpec("one", TrainingConfig(steps=600, eval_every=100), SPACE.base.world),))
+    study = Study(
+        "s", (TrialSpec("one", TrainingConfig(steps=600, eval_every=100), SPACE.base.world),)
+    )
     scheduler = make_scheduler("asha", study)
     said = {}
     for name, value in (("good", 0.8), ("better", 0.9), ("bad", 0.1)):
         trial = Trial("x", trial_id=name, stub=True)
         scheduler.on_trial_add(None, trial)
         for step in (100, 200):
-            said[name, step] = scheduler.on_trial_result(None, trial, {"step": step, "val/accuracy": value})
+            said[name, step] = scheduler.on_trial_result(
+                None, trial, {"step": step, "val/accuracy": value}
+            )
         said[name, 600] = scheduler.on_trial_result(None, trial, {"step": 600, "val/accuracy": 0.0})
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
     assert [said["bad", step] for step in (100, 200)] == [go, stop]
@@ -308,7 +351,10 @@ def test_ashas_rungs_compare_validation_values_and_let_a_last_step_pass() -> Non
         ({"lambda_delta": (0.0, 1.0)}, "log scale"),
         ({"lambda_delta": (2.0, 1.0)}, "in order"),
         ({"lambda_delta": (0.1, float("inf"))}, "finite"),
-        ({"lambda_weight": (0, 0), "lambda_delta": (1, 1), "learning_rate": (1e-3, 1e-3)}, "nothing to search"),
+        (
+            {"lambda_weight": (0, 0), "lambda_delta": (1, 1), "learning_rate": (1e-3, 1e-3)},
+            "nothing to search",
+        ),
     ],
 )
 def test_a_space_that_is_none_is_one_sentence(changes: dict[str, Any], words: str) -> None:
@@ -320,7 +366,9 @@ def test_a_fixed_field_is_no_parameter() -> None:
     space = replace(SPACE, lambda_weight=(0.3, 0.3))
     search = fresh(space, 2)
     assert {spec.config.lambda_weight for spec in finish(search)} == {0.3}
-    assert {frozenset(params) for params in params_of(search.study)} == {frozenset(("lambda_delta", "learning_rate"))}
+    assert {frozenset(params) for params in params_of(search.study)} == {
+        frozenset(("lambda_delta", "learning_rate"))
+    }
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -355,7 +403,10 @@ def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
     assert 1 <= len(stopped) <= 3
     known = {run.trial_id: run.last_result for run in past_runs(None, tmp_path, "llgbm")}
     directly = PointSearch(
-        study.space, optuna.create_study(direction="maximize", study_name=found.study_name), 4, known
+        study.space,
+        optuna.create_study(direction="maximize", study_name=found.study_name),
+        4,
+        known,
     )
     assert directly.ask() is None
     assert params_of(directly.study) == params_of(found)

@@ -38,13 +38,24 @@ PROMPTS = ["reverse plainly : apple lemon river =>", "reverse it : guitar piano 
 
 
 @pytest.fixture(scope="module")
-def store(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, empty_store: Path, tmp_path_factory) -> str:
+def store(
+    tiny_base: Base,
+    tiny_spec: LoraSpec,
+    tiny_adapters: LoraBatch,
+    empty_store: Path,
+    tmp_path_factory,
+) -> str:
     """A store whose one model is an untrained generator of adapters for the tiny base, a champion."""
     folder = tmp_path_factory.mktemp("registry")
     shutil.copytree(empty_store, folder / "mlruns")
     standardiser = Standardiser.fit(tiny_adapters.flatten(tiny_spec))
     config = GeneratorConfig(hidden=16)
-    facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "b"}
+    facts = {
+        "size": "tiny",
+        "base_path": tiny_base.path,
+        "base_hash": tiny_base.hash,
+        "bank_hash": "b",
+    }
     generator = make_generator(config, tiny_spec, 384, standardiser, seed=0)
     (folder / "bundle").mkdir()
     GeneratorBundle.save(folder / "bundle", generator, config, {**facts, "encoder": "minilm"})
@@ -52,16 +63,30 @@ def store(tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, empty_
     target = study.begin("study", "id", {}, {})
     run_id = TrialTracker.open(target, "t", "multitask", {"seed": 0}, {}).run_id
     tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t"}
-    register_generator(study.tracking_uri, run_id, folder / "bundle", "tiny", tags, 0.5, "val/accuracy", {"a": 0.5})
+    register_generator(
+        study.tracking_uri, run_id, folder / "bundle", "tiny", tags, 0.5, "val/accuracy", {"a": 0.5}
+    )
     return study.tracking_uri
 
 
 @pytest.fixture(scope="module")
 def served(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The champion, served."""
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        MODEL,
+        "--env-manager",
+        "local",
+    ]
     log = tmp_path_factory.mktemp("served") / "log"
-    with serving([*command, "-h", "127.0.0.1"], log, "ping", {**os.environ, "MLFLOW_TRACKING_URI": store}) as url:
+    with serving(
+        [*command, "-h", "127.0.0.1"], log, "ping", {**os.environ, "MLFLOW_TRACKING_URI": store}
+    ) as url:
         yield url
 
 
@@ -69,7 +94,16 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
     served: str, store: str, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, "-m", "llgbm", "fetch", "--url", served, "--prompts", str(tmp_path / "prompts.txt")]
+    command = [
+        sys.executable,
+        "-m",
+        "llgbm",
+        "fetch",
+        "--url",
+        served,
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
     done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bundle = GeneratorBundle.load(fetch_bundle(MODEL, store))
@@ -78,7 +112,9 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
     assert got.keys() == wanted.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(got[key], tensor)
-    config, own = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
+    config, own = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab"
+    )
     assert config == own
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(base, tmp_path / "a")
@@ -125,7 +161,10 @@ WEIGHTS = save({"layer.lora_A.weight": torch.ones(2, 3)})
 
 def answer(weights: bytes = WEIGHTS, config: object = None) -> bytes:
     own = {"peft_type": "LORA", "r": 2} if config is None else config
-    row = {"adapter_safetensors_base64": base64.b64encode(weights).decode(), "adapter_config": json.dumps(own)}
+    row = {
+        "adapter_safetensors_base64": base64.b64encode(weights).decode(),
+        "adapter_config": json.dumps(own),
+    }
     return json.dumps({"predictions": [row]}).encode()
 
 
@@ -156,15 +195,22 @@ def test_an_answer_becomes_a_folder_and_replaces_an_earlier_adapter(tmp_path: Pa
         (answer(b""), "damaged"),
     ],
 )
-def test_what_is_no_adapter_is_refused_in_one_sentence(body: bytes, message: str, tmp_path: Path) -> None:
+def test_what_is_no_adapter_is_refused_in_one_sentence(
+    body: bytes, message: str, tmp_path: Path
+) -> None:
     with answering(body) as url, pytest.raises(UserError, match=message) as error:
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")
     assert "\n" not in str(error.value) and not (tmp_path / "adapter").exists()
 
 
 def test_a_refusal_carries_the_servers_reason(tmp_path: Path) -> None:
-    refusal = json.dumps({"error_code": "BAD_REQUEST", "message": "row 0:\n`prompts` must be\na JSON list"}).encode()
-    with answering(refusal, 400) as url, pytest.raises(UserError, match="HTTP 400: row 0: `prompts` must be a JSON"):
+    refusal = json.dumps(
+        {"error_code": "BAD_REQUEST", "message": "row 0:\n`prompts` must be\na JSON list"}
+    ).encode()
+    with (
+        answering(refusal, 400) as url,
+        pytest.raises(UserError, match="HTTP 400: row 0: `prompts` must be a JSON"),
+    ):
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")
 
 
@@ -176,7 +222,10 @@ def test_an_address_that_serves_nothing_is_refused(address: str, tmp_path: Path)
 
 
 def test_the_client_needs_neither_torch_nor_mlflow() -> None:
-    code = (
-        "import sys, llgbm.client; print([m for m in ('torch', 'mlflow', 'peft', 'safetensors') if m in sys.modules])"
+    code = "import sys, llgbm.client; print([m for m in ('torch', 'mlflow', 'peft', 'safetensors') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

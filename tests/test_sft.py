@@ -58,7 +58,11 @@ def values(bank: Bank) -> Tensor:
 def banks(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bank]:
     """One bank a method, and one of two checkpoints a run."""
     root = tmp_path_factory.mktemp("banks")
-    configs = {"peft": ONE_EACH, "batched": replace(ONE_EACH, method="batched", at_once=3), "two": TWO_EACH}
+    configs = {
+        "peft": ONE_EACH,
+        "batched": replace(ONE_EACH, method="batched", at_once=3),
+        "two": TWO_EACH,
+    }
     return {name: bank_of(tiny_base, root / name, config) for name, config in configs.items()}
 
 
@@ -89,13 +93,19 @@ def test_a_run_leaves_its_last_checkpoints(banks: dict[str, Bank]) -> None:
     }
     # One run over the whole share of rows is not one of two runs over halves.
     assert {e["subset"] for e in manifest["adapters"].values()} == {"1 of 1"}
-    last, first, start = values(banks["two"])[0], values(banks["two"])[1], start_of(banks["two"].spec)[0]
+    last, first, start = (
+        values(banks["two"])[0],
+        values(banks["two"])[1],
+        start_of(banks["two"].spec)[0],
+    )
     assert 0 < (first - start).norm() < (last - start).norm()
 
 
 def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -> None:
     bank = banks["peft"]
-    assert list(bank.adapters) == [f"{t}_{i}" for t in ("copy-plain", "reverse-brackets") for i in range(2)]
+    assert list(bank.adapters) == [
+        f"{t}_{i}" for t in ("copy-plain", "reverse-brackets") for i in range(2)
+    ]
     for adapter_id, task in bank.adapters.items():
         folder = bank.folder / "checkpoints" / task / adapter_id
         files = {"adapter_model.safetensors", "adapter_config.json", "prompts.json"}
@@ -118,7 +128,11 @@ def test_the_base_is_as_it_was(banks: dict[str, Bank], tiny_base: Base) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"accumulation": 4}, {"gradient_checkpointing": "on"}, {"accumulation": 2, "gradient_checkpointing": "on"}],
+    [
+        {"accumulation": 4},
+        {"gradient_checkpointing": "on"},
+        {"accumulation": 2, "gradient_checkpointing": "on"},
+    ],
 )
 def test_saving_memory_changes_no_adapter(
     banks: dict[str, Bank], tiny_base: Base, tmp_path: Path, change: dict[str, object]
@@ -134,7 +148,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_a_killed_run_goes_on_to_the_same_bits(
-    banks: dict[str, Bank], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    banks: dict[str, Bank],
+    tiny_base: Base,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
     advanced: list[str] = []
     plain = PeftRun.advance
@@ -194,7 +212,9 @@ def test_a_folder_of_other_settings_or_other_things_is_refused(
     with pytest.raises(UserError, match="another settings"):
         bank_of(tiny_base, banks["two"].folder, replace(TWO_EACH, accumulation=2))
     with pytest.raises(UserError, match="another rank and settings"):
-        bank_of(tiny_base, banks["two"].folder, replace(TWO_EACH, teachers=replace(TEACHERS, rank=2)))
+        bank_of(
+            tiny_base, banks["two"].folder, replace(TWO_EACH, teachers=replace(TEACHERS, rank=2))
+        )
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         bank_of(tiny_base, tmp_path, TWO_EACH)
@@ -222,7 +242,9 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, object], words: s
         replace(TWO_EACH, **change)  # type: ignore[arg-type]
 
 
-def test_a_run_that_does_not_fit_is_refused(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_does_not_fit_is_refused(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llgbm.teachers.build.free_memory", lambda device: 1e3)
     with pytest.raises(UserError, match="--method peft"):
         bank_of(tiny_base, tmp_path / "bank", replace(ONE_EACH, method="batched"))
@@ -236,6 +258,9 @@ def test_checkpointing_comes_by_itself_where_memory_is_short(
 
     plain = sft.blocks_checkpointed
     monkeypatch.setattr("llgbm.teachers.build.free_memory", lambda device: 1e3)
-    monkeypatch.setattr("llgbm.teachers.peft.blocks_checkpointed", lambda model: used.append([model]) or plain(model))
+    monkeypatch.setattr(
+        "llgbm.teachers.peft.blocks_checkpointed",
+        lambda model: used.append([model]) or plain(model),
+    )
     bank_of(tiny_base, tmp_path / "bank", TWO_EACH)
     assert len(used) == 8

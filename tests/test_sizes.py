@@ -47,14 +47,21 @@ def spec_of(name: str) -> LoraSpec:
 def test_a_full_size_spec_has_the_keys_and_shapes_that_peft_gives_it(name: str) -> None:
     file = SHARED / "qwen2.5" / PUBLISHED[name][1]
     if not file.is_file():
-        pytest.skip("../shared/qwen2.5 is absent: no published adapter config to hold the sizes against")
+        pytest.skip(
+            "../shared/qwen2.5 is absent: no published adapter config to hold the sizes against"
+        )
     published = json.loads(file.read_text())
     config = LoraConfig(
-        r=published["r"], lora_alpha=published["lora_alpha"], target_modules=published["target_modules"]
+        r=published["r"],
+        lora_alpha=published["lora_alpha"],
+        target_modules=published["target_modules"],
     )
     theirs = get_peft_model_state_dict(get_peft_model(weightless_model(name), config))
     spec = spec_of(name)
-    ours = {f"base_model.model.{module}.lora_{side}.weight": shape for module, side, shape in spec.pieces}
+    ours = {
+        f"base_model.model.{module}.lora_{side}.weight": shape
+        for module, side, shape in spec.pieces
+    }
     assert ours == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
     assert (spec.rank, spec.alpha) == (published["r"], published["lora_alpha"])
 
@@ -74,7 +81,9 @@ def test_a_full_size_adapter_has_as_many_tokens_as_published_and_survives_them(n
 
 def test_use_small_model_picks_within_the_family() -> None:
     assert TrainingConfig(model_family="qwen2.5", use_small_model=True).model_size == "qwen2.5-0.5b"
-    assert TrainingConfig(model_family="qwen2.5", use_small_model=False).model_size == "qwen2.5-1.5b"
+    assert (
+        TrainingConfig(model_family="qwen2.5", use_small_model=False).model_size == "qwen2.5-1.5b"
+    )
     assert TrainingConfig(use_small_model=True).model_size == "nano"
     assert TrainingConfig(model_size="base-mine").model_size == "base-mine"
     with pytest.raises(UserError, match="embedded, qwen2.5"):
@@ -86,7 +95,9 @@ def test_a_published_size_is_never_pretrained_here() -> None:
         WorldConfig("qwen2.5-0.5b")
 
 
-def test_a_base_is_known_by_its_files_and_dtype_wherever_it_lies(tiny_base: Base, tmp_path: Path) -> None:
+def test_a_base_is_known_by_its_files_and_dtype_wherever_it_lies(
+    tiny_base: Base, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_base.path, copy)
     here, there = BaseSource.find(tiny_base.path), BaseSource.find(str(copy))
@@ -95,7 +106,10 @@ def test_a_base_is_known_by_its_files_and_dtype_wherever_it_lies(tiny_base: Base
     assert WorldConfig("base-x", base=here).hash == WorldConfig("base-x", base=there).hash
     half = BaseSource.find(str(copy), "bfloat16")
     assert half.hash != here.hash
-    assert half.load("cpu").model.dtype == torch.bfloat16 and here.load("cpu").model.dtype == torch.float32
+    assert (
+        half.load("cpu").model.dtype == torch.bfloat16
+        and here.load("cpu").model.dtype == torch.float32
+    )
     (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert BaseSource.find(str(copy)) != here
     with pytest.raises(UserError, match="changed since"):

@@ -25,7 +25,9 @@ STUDY = ("--seeds", "0", "1", "--steps", "40")
 class Chaos:
     """One sweep, on this machine alone or on two machines of a cluster, and the kills that befall it."""
 
-    def __init__(self, sweep: Sweep, rng: random.Random, kills: int, cluster: Any = None, nodes: Any = ()) -> None:
+    def __init__(
+        self, sweep: Sweep, rng: random.Random, kills: int, cluster: Any = None, nodes: Any = ()
+    ) -> None:
         self.sweep, self.rng, self.left = sweep, rng, kills
         self.done: Counter[str] = Counter()
         self.cluster, self.nodes = cluster, list(nodes)
@@ -39,7 +41,9 @@ class Chaos:
             if process.poll() is not None:
                 assert process.returncode == 0, self.sweep.log()
                 return
-            kind = self.rng.choice(["driver", "worker", "worker", "node" if self.cluster else "worker"])
+            kind = self.rng.choice(
+                ["driver", "worker", "worker", "node" if self.cluster else "worker"]
+            )
             if self._kill(kind):
                 self.done[kind] += 1
                 self.left -= 1

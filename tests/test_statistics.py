@@ -24,7 +24,9 @@ from tuning.tracking.runs import TrialResult
 NAMES = ("weight-only", "delta-only", "multitask", "other", "more", "last")
 
 
-def cells(seed: int, seeds: int, tasks: int, by_seed: float = 1.0, by_task: float = 1.0) -> np.ndarray:
+def cells(
+    seed: int, seeds: int, tasks: int, by_seed: float = 1.0, by_task: float = 1.0
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
     noise_ST = rng.normal(size=(seeds, tasks))
     return 0.5 + by_seed * rng.normal(size=(seeds, 1)) + by_task * rng.normal(size=tasks) + noise_ST
@@ -33,7 +35,14 @@ def cells(seed: int, seeds: int, tasks: int, by_seed: float = 1.0, by_task: floa
 def trial(config: str, seed: int, accuracy: float, **changed: object) -> TrialResult:
     metrics = {"heldout/accuracy": accuracy, "val/accuracy": accuracy}
     made = TrialResult(
-        f"{config}{seed}", config, seed, "FINISHED", metrics, {}, {"model_size": "nano"}, f"run {config} {seed}"
+        f"{config}{seed}",
+        config,
+        seed,
+        "FINISHED",
+        metrics,
+        {},
+        {"model_size": "nano"},
+        f"run {config} {seed}",
     )
     return replace(made, **changed)  # type: ignore[arg-type]
 
@@ -44,7 +53,9 @@ def compared(accuracy_CST: np.ndarray) -> list[Comparison]:
     for name, accuracy_ST in zip(NAMES, accuracy_CST, strict=False):
         for seed, accuracy_T in enumerate(accuracy_ST):
             trials.append(trial(name, seed, float(accuracy_T.mean())))
-            by_task[trials[-1].run_id] = {f"task {i}": float(value) for i, value in enumerate(accuracy_T)}
+            by_task[trials[-1].run_id] = {
+                f"task {i}": float(value) for i, value in enumerate(accuracy_T)
+            }
     return compare(group_trials(trials, by_task))
 
 
@@ -63,7 +74,9 @@ class Scenario:
         """Accuracies [configurations, seeds, tasks]; the last configuration is better by `effect` logits."""
         c, s, t = self.configurations, self.seeds, self.tasks
         logits = 0.3 + rng.normal(0, 1.5, t) + rng.normal(0, self.by_seed, (c, s, 1))
-        logits = logits + rng.normal(0, self.by_task, (c, 1, t)) + rng.normal(0, self.by_cell, (c, s, t))
+        logits = (
+            logits + rng.normal(0, self.by_task, (c, 1, t)) + rng.normal(0, self.by_cell, (c, s, t))
+        )
         logits[-1] += effect
         return rng.binomial(examples, 1 / (1 + np.exp(-logits))) / examples
 
@@ -88,11 +101,15 @@ def quick_collection() -> Iterator[None]:
 def false_alarms(scenario: Scenario, studies: int, seed: int = 7) -> float:
     """Share of studies without any effect in which at least one comparison is called significant."""
     rng = np.random.default_rng(seed)
-    return float(np.mean([any(c.is_clear for c in compared(scenario.draw(rng))) for _ in range(studies)]))
+    return float(
+        np.mean([any(c.is_clear for c in compared(scenario.draw(rng))) for _ in range(studies)])
+    )
 
 
 @pytest.mark.parametrize("scenario", NULLS, ids=str)
-def test_a_study_without_effect_is_called_significant_in_at_most_one_of_twenty(scenario: Scenario) -> None:
+def test_a_study_without_effect_is_called_significant_in_at_most_one_of_twenty(
+    scenario: Scenario,
+) -> None:
     assert false_alarms(scenario, studies=200) <= 0.05
 
 
@@ -101,7 +118,9 @@ def test_a_study_without_effect_is_called_significant_in_at_most_one_of_twenty(s
 def test_null_studies_of_many_shapes(shape: tuple[int, int, int]) -> None:
     noises = product((0.0, 0.3, 1.0), (0.0, 0.3, 0.8), (0.2, 1.0))
     rates = {n: false_alarms(Scenario(*shape, *n), 60, stream_seed(*shape, *n)) for n in noises}
-    print(shape, "mean", round(float(np.mean(list(rates.values()))), 4), "worst", max(rates.values()))
+    print(
+        shape, "mean", round(float(np.mean(list(rates.values()))), 4), "worst", max(rates.values())
+    )
     assert np.mean(list(rates.values())) <= 0.05
     assert max(rates.values()) <= stats.binom.ppf(0.999, 60, 0.05) / 60, rates
 
@@ -110,13 +129,18 @@ def test_a_planted_improvement_is_found() -> None:
     rng = np.random.default_rng(3)
     scenario = Scenario(3, 3, 24, 0.1, 0.5, 0.3)
     found = [compared(scenario.draw(rng, effect=1.5)) for _ in range(40)]
-    better = [next(c for c in each if (c.config, c.reference) == ("multitask", "weight-only")) for each in found]
+    better = [
+        next(c for c in each if (c.config, c.reference) == ("multitask", "weight-only"))
+        for each in found
+    ]
     assert np.mean([c.is_clear and c.difference > 0 for c in better]) >= 0.8
 
 
 @given(st.integers(0, 10_000), st.integers(2, 6), st.integers(2, 30))
 @settings(max_examples=40, deadline=None)
-def test_the_crossed_test_is_the_larger_of_min_f_and_the_paired_t_test(seed: int, seeds: int, tasks: int) -> None:
+def test_the_crossed_test_is_the_larger_of_min_f_and_the_paired_t_test(
+    seed: int, seeds: int, tasks: int
+) -> None:
     differences_ST = cells(seed, seeds, tasks)
     found = crossed_test(differences_ST)
     assert found is not None
@@ -132,13 +156,19 @@ def test_the_crossed_test_is_the_larger_of_min_f_and_the_paired_t_test(seed: int
 def test_its_variance_is_that_of_a_mixed_model_plus_the_noise_of_the_cells() -> None:
     differences_ST = cells(5, 6, 20)
     seeds, tasks = differences_ST.shape
-    columns = {"y": differences_ST.ravel(), "s": np.repeat(range(seeds), tasks), "t": np.tile(range(tasks), seeds)}
+    columns = {
+        "y": differences_ST.ravel(),
+        "s": np.repeat(range(seeds), tasks),
+        "t": np.tile(range(tasks), seeds),
+    }
     table = pd.DataFrame(columns)
     parts = {"s": "0 + C(s)", "t": "0 + C(t)"}
     model = smf.mixedlm("y ~ 1", table, groups=np.ones(seeds * tasks), vc_formula=parts).fit()
     found = crossed_test(differences_ST)
     assert found is not None
-    by_seed, by_task = (differences_ST.mean(axis).var(ddof=1) / differences_ST.mean(axis).size for axis in (1, 0))
+    by_seed, by_task = (
+        differences_ST.mean(axis).var(ddof=1) / differences_ST.mean(axis).size for axis in (1, 0)
+    )
     freedom = (by_seed + by_task) ** 2 / (by_seed**2 / (seeds - 1) + by_task**2 / (tasks - 1))
     error = (found.interval[1] - found.difference) / stats.t.ppf(0.975, freedom)
     noise = model.scale / (seeds * tasks)
@@ -172,12 +202,16 @@ def test_a_new_generator_is_better_only_where_the_tasks_show_it() -> None:
     assert paired_comparison(higher, old).is_better
     assert not paired_comparison(old, higher).is_better
     assert not paired_comparison(old, old).is_better
-    few = paired_comparison({t: higher[t] for t in list(old)[:5]}, {t: old[t] for t in list(old)[:5]})
+    few = paired_comparison(
+        {t: higher[t] for t in list(old)[:5]}, {t: old[t] for t in list(old)[:5]}
+    )
     assert not few.is_better and "below 6 tasks" in few.verdict
 
 
 def test_examples_of_one_task_are_no_evidence_about_tasks() -> None:
-    many = paired_comparison({"a": [1.0] * 500, "b": [0.0] * 500}, {"a": [0.0] * 500, "b": [0.0] * 500})
+    many = paired_comparison(
+        {"a": [1.0] * 500, "b": [0.0] * 500}, {"a": [0.0] * 500, "b": [0.0] * 500}
+    )
     assert (many.difference, many.n, many.is_better) == (0.5, 2, False)
 
 
@@ -196,7 +230,12 @@ def test_two_equal_generators_are_rarely_told_apart() -> None:
     for _ in range(100):
         rates_T = rng.uniform(size=9)
         new, old = (dict(enumerate(rng.binomial(24, rates_T) / 24)) for _ in range(2))
-        alarms += paired_comparison({str(k): v for k, v in new.items()}, {str(k): v for k, v in old.items()}).p <= 0.05
+        alarms += (
+            paired_comparison(
+                {str(k): v for k, v in new.items()}, {str(k): v for k, v in old.items()}
+            ).p
+            <= 0.05
+        )
     assert alarms <= 5
 
 
@@ -214,7 +253,9 @@ def test_the_interval_of_a_mean_is_statsmodels() -> None:
 
 def test_without_numbers_by_task_seeds_alone_are_paired() -> None:
     values = {"multitask": (0.60, 0.70, 0.65), "weight-only": (0.40, 0.52, 0.43)}
-    trials = [trial(name, seed, value) for name, own in values.items() for seed, value in enumerate(own)]
+    trials = [
+        trial(name, seed, value) for name, own in values.items() for seed, value in enumerate(own)
+    ]
     (found,) = compare(group_trials(trials))
     paired = stats.ttest_rel(values["multitask"], values["weight-only"])
     assert (found.tasks, found.effect) == (0, None)
@@ -242,7 +283,9 @@ def test_the_reference_is_chosen_by_validation_and_not_by_held_out_tasks() -> No
 def test_stopped_superseded_and_failed_trials_do_not_count() -> None:
     kept = trial("multitask", 0, 0.5)
     others = [{"stopped_at": 10}, {"superseded": True}, {"status": "FAILED"}, {"status": "KILLED"}]
-    (group,) = group_trials([kept, *(trial("multitask", s + 1, 0.9, **o) for s, o in enumerate(others))])
+    (group,) = group_trials(
+        [kept, *(trial("multitask", s + 1, 0.9, **o) for s, o in enumerate(others))]
+    )
     assert group.trials == (kept,)
 
 

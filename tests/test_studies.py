@@ -16,7 +16,16 @@ from llgbm.runtime import UserError
 from llgbm.training import DELTA_PROBES, DELTA_READINGS, TrainingConfig
 from tuning.arguments import parse_arguments, study_of
 from tuning.run_ablation import main
-from tuning.studies import MULTITASK, STUDIES, Study, StudyOptions, Variant, crossed, make_trials, phase_4_5
+from tuning.studies import (
+    MULTITASK,
+    STUDIES,
+    Study,
+    StudyOptions,
+    Variant,
+    crossed,
+    make_trials,
+    phase_4_5,
+)
 from tuning.studies.from_file import make_study
 
 DOCS = Path(__file__).parents[1] / "docs" / "studies.md"
@@ -51,9 +60,15 @@ def test_named_studies_are_what_they_say(name: str, configurations: int, worlds:
 def test_objectives_try_every_loss_reading_and_probe_set() -> None:
     configs = [trial.config for trial in study("--study", "objectives").trials]
     tried = {
-        (name, getattr(config, name)) for config in configs for name in ("delta_loss", "delta_reading", "delta_probes")
+        (name, getattr(config, name))
+        for config in configs
+        for name in ("delta_loss", "delta_reading", "delta_probes")
     }
-    expected = {"delta_loss": DELTA_LOSSES, "delta_reading": DELTA_READINGS, "delta_probes": DELTA_PROBES}
+    expected = {
+        "delta_loss": DELTA_LOSSES,
+        "delta_reading": DELTA_READINGS,
+        "delta_probes": DELTA_PROBES,
+    }
     assert tried == {(name, value) for name, values in expected.items() for value in values}
 
 
@@ -71,7 +86,13 @@ def test_the_default_study_is_the_ablation_of_the_default_configuration() -> Non
 axis = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True).map(tuple)
 
 
-@given(weights=axis, deltas=axis, rates=axis, seeds=axis, sizes=st.sampled_from([("nano",), ("nano", "micro")]))
+@given(
+    weights=axis,
+    deltas=axis,
+    rates=axis,
+    seeds=axis,
+    sizes=st.sampled_from([("nano",), ("nano", "micro")]),
+)
 @settings(deadline=None, max_examples=40)
 def test_options_are_crossed(
     weights: tuple[int, ...],
@@ -94,11 +115,21 @@ def test_options_are_crossed(
         return
     made = phase_4_5(options)
     found = {
-        (t.world.size, t.config.lambda_weight, t.config.lambda_delta, t.config.learning_rate, t.config.seed)
+        (
+            t.world.size,
+            t.config.lambda_weight,
+            t.config.lambda_delta,
+            t.config.learning_rate,
+            t.config.seed,
+        )
         for t in made.trials
     }
     assert found == {
-        (z, w, d, r, s) for z in sizes for w, d in pairs for r in options.learning_rates or () for s in seeds
+        (z, w, d, r, s)
+        for z in sizes
+        for w, d in pairs
+        for r in options.learning_rates or ()
+        for s in seeds
     }
     assert len(made.trials) == len(found)
     assert len({trial.name for trial in made.trials}) == len(pairs) * len(rates)
@@ -115,7 +146,9 @@ def test_notes_and_names_do_not_change_what_a_trial_is() -> None:
 
 
 def test_options_of_a_search_are_ranges() -> None:
-    made = study("--search", "optuna", "--lambda-weight", "0", "--lambda-delta", "5", "0.1", "--steps", "150")
+    made = study(
+        "--search", "optuna", "--lambda-weight", "0", "--lambda-delta", "5", "0.1", "--steps", "150"
+    )
     assert made.space is not None
     assert set(made.space.ranges) == {"lambda_delta", "learning_rate"}
     assert made.space.ranges["lambda_delta"] == (0.1, 5)
@@ -124,8 +157,14 @@ def test_options_of_a_search_are_ranges() -> None:
     assert trials[0].name == "w=0 d=0.123457 lr=0.001"
     expected = {**asdict(trials[1].config), "seed": 0}
     assert asdict(trials[0].config) == expected
-    assert (trials[0].config.lambda_weight, trials[0].config.lambda_delta, trials[0].config.steps) == (0, 0.123457, 150)
-    assert study("--search", "random", "--metric", "val/delta_cosine").space.objectives == ("val/delta_cosine",)
+    assert (
+        trials[0].config.lambda_weight,
+        trials[0].config.lambda_delta,
+        trials[0].config.steps,
+    ) == (0, 0.123457, 150)
+    assert study("--search", "random", "--metric", "val/delta_cosine").space.objectives == (
+        "val/delta_cosine",
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +217,11 @@ def test_the_documented_file_is_a_study(example: Path) -> None:
     rates = make_study(f"{example}:rates", options)
     assert len(rates.trials) == 3 * 2 * 2
     fast = next(trial for trial in rates.trials if trial.name == "weight-only, fast, decayed")
-    assert (fast.config.learning_rate, fast.config.weight_decay, fast.config.lambda_delta) == (4e-3, 0.1, 0)
+    assert (fast.config.learning_rate, fast.config.weight_decay, fast.config.lambda_delta) == (
+        4e-3,
+        0.1,
+        0,
+    )
     assert "held by more decay?" in fast.note
     grid = make_study(f"{example}:small_grid", options)
     assert (len(grid.trials), grid.metric, grid.name) == (4, "val/delta_cosine", "small_grid")
@@ -212,14 +255,18 @@ GOOD = "from dataclasses import replace\nfrom tuning.studies import *\n"
         ("def f():\n    return None", ["TypeError", "argument"]),
         ("def f(options):\n    return [1, 2]", ["returned a list", "Study"]),
         (
-            GOOD + "def f(options):\n    t = phase_4_5(options).trials\n    return Study('x', t + t[:1])",
+            GOOD
+            + "def f(options):\n    t = phase_4_5(options).trials\n    return Study('x', t + t[:1])",
             ["line 5", "twice", "multitask"],
         ),
         (
             GOOD + "def f(options):\n    return replace(phase_4_5(options), metric='val/loss')",
             ["line 4", "'val/loss'", "val/accuracy"],
         ),
-        (GOOD + "def f(options):\n    return Study('x', list(phase_4_5(options).trials))", ["tuple of TrialSpec"]),
+        (
+            GOOD + "def f(options):\n    return Study('x', list(phase_4_5(options).trials))",
+            ["tuple of TrialSpec"],
+        ),
         (GOOD + "def f(options):\n    return Study('x')", ["no trial"]),
         (GOOD + "def f(options):\n    return Study('x', space=3)", ["SearchSpace"]),
         (
@@ -229,13 +276,19 @@ GOOD = "from dataclasses import replace\nfrom tuning.studies import *\n"
     ],
 )
 def test_a_wrong_study_file_is_one_sentence(
-    text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(text)
     assert main(["--study", "mine.py:f", "--dry-run"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert (
+        captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    )
     assert all(word in captured.err for word in words), captured.err
     assert not list(tmp_path.rglob("*.db"))
 

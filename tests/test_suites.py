@@ -43,7 +43,14 @@ def test_the_suite_is_large_enough_to_generalise_over() -> None:
 def test_held_out_tasks_are_new_combinations_of_parts_seen_in_training(
     seed: int, n_operations: int, n_formats: int, n_val: int, n_test: int
 ) -> None:
-    suite = replace(SUITE, split_seed=seed, n_operations=n_operations, n_formats=n_formats, n_val=n_val, n_test=n_test)
+    suite = replace(
+        SUITE,
+        split_seed=seed,
+        n_operations=n_operations,
+        n_formats=n_formats,
+        n_val=n_val,
+        n_test=n_test,
+    )
     split = suite.split
     train, val, test = set(split.train), set(split.val), set(split.test)
     assert not (train & val or train & test or val & test)
@@ -118,7 +125,10 @@ def test_answers_are_those_written_by_hand(task: str) -> None:
         assert example.answer.startswith(" ")
         if len(words) == 4:
             letters = dict(zip(words, "abcd", strict=True))
-            assert " ".join(letters.get(piece, piece) for piece in example.answer.split()) == ANSWERS[task]
+            assert (
+                " ".join(letters.get(piece, piece) for piece in example.answer.split())
+                == ANSWERS[task]
+            )
     assert seen == {3, 4, 5}
 
 
@@ -137,7 +147,11 @@ def reference(operation: str, words: list[str]) -> list[str]:
         "copy": range(n),
         "swap": [1, 0, *range(2, n)],
     }
-    return ["three", "four", "five"][n - 3 : n - 2] if operation == "count" else [words[i] for i in places[operation]]
+    return (
+        ["three", "four", "five"][n - 3 : n - 2]
+        if operation == "count"
+        else [words[i] for i in places[operation]]
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -151,7 +165,11 @@ def test_every_task_gives_another_answer_to_the_same_words() -> None:
         answers: dict[str, list[str]] = {}
         for task in SUITE.tasks:
             answers.setdefault(answer(*task.name.split("-"), words), []).append(task.name)
-        alike = {tuple(name.split("-")[0] for name in names) for names in answers.values() if len(names) > 1}
+        alike = {
+            tuple(name.split("-")[0] for name in names)
+            for names in answers.values()
+            if len(names) > 1
+        }
         assert alike <= {("second", "penultimate"), ("third", "last"), ("third", "penultimate")}
 
 
@@ -172,7 +190,10 @@ def test_a_stream_is_a_prefix_of_its_longer_self_and_no_other_streams() -> None:
     task = SUITE.split.test[0]
     few, many = (SUITE.examples(task, "train", count, "one") for count in (5, 20))
     assert many[:5] == few
-    others = [SUITE.examples(task, "train", 5, "two"), SUITE.examples(SUITE.split.test[1], "train", 5, "one")]
+    others = [
+        SUITE.examples(task, "train", 5, "two"),
+        SUITE.examples(SUITE.split.test[1], "train", 5, "one"),
+    ]
     assert all(other != few for other in others)
 
 
@@ -184,7 +205,14 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 
 def test_fingerprint_follows_what_the_suite_depends_on() -> None:
-    changes = [{}, {"split_seed": 1}, {"n_test": 23}, {"n_val": 11}, {"n_formats": 11}, {"n_operations": 11}]
+    changes = [
+        {},
+        {"split_seed": 1},
+        {"n_test": 23},
+        {"n_val": 11},
+        {"n_formats": 11},
+        {"n_operations": 11},
+    ]
     assert len({replace(SUITE, **change).fingerprint for change in changes}) == len(changes)
 
 

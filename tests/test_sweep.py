@@ -27,9 +27,21 @@ METRICS = (
 
 
 def start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), "--smoke", "--cache", str(cache), *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "tuning" / "run_ablation.py"),
+        "--smoke",
+        "--cache",
+        str(cache),
+        *arguments,
+    ]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
     )
 
 
@@ -45,34 +57,54 @@ def runs(folder: Path) -> tuple[Run, list[Run]]:
     found = client.search_runs([experiment.experiment_id])
     parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
-    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    children = [
+        run for run in found if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id
+    ]
     assert len(children) == len(found) - 1
     return parents[0], children
 
 
-def test_the_last_line_is_one_json_object_with_the_tables_numbers(finished: tuple[Path, str]) -> None:
+def test_the_last_line_is_one_json_object_with_the_tables_numbers(
+    finished: tuple[Path, str],
+) -> None:
     table, last = finished[1].rstrip("\n").rsplit("\n", 1)
     found = json.loads(last)
-    assert {c["config"] for c in found["configurations"]} == {"multitask", "delta-only", "weight-only"}
+    assert {c["config"] for c in found["configurations"]} == {
+        "multitask",
+        "delta-only",
+        "weight-only",
+    }
     for group in found["configurations"]:
         mean = group["metrics"]["heldout/delta_cosine"]["mean"]
         row = next(line for line in table.splitlines() if line.startswith(f"| {group['config']}"))
         assert f"{mean:.3f}" in row
-    assert {"base", "teacher", "mean_adapter", "nearest_teacher", "ridge", "best_single"} <= set(found["baselines"])
-    assert found["registered"] == [{"name": "llgbm-generator-nano-smoke", "version": "1", "alias": "champion"}]
+    assert {"base", "teacher", "mean_adapter", "nearest_teacher", "ridge", "best_single"} <= set(
+        found["baselines"]
+    )
+    assert found["registered"] == [
+        {"name": "llgbm-generator-nano-smoke", "version": "1", "alias": "champion"}
+    ]
 
 
 def test_one_parent_one_child_a_trial_everything_logged(finished: tuple[Path, str]) -> None:
     parent, children = runs(finished[0])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["llgbm.study"] == "phase_4_5"
-    assert {f"baseline/{name}/accuracy" for name in ("base", "teacher", "ridge")} <= set(parent.data.metrics)
-    assert sorted(run.data.tags["llgbm.config"] for run in children) == ["delta-only", "multitask", "weight-only"]
+    assert {f"baseline/{name}/accuracy" for name in ("base", "teacher", "ridge")} <= set(
+        parent.data.metrics
+    )
+    assert sorted(run.data.tags["llgbm.config"] for run in children) == [
+        "delta-only",
+        "multitask",
+        "weight-only",
+    ]
     client = store(finished[0])
     for run in children:
         assert run.info.status == "FINISHED"
         assert {"llgbm.study", "llgbm.trial_id", "llgbm.bank"} <= set(run.data.tags)
-        assert {f"{part}/{name}" for part in ("heldout", "val", "train") for name in METRICS} <= set(run.data.metrics)
+        assert {
+            f"{part}/{name}" for part in ("heldout", "val", "train") for name in METRICS
+        } <= set(run.data.metrics)
         assert run.data.params["lambda_weight"] and run.data.params["generator.hidden"]
         steps = [m.step for m in client.get_metric_history(run.info.run_id, "loss/total")]
         assert steps == list(range(1, 21))
@@ -80,7 +112,9 @@ def test_one_parent_one_child_a_trial_everything_logged(finished: tuple[Path, st
     assert "loss/delta" not in by_name["weight-only"] and "loss/weight" not in by_name["delta-only"]
 
 
-def test_artifacts_are_adapters_deltas_and_a_generator(finished: tuple[Path, str], world: World) -> None:
+def test_artifacts_are_adapters_deltas_and_a_generator(
+    finished: tuple[Path, str], world: World
+) -> None:
     from llgbm.generator.bundle import GeneratorBundle
     from llgbm.lora.adapters import load_adapter
 
@@ -103,7 +137,14 @@ def test_the_registered_champion_generates_an_adapter_that_plain_peft_runs(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("reverse plainly : apple lemon river =>\n")
-    command = [sys.executable, "-m", "llgbm", "generate", "--model", "models:/llgbm-generator-nano-smoke@champion"]
+    command = [
+        sys.executable,
+        "-m",
+        "llgbm",
+        "generate",
+        "--model",
+        "models:/llgbm-generator-nano-smoke@champion",
+    ]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "adapter")]
     done = subprocess.run(command, cwd=finished[0], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -115,12 +156,18 @@ def test_the_registered_champion_generates_an_adapter_that_plain_peft_runs(
         "print(model.generate(**ids, max_new_tokens=2).shape)"
     )
     arguments = [json.loads(done.stdout)["base"], str(tmp_path / "adapter")]
-    alone = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
     assert alone.returncode == 0, alone.stderr
 
 
-def test_a_failed_trial_is_failed_and_hurts_no_other(tmp_path: Path, cache: Path, world: World) -> None:
-    process = start(tmp_path, cache, "--steps", "4", "--lambda-weight", "1", "1e39", "--lambda-delta", "0")
+def test_a_failed_trial_is_failed_and_hurts_no_other(
+    tmp_path: Path, cache: Path, world: World
+) -> None:
+    process = start(
+        tmp_path, cache, "--steps", "4", "--lambda-weight", "1", "1e39", "--lambda-delta", "0"
+    )
     out, err = process.communicate(timeout=280)
     assert process.returncode == 1, err
     parent, children = runs(tmp_path)
@@ -130,7 +177,9 @@ def test_a_failed_trial_is_failed_and_hurts_no_other(tmp_path: Path, cache: Path
     assert json.loads(out.rstrip().rsplit("\n", 1)[1])["registered"]
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_an_interrupt_ends_within_seconds_and_marks_runs_killed(
     sent: signal.Signals, tmp_path: Path, cache: Path, world: World
 ) -> None:
@@ -151,7 +200,13 @@ def test_an_interrupt_ends_within_seconds_and_marks_runs_killed(
 def _some_step_is_logged(folder: Path) -> bool:
     """Read the file itself: an MLflow client would make the tables too, and get in the way of the one that does."""
     try:
-        with closing(sqlite3.connect(f"file:{folder / 'mlruns' / 'mlflow.db'}?mode=ro", uri=True)) as database:
-            return bool(database.execute("select 1 from metrics where key = 'loss/total' limit 1").fetchall())
+        with closing(
+            sqlite3.connect(f"file:{folder / 'mlruns' / 'mlflow.db'}?mode=ro", uri=True)
+        ) as database:
+            return bool(
+                database.execute(
+                    "select 1 from metrics where key = 'loss/total' limit 1"
+                ).fetchall()
+            )
     except sqlite3.OperationalError:
         return False

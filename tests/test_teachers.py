@@ -43,31 +43,46 @@ def generated(model: PreTrainedModel, base: Base, prompt: str, max_tokens: int =
     ids = torch.tensor([base.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=max_tokens
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_tokens,
         )
     return output[0, ids.shape[1] :].tolist()
 
 
 def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> None:
     base, bank, adapter_ids = world.base, world.bank, list(world.bank.adapters)[::3]
-    batch = LoraBatch.from_state_dicts([world.bank.load().to_state_dicts()[i] for i in range(0, 20, 3)])
+    batch = LoraBatch.from_state_dicts(
+        [world.bank.load().to_state_dicts()[i] for i in range(0, 20, 3)]
+    )
     end = base.tokenizer.eos_token_id
     examples: list[list[Example]] = []
     wanted: list[list[bool]] = []
     answers: list[list[str]] = []
     prompts: list[list[str]] = []
     for adapter_id in adapter_ids:
-        model = PeftModel.from_pretrained(fresh(base), str(bank.adapter_folder(adapter_id))).merge_and_unload()
-        own = world.config.suite.examples(bank.adapters[adapter_id], "evaluation", 5, "against generate")
+        model = PeftModel.from_pretrained(
+            fresh(base), str(bank.adapter_folder(adapter_id))
+        ).merge_and_unload()
+        own = world.config.suite.examples(
+            bank.adapters[adapter_id], "evaluation", 5, "against generate"
+        )
         tokens = [generated(model, base, e.prompt) for e in own]
         said = [base.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
         tried = [
             *own,
             *(Example(e.prompt, text) for e, text in zip(own, said, strict=True)),
             *(Example(e.prompt, f"{text} done") for e, text in zip(own, said, strict=True)),
-            *(Example(e.prompt, text.rpartition(" ")[0]) for e, text in zip(own, said, strict=True)),
+            *(
+                Example(e.prompt, text.rpartition(" ")[0])
+                for e, text in zip(own, said, strict=True)
+            ),
         ]
-        closed = [[*base.tokenizer(e.answer, add_special_tokens=False)["input_ids"], end] for e in tried]
+        closed = [
+            [*base.tokenizer(e.answer, add_special_tokens=False)["input_ids"], end] for e in tried
+        ]
         examples.append(tried)
         wanted.append([answer == tokens[i % 5] for i, answer in enumerate(closed)])
         prompts.append([e.prompt for e in own])
@@ -83,7 +98,9 @@ def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> N
     for example, right in zip(examples[1], wanted[1], strict=True):
         assert exact_match(base, bank.spec, batch.select([1]), [[example]]).item() == right
     assert greedy_answers(base, bank.spec, batch, prompts) == answers
-    with_base = [Example(p, base.tokenizer.decode(generated(base.model, base, p)[:-1])) for p in prompts[0]]
+    with_base = [
+        Example(p, base.tokenizer.decode(generated(base.model, base, p)[:-1])) for p in prompts[0]
+    ]
     assert base_accuracy(base, with_base) == 1.0
 
 
@@ -95,7 +112,9 @@ def test_lists_that_do_not_fit_the_adapters_are_refused(world: World) -> None:
     with pytest.raises(ValueError, match="as long"):
         exact_match(world.base, world.bank.spec, batch, unlike)
     with pytest.raises(ValueError, match="as long"):
-        greedy_answers(world.base, world.bank.spec, batch, [[e.prompt for e in own] for own in unlike])
+        greedy_answers(
+            world.base, world.bank.spec, batch, [[e.prompt for e in own] for own in unlike]
+        )
     with pytest.raises(ValueError, match="1 lists of prompts for 2 adapters"):
         greedy_answers(world.base, world.bank.spec, batch, [["a"]])
 
@@ -121,16 +140,24 @@ def test_teachers_trained_together_are_those_trained_alone(
     for row, task in enumerate(TASKS):
         alone = trained(tiny_base, tiny_spec, [task]).flatten(tiny_spec)[0]
         assert (alone - together.flatten(tiny_spec)[row]).abs().mean() < 1e-3 * moved
-    assert (together.flatten(tiny_spec)[0] - together.flatten(tiny_spec)[1]).abs().mean() > 0.1 * moved
+    assert (
+        together.flatten(tiny_spec)[0] - together.flatten(tiny_spec)[1]
+    ).abs().mean() > 0.1 * moved
 
 
 def answer_loss_by_peft(model: nn.Module, texts: EncodedPairs) -> Tensor:
     logits = model(input_ids=texts.input_ids_ST, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), texts.targets_ST.flatten(), ignore_index=-100)
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), texts.targets_ST.flatten(), ignore_index=-100
+    )
 
 
-def test_a_teacher_is_what_peft_and_adam_train(tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch) -> None:
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(tiny_spec.target_modules), task_type="CAUSAL_LM")
+def test_a_teacher_is_what_peft_and_adam_train(
+    tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch
+) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=list(tiny_spec.target_modules), task_type="CAUSAL_LM"
+    )
     model = get_peft_model(fresh(tiny_base), config)
     initial = {
         f"base_model.model.{name}.lora_{side}.weight": value
@@ -138,9 +165,13 @@ def test_a_teacher_is_what_peft_and_adam_train(tiny_base: Base, tiny_spec: LoraS
         for side, value in (("A", a), ("B", torch.zeros_like(together.b[name][0])))
     }
     set_peft_model_state_dict(model, initial)
-    trainable = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
+    }
     optimizer = torch.optim.Adam(trainable.values(), lr=CONFIG.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CONFIG.steps, eta_min=CONFIG.learning_rate / 20)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, CONFIG.steps, eta_min=CONFIG.learning_rate / 20
+    )
     texts_at = example_source(SUITE, tiny_base, [TASKS[1]], ["teacher 0 0"], CONFIG)
     for step in range(CONFIG.steps):
         optimizer.zero_grad()
@@ -154,18 +185,28 @@ def test_a_teacher_is_what_peft_and_adam_train(tiny_base: Base, tiny_spec: LoraS
     assert apart < 1e-3 * moved
 
 
-def test_training_lowers_every_teachers_own_loss(tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch) -> None:
+def test_training_lowers_every_teachers_own_loss(
+    tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch
+) -> None:
     own = [e for t in TASKS for e in SUITE.examples(t, "evaluation", 16, "loss")]
     texts = encode_examples(tiny_base, own)
     nothing = LoraBatch(together.a, {n: torch.zeros_like(b) for n, b in together.b.items()})
     with torch.no_grad():
-        before, after = (adapter_losses(tiny_base.model, tiny_spec, b, texts) for b in (nothing, together))
+        before, after = (
+            adapter_losses(tiny_base.model, tiny_spec, b, texts) for b in (nothing, together)
+        )
     assert (after < before - 0.1).all()
 
 
 def test_bank_has_the_layout_that_users_know(tiny_base: Base, tmp_path: Path) -> None:
     config = TeacherConfig(
-        rank=2, per_task=2, steps=2, examples=2, condition_train=6, condition_evaluation=3, trajectories=2
+        rank=2,
+        per_task=2,
+        steps=2,
+        examples=2,
+        condition_train=6,
+        condition_evaluation=3,
+        trajectories=2,
     )
     bank = build_bank(tmp_path, tiny_base, SUITE, config)
     assert list(bank.adapters) == [f"{task}_{i}" for task in SUITE.split.tasks for i in range(2)]
@@ -182,9 +223,13 @@ def test_bank_has_the_layout_that_users_know(tiny_base: Base, tmp_path: Path) ->
     batch = bank.load()
     assert batch.n_adapters == 2 * len(SUITE.tasks)
     values = batch.flatten(bank.spec)
-    assert all((values[2 * i] - values[2 * i + 1]).abs().max() > 1e-3 for i in range(len(SUITE.tasks)))
+    assert all(
+        (values[2 * i] - values[2 * i + 1]).abs().max() > 1e-3 for i in range(len(SUITE.tasks))
+    )
     trajectories = bank.trajectories()
-    assert set(trajectories.probes) == set(SUITE.split.tasks) and len(trajectories.of(TASKS[0])) == 2
+    assert (
+        set(trajectories.probes) == set(SUITE.split.tasks) and len(trajectories.of(TASKS[0])) == 2
+    )
 
     weights = bank.adapter_folder("copy-plain_1") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

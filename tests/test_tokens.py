@@ -35,7 +35,9 @@ def test_tokens_of_flat_adapters_come_back(rank: int) -> None:
     tokens = standardiser.encode(values)
     assert tokens.shape == (4, *standardiser.shape) and tokens.isnan().any()
     torch.testing.assert_close(standardiser.decode(tokens), values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(standardiser.decode(tokens.nan_to_num(nan=7.0)), values, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        standardiser.decode(tokens.nan_to_num(nan=7.0)), values, atol=1e-6, rtol=0
+    )
 
 
 def test_a_token_size_that_does_not_divide_is_refused() -> None:
@@ -47,11 +49,17 @@ def test_the_data_set_of_a_bank_gives_the_tokens_of_dnd(world: World, tmp_path: 
     tasks = list(world.bank.adapters.values())[:3]
     encoder = BaseModelEncoder(world.base)
     probes = create_generic_probes()
-    dataset = Text2Qwen25LoRA_DeltaDataset(world.bank, world.base, encoder, probes, tmp_path, tasks, 2, 2)
+    dataset = Text2Qwen25LoRA_DeltaDataset(
+        world.bank, world.base, encoder, probes, tmp_path, tasks, 2, 2
+    )
     assert len(dataset) == len([t for t in world.bank.adapters.values() if t in tasks])
     for row, adapter_id in enumerate(list(world.bank.adapters)[: len(dataset)]):
         state = load_adapter(world.bank.adapter_folder(adapter_id))
-        order = [f"base_model.model.{m.name}.lora_{side}.weight" for m in world.bank.spec.modules for side in "AB"]
+        order = [
+            f"base_model.model.{m.name}.lora_{side}.weight"
+            for m in world.bank.spec.modules
+            for side in "AB"
+        ]
         wanted = LoraTokenizer2D((6, 66)).tokenize({key: state[key] for key in order})
         got = dataset[Draw(row, 0)]["tokens"]
         torch.testing.assert_close(got, wanted, equal_nan=True)
@@ -71,7 +79,9 @@ def test_hyperconv_starts_near_the_mean_adapter() -> None:
     exact = random_statistics(spec)
     narrow = Standardiser(exact.mean_V, exact.scale_V * 1e-3)
     start, spread = token_statistics(TokenStandardiser(spec), narrow)
-    torch.testing.assert_close(TokenStandardiser(spec).decode(start[None])[0], exact.mean_V, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        TokenStandardiser(spec).decode(start[None])[0], exact.mean_V, atol=1e-2, rtol=1e-2
+    )
     assert (spread > 0).all() and spread.isfinite().all()
     generator = hyperconv()
     with torch.no_grad():
@@ -87,11 +97,15 @@ def test_hyperconv_reads_its_shapes_off_the_spec() -> None:
     assert generator(random_conditions(2)).shape == (2, *generator.decoder.token_dim)
 
 
-@pytest.mark.parametrize(("weights", "name"), [((1.0, 0.0), "loss/weight"), ((0.0, 1.0), "loss/delta")])
+@pytest.mark.parametrize(
+    ("weights", "name"), [((1.0, 0.0), "loss/weight"), ((0.0, 1.0), "loss/delta")]
+)
 def test_hyperconv_trains_on_weights_and_on_behaviour(
     world: World, config: TrainingConfig, weights: tuple[float, float], name: str
 ) -> None:
-    own = replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=40, eval_every=40)
+    own = replace(
+        config, lambda_weight=weights[0], lambda_delta=weights[1], steps=40, eval_every=40
+    )
     found: list[float] = []
     own = replace(own, generator=GeneratorConfig("hyperconv", 64))
     train(own, world.data, world.flora, lambda step, metrics: found.append(metrics[name]) or True)
@@ -103,11 +117,19 @@ def test_a_bundle_of_hyperconv_writes_what_it_wrote_before_and_its_code_is_shipp
 ) -> None:
     config, width = GeneratorConfig("hyperconv", 32), tiny_base.model.config.hidden_size
     made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
-    facts = {"size": "tiny", "base_path": tiny_base.path, "base_hash": tiny_base.hash, "bank_hash": "bank"}
+    facts = {
+        "size": "tiny",
+        "base_path": tiny_base.path,
+        "base_hash": tiny_base.hash,
+        "bank_hash": "bank",
+    }
     facts["encoder"] = f"base:{tiny_base.hash}"
     GeneratorBundle.save(tmp_path, made, config, facts)
     prompts = ["give the last word : red green =>", "give the last word : one two =>"]
-    wanted, got = GeneratorBundle(made, facts).generate(prompts), GeneratorBundle.load(tmp_path).generate(prompts)
+    wanted, got = (
+        GeneratorBundle(made, facts).generate(prompts),
+        GeneratorBundle.load(tmp_path).generate(prompts),
+    )
     assert all(torch.equal(got[key], value) for key, value in wanted.items())
     shipped = [Path(folder) for folder in _code_paths()]
     assert any((folder / "model" / "decoderonly.py").is_file() for folder in shipped)

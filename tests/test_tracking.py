@@ -32,16 +32,22 @@ from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_metrics
 def study(tmp_path: Path, empty_store: Path) -> StudyTracker:
     shutil.copytree(empty_store, tmp_path / "mlruns")
     tracker = StudyTracker.open(None, tmp_path, "ablation")
-    tracker.begin("phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"})
+    tracker.begin(
+        "phase_4_5", "id-1", {"seeds": 2, "model": {"size": "tiny"}}, {"llgbm.commit": "abc"}
+    )
     return tracker
 
 
 def open_trial(study: StudyTracker, trial_id: str = "t1", **params: object) -> TrialTracker:
     assert study.target is not None
-    return TrialTracker.open(study.target, trial_id, "weight-only", {"seed": 3, **params}, {"llgbm.gpu": "no"})
+    return TrialTracker.open(
+        study.target, trial_id, "weight-only", {"seed": 3, **params}, {"llgbm.gpu": "no"}
+    )
 
 
-def test_children_are_nested_below_the_study_and_carry_its_tags(study: StudyTracker, tmp_path: Path) -> None:
+def test_children_are_nested_below_the_study_and_carry_its_tags(
+    study: StudyTracker, tmp_path: Path
+) -> None:
     assert study.child_run_id("t1") is None
     trial = open_trial(study)
     client = connect(local_tracking_uri(tmp_path))
@@ -69,14 +75,20 @@ def test_the_target_travels_and_is_small(study: StudyTracker) -> None:
 
 def test_params_are_flattened_cut_and_sent_in_batches(study: StudyTracker) -> None:
     many = {f"p{index}": index for index in range(250)}
-    trial = open_trial(study, text="x" * 7000, loss={"lambda": {"w": 0.3}}, none=None, empty="", many=many)
+    trial = open_trial(
+        study, text="x" * 7000, loss={"lambda": {"w": 0.3}}, none=None, empty="", many=many
+    )
     params = trial.client.get_run(trial.run_id).data.params
     assert params["loss.lambda.w"] == "0.3" and params["none"] == "None" and params["empty"] == ""
     assert len(params["text"]) == 6000
-    assert [params[f"many.p{index}"] for index in range(250)] == [str(index) for index in range(250)]
+    assert [params[f"many.p{index}"] for index in range(250)] == [
+        str(index) for index in range(250)
+    ]
 
 
-def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(study: StudyTracker) -> None:
+def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(
+    study: StudyTracker,
+) -> None:
     first = open_trial(study)
     for step in range(8):
         first.log(step, {"loss/total": 100.0 + step})
@@ -97,13 +109,18 @@ def test_an_abandoned_trial_is_opened_again_as_one_run_with_one_value_per_step(s
     assert result.metrics == {"loss/total": 11.0}
 
 
-def test_the_metric_to_show_first_is_announced_once_and_read_when_it_is_measured(study: StudyTracker) -> None:
+def test_the_metric_to_show_first_is_announced_once_and_read_when_it_is_measured(
+    study: StudyTracker,
+) -> None:
     for _ in range(2):
         trial = open_trial(study)
         trial.show_first("heldout/accuracy")
         trial.log(1, {"loss/total": 1.0})
         trial.close()
-    assert list(trial.client.get_run(trial.run_id).data.metrics) == ["heldout/accuracy", "loss/total"]
+    assert list(trial.client.get_run(trial.run_id).data.metrics) == [
+        "heldout/accuracy",
+        "loss/total",
+    ]
     (result,) = read_trials(study.tracking_uri, study.parent_run_id)
     assert result.metrics == {"loss/total": 1.0}
     trial.log(2, {"heldout/accuracy": 0.5})
@@ -172,7 +189,10 @@ def test_the_driver_decides_how_runs_end(study: StudyTracker) -> None:
     study.finish_trial("bad", "FAILED")
     study.finish_trial("stopped", "KILLED")
     study.finish_trial("never-started", "FAILED")
-    statuses = {trial.trial_id: trial.status for trial in read_trials(study.tracking_uri, study.parent_run_id)}
+    statuses = {
+        trial.trial_id: trial.status
+        for trial in read_trials(study.tracking_uri, study.parent_run_id)
+    }
     assert statuses == {"good": "FINISHED", "bad": "FAILED", "stopped": "KILLED", "left": "RUNNING"}
     study.finish("FAILED")
     assert study.client.get_run(study.parent_run_id).info.status == "FAILED"
@@ -207,8 +227,12 @@ def test_artifacts_and_tags_are_kept(study: StudyTracker, tmp_path: Path) -> Non
     study.set_tags({"llgbm.verdict": "none"})
     study.log_metrics({"baseline/teacher/accuracy": 1.0})
     parent = study.client.get_run(study.parent_run_id)
-    assert [f.path for f in study.client.list_artifacts(trial.run_id, "generated")] == ["generated/report.md"]
-    assert [f.path for f in study.client.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
+    assert [f.path for f in study.client.list_artifacts(trial.run_id, "generated")] == [
+        "generated/report.md"
+    ]
+    assert [f.path for f in study.client.list_artifacts(parent.info.run_id, "report")] == [
+        "report/report.md"
+    ]
     assert parent.data.tags["llgbm.verdict"] == "none"
     assert parent.data.metrics == {"baseline/teacher/accuracy": 1.0}
     trial.log_artifacts(folder, "")
@@ -230,13 +254,17 @@ def test_four_processes_lose_nothing(study: StudyTracker) -> None:
     assert study.target is not None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(4, mp_context=context) as pool:
-        for future in [pool.submit(_log_steps, study.target, f"t{index}", 200) for index in range(4)]:
+        for future in [
+            pool.submit(_log_steps, study.target, f"t{index}", 200) for index in range(4)
+        ]:
             future.result()
     results = read_trials(study.tracking_uri, study.parent_run_id)
     assert sorted(result.trial_id for result in results) == ["t0", "t1", "t2", "t3"]
     for result in results:
         for index in range(8):
-            assert result.curves[f"metric/{index}"] == [(step, step + index / 10) for step in range(200)]
+            assert result.curves[f"metric/{index}"] == [
+                (step, step + index / 10) for step in range(200)
+            ]
 
 
 def test_curves_can_be_limited(study: StudyTracker) -> None:
@@ -271,7 +299,9 @@ def test_an_address_that_accepts_and_never_answers_is_refused_soon(tmp_path: Pat
     one_sentence(error)
 
 
-@pytest.mark.parametrize("address", ["file:/tmp/mlruns", "mlruns", "databricks", "ftp://host/x", "sqlite:"])
+@pytest.mark.parametrize(
+    "address", ["file:/tmp/mlruns", "mlruns", "databricks", "ftp://host/x", "sqlite:"]
+)
 def test_an_unsupported_address_is_refused(tmp_path: Path, address: str) -> None:
     with pytest.raises(UserError, match="sqlite:///path") as error:
         StudyTracker.open(address, tmp_path, "ablation")
@@ -280,7 +310,9 @@ def test_an_unsupported_address_is_refused(tmp_path: Path, address: str) -> None
 
 def test_a_database_that_does_not_answer_is_refused_soon(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no database answers"):
-        StudyTracker.open(f"postgresql://me:secret@127.0.0.1:{free_port()}/db", tmp_path, "ablation")
+        StudyTracker.open(
+            f"postgresql://me:secret@127.0.0.1:{free_port()}/db", tmp_path, "ablation"
+        )
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -291,7 +323,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_read_only_database_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be written .*choose a folder that you may write to"):
+    with pytest.raises(
+        UserError, match="cannot be written .*choose a folder that you may write to"
+    ):
         StudyTracker.open("sqlite:////proc/mlflow.db", tmp_path, "ablation")
 
 
@@ -335,7 +369,9 @@ def test_a_file_that_cannot_grow_is_told_and_nothing_is_dropped(tmp_path: Path) 
     assert trial.curves["m"] == [(step, float(step)) for step in range(3000)]
 
 
-def test_a_deleted_experiment_says_how_to_bring_it_back(study: StudyTracker, tmp_path: Path) -> None:
+def test_a_deleted_experiment_says_how_to_bring_it_back(
+    study: StudyTracker, tmp_path: Path
+) -> None:
     study.client.delete_experiment(study.experiment_id)
     with pytest.raises(UserError, match=f"--experiment-id {study.experiment_id}") as error:
         StudyTracker.open(None, tmp_path, "ablation")
@@ -343,11 +379,17 @@ def test_a_deleted_experiment_says_how_to_bring_it_back(study: StudyTracker, tmp
 
 
 @pytest.mark.parametrize(
-    ("schema", "remedy"), [("451aebb31d03", "mlflow db upgrade"), ("ffffffffffff", "a newer MLflow made it")]
+    ("schema", "remedy"),
+    [("451aebb31d03", "mlflow db upgrade"), ("ffffffffffff", "a newer MLflow made it")],
 )
-def test_a_schema_of_another_version_is_refused(study: StudyTracker, tmp_path: Path, schema: str, remedy: str) -> None:
+def test_a_schema_of_another_version_is_refused(
+    study: StudyTracker, tmp_path: Path, schema: str, remedy: str
+) -> None:
     copy = tmp_path / "other.db"
-    with sqlite3.connect(copy) as database, sqlite3.connect(tmp_path / "mlruns/mlflow.db") as source:
+    with (
+        sqlite3.connect(copy) as database,
+        sqlite3.connect(tmp_path / "mlruns/mlflow.db") as source,
+    ):
         source.backup(database)
         database.execute("UPDATE alembic_version SET version_num = ?", (schema,))
     with pytest.raises(UserError, match=remedy) as error:
@@ -355,9 +397,14 @@ def test_a_schema_of_another_version_is_refused(study: StudyTracker, tmp_path: P
     one_sentence(error)
 
 
-def test_a_relative_database_is_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_database_is_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert StudyTracker.open("sqlite:///mine.db", tmp_path, "a").tracking_uri == f"sqlite:///{tmp_path}/mine.db"
+    assert (
+        StudyTracker.open("sqlite:///mine.db", tmp_path, "a").tracking_uri
+        == f"sqlite:///{tmp_path}/mine.db"
+    )
 
 
 def test_addresses_are_shown_without_secrets() -> None:
@@ -380,10 +427,15 @@ study.finish("FINISHED")
 
 
 def test_two_drivers_can_make_the_store_at_once_and_in_silence(tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")}
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")
+    }
     commands = [[sys.executable, "-c", _OPEN, str(tmp_path), name] for name in ("a", "b")]
     pipe = subprocess.PIPE
-    drivers = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
+    drivers = [
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+        for command in commands
+    ]
     assert [driver.communicate(timeout=120) for driver in drivers] == [("", ""), ("", "")]
     assert [driver.returncode for driver in drivers] == [0, 0]
 
@@ -410,9 +462,13 @@ def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_p
     (result,) = read_trials(server, study.parent_run_id)
     assert result.curves["loss/total"] == [(step, 1.0 / (step + 1)) for step in range(1500)]
     assert result.status == "FINISHED"
-    assert [file.path for file in study.client.list_artifacts(result.run_id, "out")] == ["out/x.json"]
+    assert [file.path for file in study.client.list_artifacts(result.run_id, "out")] == [
+        "out/x.json"
+    ]
     assert not (tmp_path / "mlruns").exists()
-    assert json.loads(_register_and_fetch(server, result.run_id, tmp_path).read_text()) == {"size": "tiny"}
+    assert json.loads(_register_and_fetch(server, result.run_id, tmp_path).read_text()) == {
+        "size": "tiny"
+    }
     assert study.client.get_run(result.run_id).info.status == "FINISHED"
 
 
@@ -421,7 +477,9 @@ def _register_and_fetch(server: str, run_id: str, folder: Path) -> Path:
     (folder / "bundle/generator.json").write_text(json.dumps({"size": "tiny"}))
     tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t1"}
     made = [
-        register_generator(server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", {"a": 0.5})
+        register_generator(
+            server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", {"a": 0.5}
+        )
         for _ in range(2)
     ]
     assert made[0] == made[1] and made[0].alias == "champion"

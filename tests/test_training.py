@@ -17,8 +17,30 @@ from llgbm.training import TrainingConfig, Trial, train
 from llgbm.world import World
 
 GOLDEN_TOTAL = [
-    *(1.221805, 1.100603, 1.691783, 0.970184, 1.283297, 1.238890, 1.042551, 0.830900, 0.823555, 0.921196),
-    *(0.667577, 0.706698, 0.581218, 0.682572, 0.820517, 0.677236, 0.587002, 0.681927, 0.636167, 0.579268),
+    *(
+        1.221805,
+        1.100603,
+        1.691783,
+        0.970184,
+        1.283297,
+        1.238890,
+        1.042551,
+        0.830900,
+        0.823555,
+        0.921196,
+    ),
+    *(
+        0.667577,
+        0.706698,
+        0.581218,
+        0.682572,
+        0.820517,
+        0.677236,
+        0.587002,
+        0.681927,
+        0.636167,
+        0.579268,
+    ),
 ]
 
 
@@ -33,7 +55,9 @@ def test_golden_curve_of_twenty_steps(world: World, config: TrainingConfig) -> N
     np.testing.assert_allclose(totals, GOLDEN_TOTAL, rtol=1e-2)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(world: World, config: TrainingConfig) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    world: World, config: TrainingConfig
+) -> None:
     first, second = curve(config, world), curve(config, world)
     assert first == second
     assert curve(replace(config, seed=1), world)[0] != first[0]
@@ -41,7 +65,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(world: World, co
 
 def test_the_same_seed_gives_the_same_evaluation(world: World, config: TrainingConfig) -> None:
     results = [
-        evaluate_generator(train(config, world.data, world.flora).generator, world.data, world.flora, "test").metrics
+        evaluate_generator(
+            train(config, world.data, world.flora).generator, world.data, world.flora, "test"
+        ).metrics
         for _ in range(2)
     ]
     assert results[0] == results[1]
@@ -56,7 +82,9 @@ def test_a_resumed_run_equals_an_unbroken_one(world: World, config: TrainingConf
 
     whole = train(config, world.data, world.flora, lambda s, m: curve_whole.append(m) or True, keep)
     rest: list[Mapping[str, float]] = []
-    resumed = train(config, world.data, world.flora, lambda s, m: rest.append(m) or True, state=states[0])
+    resumed = train(
+        config, world.data, world.flora, lambda s, m: rest.append(m) or True, state=states[0]
+    )
     assert rest == curve_whole[10:]
     for name, value in whole.generator.state_dict().items():
         assert torch.equal(value, resumed.generator.state_dict()[name]), name
@@ -73,7 +101,9 @@ def test_a_report_that_says_no_ends_the_run(world: World, config: TrainingConfig
     assert outcome.steps_run == 7
 
 
-def test_patience_ends_a_run_that_no_longer_gets_better(world: World, config: TrainingConfig) -> None:
+def test_patience_ends_a_run_that_no_longer_gets_better(
+    world: World, config: TrainingConfig
+) -> None:
     trial = Trial(replace(config, patience=2), world.data, world.flora)
     trial.step = 10
     trial.keep_if_best(0.5)
@@ -84,9 +114,16 @@ def test_patience_ends_a_run_that_no_longer_gets_better(world: World, config: Tr
     assert trial.stale
 
 
-def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(world: World, config: TrainingConfig) -> None:
-    for weights, name, other in (((1.0, 0.0), "loss/weight", "loss/delta"), ((0.0, 1.0), "loss/delta", "loss/weight")):
-        found = curve(replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=60), world)
+def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(
+    world: World, config: TrainingConfig
+) -> None:
+    for weights, name, other in (
+        ((1.0, 0.0), "loss/weight", "loss/delta"),
+        ((0.0, 1.0), "loss/delta", "loss/weight"),
+    ):
+        found = curve(
+            replace(config, lambda_weight=weights[0], lambda_delta=weights[1], steps=60), world
+        )
         assert other not in found[0]
         losses = [metrics[name] for metrics in found]
         assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -104,7 +141,9 @@ def test_held_out_tasks_change_nothing_in_training(world: World, config: Trainin
     assert losses[0] == losses[1]
 
 
-def _curve_of(config: TrainingConfig, data: ExperimentData, world: World) -> list[Mapping[str, float]]:
+def _curve_of(
+    config: TrainingConfig, data: ExperimentData, world: World
+) -> list[Mapping[str, float]]:
     found: list[Mapping[str, float]] = []
     train(config, data, world.flora, lambda step, metrics: found.append(metrics) or True)
     return found
@@ -116,8 +155,12 @@ def test_a_task_in_two_parts_is_refused(world: World) -> None:
         replace(world.data, rows=rows)
 
 
-def test_a_rate_that_diverges_is_an_error_not_a_number(world: World, config: TrainingConfig) -> None:
-    with pytest.raises((FloatingPointError, ValueError), match="lower the learning rate|NaN or infinite"):
+def test_a_rate_that_diverges_is_an_error_not_a_number(
+    world: World, config: TrainingConfig
+) -> None:
+    with pytest.raises(
+        (FloatingPointError, ValueError), match="lower the learning rate|NaN or infinite"
+    ):
         train(replace(config, learning_rate=1e18, steps=60), world.data, world.flora)
 
 
@@ -156,7 +199,12 @@ def test_prompts_are_drawn_anew_every_step(world: World) -> None:
     tokens = standardiser.encode(world.data.values_AV[rows])
     torch.testing.assert_close(standardiser.decode(tokens), world.data.values_AV[rows])
     dataset = DeltaAugmentedDataset(
-        world.data.conditions.train_ANC[rows], tokens, world.data.loss_deltas.select(rows), 4, 2, seed=0
+        world.data.conditions.train_ANC[rows],
+        tokens,
+        world.data.loss_deltas.select(rows),
+        4,
+        2,
+        seed=0,
     )
     first, second = list(create_dataloader(dataset, len(rows), 2))
     order = [torch.argsort(b["tokens"][:, 0]) for b in (first, second)]

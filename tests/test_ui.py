@@ -43,7 +43,9 @@ def served(finished: tuple[Path, str]) -> Iterator[str]:
     """The address of the server that `make ui` starts, over the store of the finished sweep."""
     port = free_port()
     command = [sys.executable, "-m", "tuning.ui", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=finished[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=finished[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         _wait_until_healthy(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
@@ -67,7 +69,13 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
-    flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
+    flags = (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "no-first-run",
+        "disable-background-networking",
+    )
     for flag in (*flags, "disable-component-update", "disable-sync", "window-size=1900,1000"):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
@@ -85,7 +93,9 @@ def runs(folder: Path) -> tuple[str, list[str]]:
     experiment = client.get_experiment_by_name("llgbm")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
-    return experiment.experiment_id, [r.info.run_id for r in found if "mlflow.parentRunId" in r.data.tags]
+    return experiment.experiment_id, [
+        r.info.run_id for r in found if "mlflow.parentRunId" in r.data.tags
+    ]
 
 
 def text_of(browser: webdriver.Chrome) -> str:
@@ -95,13 +105,17 @@ def text_of(browser: webdriver.Chrome) -> str:
 
 def wait_for(browser: webdriver.Chrome, *wanted: str) -> None:
     """Until all these texts are on the page."""
-    WebDriverWait(browser, PATIENCE).until(lambda b: all(text in text_of(b) for text in wanted), f"{wanted} not shown")
+    WebDriverWait(browser, PATIENCE).until(
+        lambda b: all(text in text_of(b) for text in wanted), f"{wanted} not shown"
+    )
 
 
 def wait_until_drawn(browser: webdriver.Chrome, axes: set[str]) -> None:
     """Until a chart has axes of these names (drawn as text in an SVG, not as a label of a control)."""
     titles = "return [...document.querySelectorAll('svg text')].map(t => t.textContent)"
-    WebDriverWait(browser, PATIENCE).until(lambda b: axes <= set(b.execute_script(titles)), f"no axes {axes}")
+    WebDriverWait(browser, PATIENCE).until(
+        lambda b: axes <= set(b.execute_script(titles)), f"no axes {axes}"
+    )
 
 
 @needs_browser
@@ -122,8 +136,12 @@ def test_the_charts_have_parallel_coordinates_over_lambdas_seed_and_held_out_acc
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
 ) -> None:
     experiment, _ = runs(finished[0])
-    browser.get(f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CHARTS_VIEW}&compareRunsMode=CHART")
-    wait_for(browser, "LLGBM: λ, seed and held-out accuracy", "multitask, seed 0", "weight-only, seed 0")
+    browser.get(
+        f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CHARTS_VIEW}&compareRunsMode=CHART"
+    )
+    wait_for(
+        browser, "LLGBM: λ, seed and held-out accuracy", "multitask, seed 0", "weight-only, seed 0"
+    )
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "heldout/accuracy"})
 
 
@@ -134,7 +152,9 @@ def test_the_compare_page_shows_parallel_coordinates(
     experiment, children = runs(finished[0])
     asked = f"runs={quote(json.dumps(children))}&experiments={quote(json.dumps([experiment]))}"
     browser.get(f"{served}/#/compare-runs?{asked}")
-    wait_for(browser, "Comparing 3 Runs", "Parallel Coordinates Plot", "lambda_delta", "lambda_weight")
+    wait_for(
+        browser, "Comparing 3 Runs", "Parallel Coordinates Plot", "lambda_delta", "lambda_weight"
+    )
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "heldout/accuracy"})
     box = browser.find_elements(By.CSS_SELECTOR, "input[type='search']")[0]
     box.send_keys("seed", Keys.ENTER)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder, build_conditions
+from llgbm.generator.conditions import (
+    BaseModelEncoder,
+    MiniLMEncoder,
+    TextEncoder,
+    build_conditions,
+)
 from llgbm.models.load import model_size
 from llgbm.models.pretrain import PretrainConfig, make_tokenizer, new_model, pretrain
 from llgbm.runtime import UserError
@@ -26,7 +31,9 @@ def test_rows_cover_every_task_once(world: World) -> None:
 
 def test_nano_is_under_a_million_and_micro_two_to_four_times_that() -> None:
     tokenizer = make_tokenizer(SyntheticSuite().vocabulary)
-    sizes = {name: parameters(new_model(model_size(name), tokenizer, 0)) for name in ("nano", "micro")}
+    sizes = {
+        name: parameters(new_model(model_size(name), tokenizer, 0)) for name in ("nano", "micro")
+    }
     assert sizes["nano"] < 1_000_000
     assert 2 <= sizes["micro"] / sizes["nano"] <= 4
     with pytest.raises(UserError, match="nano, micro"):
@@ -37,7 +44,9 @@ def test_the_saved_base_is_what_the_auto_classes_load(world: World) -> None:
     model = AutoModelForCausalLM.from_pretrained(world.base.path)
     tokenizer = AutoTokenizer.from_pretrained(world.base.path)
     assert isinstance(model, Qwen2ForCausalLM)
-    for (name, ours), theirs in zip(world.base.model.named_parameters(), model.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        world.base.model.named_parameters(), model.parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
     fresh = make_tokenizer(world.config.suite.vocabulary)
     for task in world.data.tasks:
@@ -52,10 +61,16 @@ def test_pretraining_lowers_the_loss_and_is_the_same_again(world: World) -> None
     from llgbm.models.encoding import encode_pairs
 
     tokenizer = make_tokenizer(world.config.suite.vocabulary)
-    pairs = [(e.prompt, e.answer) for e in world.config.suite.examples("copy-plain", "train", 16, "x")]
+    pairs = [
+        (e.prompt, e.answer) for e in world.config.suite.examples("copy-plain", "train", 16, "x")
+    ]
     texts = encode_pairs(tokenizer, pairs)
     curves = [
-        pretrain(new_model(model_size("nano"), tokenizer, 0), PretrainConfig(steps=8), lambda count, bare: texts)
+        pretrain(
+            new_model(model_size("nano"), tokenizer, 0),
+            PretrainConfig(steps=8),
+            lambda count, bare: texts,
+        )
         for _ in range(2)
     ]
     assert curves[0] == curves[1]
@@ -80,7 +95,10 @@ class TestEncoderContract:
         assert embedded.dtype == torch.float32 and torch.isfinite(embedded).all()
 
     def test_neighbours_change_nothing(self, encoder: TextEncoder) -> None:
-        texts = ["copy plainly : apple =>", "reverse the words in order of the list : apple lemon river harbor =>"]
+        texts = [
+            "copy plainly : apple =>",
+            "reverse the words in order of the list : apple lemon river harbor =>",
+        ]
         together, alone = encoder.encode(texts), torch.cat([encoder.encode([t]) for t in texts])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
@@ -89,11 +107,15 @@ class TestEncoderContract:
         with pytest.raises(ValueError):
             encoder.encode(prompts)
 
-    def test_pools_are_the_encodings_of_the_banks_prompts(self, encoder: TextEncoder, world: World, tmp_path) -> None:
+    def test_pools_are_the_encodings_of_the_banks_prompts(
+        self, encoder: TextEncoder, world: World, tmp_path
+    ) -> None:
         pools = build_conditions(tmp_path, encoder, world.bank, ["nonsense", "words"])
         first = next(iter(world.bank.adapters))
         prompts = world.bank.prompts(first)
-        torch.testing.assert_close(pools.train_ANC[0], encoder.encode(prompts["train"]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            pools.train_ANC[0], encoder.encode(prompts["train"]), atol=1e-5, rtol=1e-4
+        )
         assert not set(prompts["train"]) & set(prompts["evaluation"])
 
 

@@ -20,12 +20,18 @@ SCHEDULERS = ("none", "asha")
 POINTS = 20
 
 
-def parse_arguments(arguments: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
+def parse_arguments(
+    arguments: Sequence[str] | None, description: str | None = None
+) -> argparse.Namespace:
     """Read the command line. A wrong option ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     _add_study(parser.add_argument_group("what is run"))
     add_real_arguments(parser)
-    _add_search(parser.add_argument_group("search (how a study's trials are chosen, and stopped early)"))
+    _add_search(
+        parser.add_argument_group("search (how a study's trials are chosen, and stopped early)")
+    )
     _add_execution(parser.add_argument_group("how it is run"))
     _add_stores(parser.add_argument_group("where things are kept"))
     parsed = parser.parse_args(arguments)
@@ -40,25 +46,62 @@ def _add_study(what: Any) -> None:
         help=f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
         "(default: phase_4_5, or optuna_lambda for a search)",
     )
-    what.add_argument("--model-size", nargs="+", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)")
-    what.add_argument("--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss")
-    what.add_argument("--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss")
-    what.add_argument("--learning-rate", nargs="+", type=float, metavar="X", help="learning rates (default: 0.002)")
-    what.add_argument("--generator", nargs="+", metavar="NAME", help="generators by name (default: default)")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; of a search: 0 1)")
-    what.add_argument("--steps", type=int, metavar="N", help="training steps of each trial (default: 600)")
-    what.add_argument("--batch-size", type=int, metavar="N", help="tasks in a training step (default: 16)")
-    what.add_argument("--activation-checkpointing", action="store_true", help="less memory a step, for more time")
-    what.add_argument("--probe-chunk", type=int, metavar="N", help="probes in one pass (default: all; less memory)")
-    what.add_argument("--delta-probes", default="trajectory", help="trajectory (default), generic or domain")
-    what.add_argument("--encoder", default="minilm", help="minilm (default), base, or a sentence-transformers folder")
+    what.add_argument(
+        "--model-size", nargs="+", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)"
+    )
+    what.add_argument(
+        "--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss"
+    )
+    what.add_argument(
+        "--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss"
+    )
+    what.add_argument(
+        "--learning-rate",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="learning rates (default: 0.002)",
+    )
+    what.add_argument(
+        "--generator", nargs="+", metavar="NAME", help="generators by name (default: default)"
+    )
+    what.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; of a search: 0 1)"
+    )
+    what.add_argument(
+        "--steps", type=int, metavar="N", help="training steps of each trial (default: 600)"
+    )
+    what.add_argument(
+        "--batch-size", type=int, metavar="N", help="tasks in a training step (default: 16)"
+    )
+    what.add_argument(
+        "--activation-checkpointing", action="store_true", help="less memory a step, for more time"
+    )
+    what.add_argument(
+        "--probe-chunk",
+        type=int,
+        metavar="N",
+        help="probes in one pass (default: all; less memory)",
+    )
+    what.add_argument(
+        "--delta-probes", default="trajectory", help="trajectory (default), generic or domain"
+    )
+    what.add_argument(
+        "--encoder",
+        default="minilm",
+        help="minilm (default), base, or a sentence-transformers folder",
+    )
     what.add_argument(
         "--metric",
         metavar="NAME",
         help="what the best generator is chosen by and asha judges by, on validation tasks: "
         f"{' or '.join(VAL_METRICS)} (default: the study's, which is {VAL_METRICS[0]})",
     )
-    what.add_argument("--smoke", action="store_true", help="toy settings: shows that everything runs, nothing else")
+    what.add_argument(
+        "--smoke",
+        action="store_true",
+        help="toy settings: shows that everything runs, nothing else",
+    )
 
 
 def _add_search(search: Any) -> None:
@@ -70,7 +113,10 @@ def _add_search(search: Any) -> None:
         "(default: what the study is made for)",
     )
     search.add_argument(
-        "--num-samples", type=int, metavar="N", help=f"points of a search, earlier runs' included (default: {POINTS})"
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help=f"points of a search, earlier runs' included (default: {POINTS})",
     )
     search.add_argument(
         "--objectives",
@@ -93,12 +139,24 @@ def _add_execution(how: Any) -> None:
         metavar="STUDY_ID",
         help="go on with a study that was interrupted or killed: its id, or `latest`; what finished is not run again",
     )
-    how.add_argument("--retry-failed", action="store_true", help="run the failed trials again, and no others")
-    how.add_argument("--fresh", action="store_true", help="run all trials anew, those that finished before too")
-    how.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)")
-    how.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed")
-    how.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)")
-    how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port")
+    how.add_argument(
+        "--retry-failed", action="store_true", help="run the failed trials again, and no others"
+    )
+    how.add_argument(
+        "--fresh", action="store_true", help="run all trials anew, those that finished before too"
+    )
+    how.add_argument(
+        "--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)"
+    )
+    how.add_argument(
+        "--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed"
+    )
+    how.add_argument(
+        "--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)"
+    )
+    how.add_argument(
+        "--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port"
+    )
     how.add_argument(
         "--estimate",
         action="store_true",
@@ -113,16 +171,22 @@ def _add_execution(how: Any) -> None:
 
 
 def _add_stores(where: Any) -> None:
-    where.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+    where.add_argument(
+        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+    )
     where.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
-    where.add_argument("--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)")
+    where.add_argument(
+        "--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)"
+    )
     where.add_argument(
         "--storage-path",
         metavar="DIR",
         help="where unfinished trials keep their state, a folder or s3://… that all machines reach "
         "(default: CACHE/sweeps)",
     )
-    where.add_argument("--keep-checkpoints", action="store_true", help="keep the state of finished trials too")
+    where.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep the state of finished trials too"
+    )
     where.add_argument(
         "--keep-artifacts",
         choices=KEEP_ARTIFACTS,
@@ -137,7 +201,9 @@ def _add_stores(where: Any) -> None:
         help="how many trials a size are the best, for --keep-artifacts best (default: 1)",
     )
     where.add_argument(
-        "--optuna-storage", metavar="URL", help="where a search is kept (default: optuna.db beside the MLflow store)"
+        "--optuna-storage",
+        metavar="URL",
+        help="where a search is kept (default: optuna.db beside the MLflow store)",
     )
 
 
@@ -189,13 +255,19 @@ def _wants_search(study: Study, arguments: argparse.Namespace) -> bool:
     """Whether points are drawn from the study's space. Raises UserError where the study and the options disagree."""
     if study.space is not None:
         if arguments.search == "grid":
-            raise UserError(f"study {study.name} is a space, not a grid of trials: use --search random or optuna")
+            raise UserError(
+                f"study {study.name} is a space, not a grid of trials: use --search random or optuna"
+            )
         return True
     if arguments.search in SAMPLERS:
-        raise UserError(f"study {study.name} has no space to search: use optuna_lambda, or --search grid")
+        raise UserError(
+            f"study {study.name} has no space to search: use optuna_lambda, or --search grid"
+        )
     for option in ("num_samples", "objectives", "optuna_storage"):
         if getattr(arguments, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} is for a search: add --search random or optuna")
+            raise UserError(
+                f"--{option.replace('_', '-')} is for a search: add --search random or optuna"
+            )
     return False
 
 

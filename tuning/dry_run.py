@@ -44,7 +44,12 @@ def _middle(study: Study) -> dict[str, float]:
 
 
 def show_plan(
-    study: Study, cache: Path, runs: Sequence[PastRun], concurrent: int, optuna_url: str, n_points: int
+    study: Study,
+    cache: Path,
+    runs: Sequence[PastRun],
+    concurrent: int,
+    optuna_url: str,
+    n_points: int,
 ) -> None:
     """Print the trial table, what of each world is built, and what the rest would cost."""
     plan = Plan(study, study.trials, 0, runs)
@@ -52,7 +57,11 @@ def show_plan(
         plan = _show_space(study, runs, optuna_url, n_points)
     costs = Costs(runs)
     if plan.trials:
-        print(tabulate([_row(trial, plan, costs) for trial in plan.trials], HEADERS, disable_numparse=True))
+        print(
+            tabulate(
+                [_row(trial, plan, costs) for trial in plan.trials], HEADERS, disable_numparse=True
+            )
+        )
     for world in study.worlds:
         print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
         for part, built in describe_world(cache, world).items():
@@ -60,7 +69,19 @@ def show_plan(
     print(f"\n{describe_cost(plan, costs, concurrent)}")
 
 
-HEADERS = ("trial", "configuration", "size", "generator", "λ_w", "λ_d", "rate", "seed", "steps", "state", "estimate")
+HEADERS = (
+    "trial",
+    "configuration",
+    "size",
+    "generator",
+    "λ_w",
+    "λ_d",
+    "rate",
+    "seed",
+    "steps",
+    "state",
+    "estimate",
+)
 
 
 def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
@@ -145,7 +166,16 @@ def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:
         key = (trial.name, str(trial.config.model_size))
         rows.setdefault(key, [*key, 0, *_cells(estimate)])[2] += 1
     memory = list(found[0][1].memory)
-    headers = ["configuration", "base", "trials", "base params", "adapter", "generator", "FLOP a step", "FLOP a trial"]
+    headers = [
+        "configuration",
+        "base",
+        "trials",
+        "base params",
+        "adapter",
+        "generator",
+        "FLOP a step",
+        "FLOP a trial",
+    ]
     return tabulate(list(rows.values()), [*headers, *memory, "peak"], disable_numparse=True)
 
 

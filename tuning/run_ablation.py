@@ -22,7 +22,13 @@ from tuning.studies.spec import Study
 from tuning.sweep.artifacts import best_trials, check_policy, keep_best_adapters
 from tuning.sweep.checkpoints import study_lock
 from tuning.sweep.cluster import Resources, check_resources, connect_ray, terminate_as_interrupt
-from tuning.sweep.resume import ARGUMENTS_TAG, begin_anew, check_same_study, recorded_arguments, study_arguments
+from tuning.sweep.resume import (
+    ARGUMENTS_TAG,
+    begin_anew,
+    check_same_study,
+    recorded_arguments,
+    study_arguments,
+)
 from tuning.sweep.run import cache_of, open_points, open_store, optuna_storage, run_trials, rungs
 from tuning.tracking.costs import past_runs
 from tuning.tracking.notes import describe_facts, log_datasets, study_params, study_tags
@@ -33,13 +39,19 @@ from tuning.tracking.study import StudyTracker, status_on_exit
 def run(arguments: Namespace) -> int:
     """Run the study that the arguments ask for; return the exit status."""
     if arguments.fresh and (arguments.resume or arguments.retry_failed):
-        raise UserError("--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh")
+        raise UserError(
+            "--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh"
+        )
     check_policy(arguments.keep_artifacts, arguments.keep_best)
     study = None if arguments.resume else study_of(arguments)
     nodes = connect_ray(arguments.address) if arguments.address else None
-    resources = check_resources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent, nodes)
+    resources = check_resources(
+        arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent, nodes
+    )
     if study is None:
-        arguments, recorded = recorded_arguments(arguments, parse_arguments([]), open_store(arguments))
+        arguments, recorded = recorded_arguments(
+            arguments, parse_arguments([]), open_store(arguments)
+        )
         study = study_of(arguments)
         check_same_study(study, recorded)
     if arguments.scheduler != "none":
@@ -49,7 +61,12 @@ def run(arguments: Namespace) -> int:
     if arguments.dry_run:
         runs = past_runs(arguments.tracking_uri, Path.cwd(), arguments.experiment)
         show_plan(
-            study, cache_of(arguments), runs, resources.concurrent, optuna_storage(arguments), points_of(arguments)
+            study,
+            cache_of(arguments),
+            runs,
+            resources.concurrent,
+            optuna_storage(arguments),
+            points_of(arguments),
         )
     if arguments.estimate or arguments.dry_run:
         return 0
@@ -74,7 +91,10 @@ def run_study(
     if arguments.fresh:
         begin_anew(study, tracker, storage)
     search = open_points(study, arguments, tracker) if study.space else None
-    tags = {ARGUMENTS_TAG: json.dumps(study_arguments(arguments)), "llgbm.resources": resources.describe()}
+    tags = {
+        ARGUMENTS_TAG: json.dumps(study_arguments(arguments)),
+        "llgbm.resources": resources.describe(),
+    }
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with status_on_exit(tracker):
         log_baselines(tracker, worlds, cache_of(arguments))
@@ -88,7 +108,11 @@ def run_study(
         registered = register_best(study, worlds, results, tracker, study.metric)
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
-    return 0 if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials) else 1
+    return (
+        0
+        if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials)
+        else 1
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments, __doc__)
     quiet_libraries()
     terminate_as_interrupt()
-    return exit_status(lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED")
+    return exit_status(
+        lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED"
+    )
 
 
 if __name__ == "__main__":

@@ -37,10 +37,18 @@ class PairedTest:
     @property
     def verdict(self) -> str:
         """One sentence: better or not, by how much, how sure."""
-        low_high = f", 95 % interval {self.interval[0]:+.3f} to {self.interval[1]:+.3f}" if self.interval else ""
+        low_high = (
+            f", 95 % interval {self.interval[0]:+.3f} to {self.interval[1]:+.3f}"
+            if self.interval
+            else ""
+        )
         effect = f", effect size {self.effect:+.2f}" if self.effect is not None else ""
-        few = f"; below {TASKS_FOR_TEST} tasks nothing can be told" if self.n < TASKS_FOR_TEST else ""
-        numbers = f"{self.difference:+.3f} over {self.n} tasks{low_high}, {p_text(self.p)}{effect}{few}"
+        few = (
+            f"; below {TASKS_FOR_TEST} tasks nothing can be told" if self.n < TASKS_FOR_TEST else ""
+        )
+        numbers = (
+            f"{self.difference:+.3f} over {self.n} tasks{low_high}, {p_text(self.p)}{effect}{few}"
+        )
         return f"{'better' if self.is_better else 'not shown to be better'}: {numbers}"
 
 
@@ -58,7 +66,9 @@ def paired_comparison(
     if not new or set(new) != set(old):
         odd = ", ".join(sorted(set(new) ^ set(old))[:5]) or "there is none"
         raise ValueError(f"two generators are compared on the same tasks, at least one: {odd}")
-    differences = np.array([float(np.mean(new[task])) - float(np.mean(old[task])) for task in sorted(new)])
+    differences = np.array(
+        [float(np.mean(new[task])) - float(np.mean(old[task])) for task in sorted(new)]
+    )
     if not np.isfinite(differences).all():
         raise ValueError("an accuracy of a task is missing or not finite: nothing can be compared")
     return PairedTest(
@@ -125,7 +135,11 @@ def crossed_test(differences_ST: np.ndarray) -> CrossedTest | None:
     paired t-test of the seeds' means, is the larger. Needs two seeds and two tasks.
     """
     n_seeds, n_tasks = differences_ST.shape
-    if min(n_seeds, n_tasks) < 2 or _no_spread(differences_ST.mean(0)) and _no_spread(differences_ST.mean(1)):
+    if (
+        min(n_seeds, n_tasks) < 2
+        or _no_spread(differences_ST.mean(0))
+        and _no_spread(differences_ST.mean(1))
+    ):
         return None
     mean, over_tasks_T = float(differences_ST.mean()), differences_ST.mean(0)
     by_seed = float(differences_ST.mean(1).var(ddof=1)) / n_seeds
@@ -135,7 +149,9 @@ def crossed_test(differences_ST: np.ndarray) -> CrossedTest | None:
     p_seeds, wide_seeds = _student(mean, by_seed, n_seeds - 1)
     reach = max(wide, wide_seeds)
     interval = (mean - reach, mean + reach)
-    return CrossedTest(mean, interval, max(p_both, p_seeds), p_both, p_seeds, effect_size(over_tasks_T))
+    return CrossedTest(
+        mean, interval, max(p_both, p_seeds), p_both, p_seeds, effect_size(over_tasks_T)
+    )
 
 
 def _student(mean: float, variance: float, freedom: float) -> tuple[float, float]:
@@ -143,7 +159,9 @@ def _student(mean: float, variance: float, freedom: float) -> tuple[float, float
     error = math.sqrt(variance)
     if error < 1e-12:
         return (1.0 if abs(mean) < 1e-12 else 0.0), 0.0
-    return float(2 * stats.t.sf(abs(mean) / error, freedom)), float(stats.t.ppf(0.975, freedom)) * error
+    return float(2 * stats.t.sf(abs(mean) / error, freedom)), float(
+        stats.t.ppf(0.975, freedom)
+    ) * error
 
 
 def _no_spread(values: np.ndarray) -> bool:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 STUDIES_VIEW, CHARTS_VIEW = "llgbm-studies", "llgbm-charts"
-VIEWS = {STUDIES_VIEW: ("LLGBM studies", False, ""), CHARTS_VIEW: ("LLGBM charts", True, "&compareRunsMode=CHART")}
+VIEWS = {
+    STUDIES_VIEW: ("LLGBM studies", False, ""),
+    CHARTS_VIEW: ("LLGBM charts", True, "&compareRunsMode=CHART"),
+}
 VIEW_TAG = "mlflow.sharedViewState."
 METRICS = (MAIN, "heldout/delta_cosine", CHOOSING, "train/accuracy")
 PARAMS = ("lambda_weight", "lambda_delta", "seed", "model_size")
@@ -64,7 +67,8 @@ def view_state(flat: bool) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": [f"metrics.`{key}`" for key in METRICS] + [f"params.`{key}`" for key in PARAMS],
+        "selectedColumns": [f"metrics.`{key}`" for key in METRICS]
+        + [f"params.`{key}`" for key in PARAMS],
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": False,
         "compareRunSections": [{**section, **made_by_hand, "isReordered": True}],
@@ -77,7 +81,12 @@ def keep_views(client: MlflowClient, experiment_id: str, created: int) -> None:
     """Save the views with an experiment where they are not there in this form. `created` is in ms."""
     tags = client.get_experiment(experiment_id).tags
     for key, (name, flat, _) in VIEWS.items():
-        view = {"name": name, "createdAt": created, "updatedAt": created, "state": json.dumps(view_state(flat))}
+        view = {
+            "name": name,
+            "createdAt": created,
+            "updatedAt": created,
+            "state": json.dumps(view_state(flat)),
+        }
         if tags.get(VIEW_TAG + key) != json.dumps(view):
             client.set_experiment_tag(experiment_id, VIEW_TAG + key, json.dumps(view))
 
@@ -101,21 +110,36 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the store, prepare the views, print their addresses and become the server."""
     uri = existing_uri(arguments.tracking_uri or local_tracking_uri(Path.cwd()))
     if uri.startswith("http"):
-        raise UserError(f"{shown(uri)} is a server that shows its pages itself: open it in a browser.")
+        raise UserError(
+            f"{shown(uri)} is a server that shows its pages itself: open it in a browser."
+        )
     experiments = prepare(uri)
     for name, experiment_id in experiments:
         for key, (view, _, mode) in VIEWS.items():
             page = f"http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs"
             say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")
-    options = ["--backend-store-uri", uri, "--host", HOST, "--port", str(arguments.port), "--workers", "1"]
+    options = [
+        "--backend-store-uri",
+        uri,
+        "--host",
+        HOST,
+        "--port",
+        str(arguments.port),
+        "--workers",
+        "1",
+    ]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve, or translate errors: 2 and one sentence for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m tuning.ui", description="Serve MLflow's pages on this machine.")
-    parser.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tuning.ui", description="Serve MLflow's pages on this machine."
+    )
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)"
+    )
     parser.add_argument("--port", type=int, default=5000, metavar="N", help="default: 5000")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parsed = parser.parse_args(arguments)

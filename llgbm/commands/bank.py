@@ -15,22 +15,50 @@ def add_parser(commands: Any) -> None:
     actions = commands.add_parser("bank", help="banks of adapters from elsewhere").add_subparsers(
         dest="action", required=True
     )
-    take = actions.add_parser("import", help="make a bank from PEFT adapters, checked against their base")
-    take.add_argument(
-        "sources", nargs="+", metavar="PATH_OR_HUB", help="adapter folders, folders above some, or hub ids"
+    take = actions.add_parser(
+        "import", help="make a bank from PEFT adapters, checked against their base"
     )
-    take.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model that they are for")
-    take.add_argument("--out", required=True, type=output_path, metavar="DIR", help="the bank that is written")
     take.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="JSON: prompts by task, for adapters without their own"
+        "sources",
+        nargs="+",
+        metavar="PATH_OR_HUB",
+        help="adapter folders, folders above some, or hub ids",
     )
-    take.add_argument("--task", metavar="NAME", help="the task of all adapters (default: by their folders)")
-    take.add_argument("--chat", action="store_true", help="the prompts are turns of a chat: use the base's template")
-    take.add_argument("--accept-base", nargs="+", default=[], metavar="NAME", help="other names of the same base")
-    take.add_argument("--trajectories", type=int, default=16, metavar="N", help="prompts a task that are answered")
-    take.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    take.add_argument("--dtype", default="float32", help="of the base: float32, bfloat16 or float16")
-    take.add_argument("--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)")
+    take.add_argument(
+        "--base", required=True, metavar="DIR|HUB", help="the base model that they are for"
+    )
+    take.add_argument(
+        "--out", required=True, type=output_path, metavar="DIR", help="the bank that is written"
+    )
+    take.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON: prompts by task, for adapters without their own",
+    )
+    take.add_argument(
+        "--task", metavar="NAME", help="the task of all adapters (default: by their folders)"
+    )
+    take.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompts are turns of a chat: use the base's template",
+    )
+    take.add_argument(
+        "--accept-base", nargs="+", default=[], metavar="NAME", help="other names of the same base"
+    )
+    take.add_argument(
+        "--trajectories", type=int, default=16, metavar="N", help="prompts a task that are answered"
+    )
+    take.add_argument(
+        "--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"
+    )
+    take.add_argument(
+        "--dtype", default="float32", help="of the base: float32, bfloat16 or float16"
+    )
+    take.add_argument(
+        "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
+    )
     take.set_defaults(do=take_over)
     look = actions.add_parser("show", help="what a bank holds, and whether it is whole")
     look.add_argument("folder", type=Path, help="the bank")
@@ -44,7 +72,11 @@ def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
     from llgbm.teachers.imported import ImportOptions, import_bank
 
     options = ImportOptions(
-        tuple(arguments.accept_base), arguments.task, arguments.chat, arguments.trajectories, arguments.max_tokens
+        tuple(arguments.accept_base),
+        arguments.task,
+        arguments.chat,
+        arguments.trajectories,
+        arguments.max_tokens,
     )
     check_bank_address(arguments.out)
     base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))

@@ -17,23 +17,54 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
-    score = commands.add_parser("evaluate", help="score adapters on a synthetic task or on datasets in files")
-    score.add_argument(
-        "--adapter", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of PEFT adapters, named in the result"
+    score = commands.add_parser(
+        "evaluate", help="score adapters on a synthetic task or on datasets in files"
     )
-    score.add_argument("--task", metavar="NAME", help="a task of the synthetic suite, such as reverse-brackets")
-    score.add_argument("--base", metavar="DIR|HUB", help="the base model (default: the one that the adapter names)")
-    score.add_argument("--examples", type=int, metavar="N", help="evaluation examples (default: 256, or all there are)")
+    score.add_argument(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="folders of PEFT adapters, named in the result",
+    )
+    score.add_argument(
+        "--task", metavar="NAME", help="a task of the synthetic suite, such as reverse-brackets"
+    )
+    score.add_argument(
+        "--base", metavar="DIR|HUB", help="the base model (default: the one that the adapter names)"
+    )
+    score.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="evaluation examples (default: 256, or all there are)",
+    )
     data = score.add_argument_group("datasets in files")
     data.add_argument("--data", type=Path, metavar="DIR", help="where NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="datasets to score on")
-    data.add_argument("--generator", metavar="MODEL", help="models:/NAME@ALIAS or a folder: adapts to each dataset")
     data.add_argument(
-        "--shots", type=int, default=4, metavar="N", help="solved examples in context (default 4, 0: none)"
+        "--generator",
+        metavar="MODEL",
+        help="models:/NAME@ALIAS or a folder: adapts to each dataset",
     )
-    data.add_argument("--max-tokens", type=int, metavar="N", help="longest response (default: by kind of answer)")
-    data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out, and say so, instead of ending")
-    data.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+    data.add_argument(
+        "--shots",
+        type=int,
+        default=4,
+        metavar="N",
+        help="solved examples in context (default 4, 0: none)",
+    )
+    data.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest response (default: by kind of answer)"
+    )
+    data.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave bad rows out, and say so, instead of ending",
+    )
+    data.add_argument(
+        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+    )
     score.set_defaults(do=evaluate)
 
 
@@ -84,7 +115,11 @@ def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
     for task in arguments.tasks:
         count = min(arguments.examples or 256, len(suite.datasets[task].rows["evaluation"]))
         generated = [_generated_system(arguments, base, suite, task)] if arguments.generator else []
-        results.append(measure(base, suite, task, _named_once([*systems, *generated]), count, arguments.max_tokens))
+        results.append(
+            measure(
+                base, suite, task, _named_once([*systems, *generated]), count, arguments.max_tokens
+            )
+        )
         say(table(results[-1]))
     return {"base": base.path, "results": results}
 
@@ -95,7 +130,10 @@ def _load_base(arguments: argparse.Namespace) -> Base:
 
     if not arguments.base and not arguments.adapter:
         raise UserError("there is no base: name it with --base")
-    named = arguments.base or read_adapter_config(_parse(arguments.adapter[0])[1])["base_model_name_or_path"]
+    named = (
+        arguments.base
+        or read_adapter_config(_parse(arguments.adapter[0])[1])["base_model_name_or_path"]
+    )
     return load_base(named, pick_device())
 
 
@@ -112,12 +150,16 @@ def _adapter_system(base: Base, named: str) -> System:
 
     name, folder = _parse(named)
     config = read_adapter_config(folder)
-    spec = LoraSpec.from_model(base.model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    spec = LoraSpec.from_model(
+        base.model, config["r"], config["lora_alpha"], tuple(config["target_modules"])
+    )
     batch = LoraBatch.from_state_dicts([load_adapter(folder, spec)])
     return System(name, batch.to(base.model.device), spec)
 
 
-def _generated_system(arguments: argparse.Namespace, base: Base, suite: FileSuite, task: str) -> System:
+def _generated_system(
+    arguments: argparse.Namespace, base: Base, suite: FileSuite, task: str
+) -> System:
     """An adapter that the generator writes from prompts of the dataset, none of which is scored on."""
     from llgbm.evaluation.benchmark import System
     from llgbm.generator.bundle import GeneratorBundle
@@ -136,7 +178,9 @@ def _named_once(systems: Sequence[System]) -> Sequence[System]:
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two systems are called {twice!r}: give adapters different names with --adapter NAME=DIR")
+        raise UserError(
+            f"two systems are called {twice!r}: give adapters different names with --adapter NAME=DIR"
+        )
     return systems
 
 

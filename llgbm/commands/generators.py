@@ -22,7 +22,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("target", metavar=target, nargs="?" if name == "list" else None)
         action.add_argument("--json", action="store_true", help="print JSON")
-        action.add_argument("--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)")
+        action.add_argument(
+            "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+        )
         action.set_defaults(do=models)
 
 
@@ -52,8 +54,14 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     bundle = GeneratorBundle.load(fetch_bundle(arguments.model, arguments.tracking_uri))
     bundle.save_adapter(prompts, arguments.out)
-    say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {bundle.facts['base_path']}")
-    return {"adapter": str(arguments.out), "base": bundle.facts["base_path"], "prompts": len(prompts)}
+    say(
+        f"wrote {arguments.out} from {len(prompts)} prompts; its base is {bundle.facts['base_path']}"
+    )
+    return {
+        "adapter": str(arguments.out),
+        "base": bundle.facts["base_path"],
+        "prompts": len(prompts),
+    }
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -61,10 +69,16 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a text file with one prompt a line") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; name a text file with one prompt a line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: name a text file with one prompt a line") from error
+        raise UserError(
+            f"{path} is no UTF-8 text: name a text file with one prompt a line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{path} holds no prompt: write at least one unlabelled prompt of the task, one a line")
+        raise UserError(
+            f"{path} holds no prompt: write at least one unlabelled prompt of the task, one a line"
+        )
     return prompts

@@ -16,23 +16,48 @@ def add_parser(commands: Any) -> None:
         "teachers", help="train teacher adapters of a base model, one bank for several datasets"
     )
     parser.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder of the dataset files")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="datasets, such as ARC-e BoolQ")
     parser.add_argument(
-        "--out", required=True, type=output_path, metavar="DIR", help="the bank; a killed run goes on there"
+        "--data", required=True, type=Path, metavar="DIR", help="the folder of the dataset files"
     )
-    parser.add_argument("--method", default="peft", help="peft (one run at a time) or batched (several at once)")
-    parser.add_argument("--dtype", default="float32", help="of the base: float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)")
+    parser.add_argument(
+        "--tasks", required=True, nargs="+", metavar="NAME", help="datasets, such as ARC-e BoolQ"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=output_path,
+        metavar="DIR",
+        help="the bank; a killed run goes on there",
+    )
+    parser.add_argument(
+        "--method", default="peft", help="peft (one run at a time) or batched (several at once)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="of the base: float32, bfloat16 or float16"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
+    )
     _add_sizes(parser)
     parser.add_argument(
-        "--gradient-checkpointing", default="auto", metavar="WHEN", help="auto (where memory is short), on or off"
+        "--gradient-checkpointing",
+        default="auto",
+        metavar="WHEN",
+        help="auto (where memory is short), on or off",
     )
     parser.add_argument(
-        "--at-once", type=int, default=0, metavar="N", help="batched: runs a group (default: all that fit)"
+        "--at-once",
+        type=int,
+        default=0,
+        metavar="N",
+        help="batched: runs a group (default: all that fit)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="use at most so many rows of each dataset")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that are no examples")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="use at most so many rows of each dataset"
+    )
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that are no examples"
+    )
     parser.set_defaults(do=do)
 
 
@@ -52,7 +77,12 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("trajectories", 16, "prompts a dataset that its first teacher answers"),
     )
     for name, default, meaning in sizes:
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: {default:g})")
+        parser.add_argument(
+            f"--{name}",
+            type=type(default),
+            default=default,
+            help=f"{meaning} (default: {default:g})",
+        )
 
 
 def do(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +94,10 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
 
     check_bank_address(arguments.out)
     suite = FileSuite.open(
-        arguments.data, train=arguments.tasks, limit=arguments.limit, skip_bad=arguments.skip_bad_rows
+        arguments.data,
+        train=arguments.tasks,
+        limit=arguments.limit,
+        skip_bad=arguments.skip_bad_rows,
     )
     config = _config(arguments)
     base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))

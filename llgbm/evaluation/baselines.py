@@ -29,13 +29,18 @@ def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
     key = content_hash("baselines", VERSION, VERSIONS, world.config, world.data.hash)
 
     def write(folder: Path) -> None:
-        found = {name: dict(result.metrics) for name, result in evaluate_baselines(world.data, world.flora).items()}
+        found = {
+            name: dict(result.metrics)
+            for name, result in evaluate_baselines(world.data, world.flora).items()
+        }
         (folder / "metrics.json").write_text(json.dumps(found, indent=1))
 
     return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
 
 
-def evaluate_baselines(data: ExperimentData, flora: FunctionalLoRA, part: str = "test") -> dict[str, PartResult]:
+def evaluate_baselines(
+    data: ExperimentData, flora: FunctionalLoRA, part: str = "test"
+) -> dict[str, PartResult]:
     """Results of every baseline on the tasks of one part, by name."""
     rows = list(data.rows[part])
     makers = {

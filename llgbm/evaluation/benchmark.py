@@ -43,7 +43,12 @@ class System:
 
 
 def measure(
-    base: Base, suite: FileSuite, task: str, systems: Sequence[System], count: int, max_tokens: int | None = None
+    base: Base,
+    suite: FileSuite,
+    task: str,
+    systems: Sequence[System],
+    count: int,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy of each system on the same `count` rows of a dataset, with what it stands beside.
 
@@ -52,7 +57,10 @@ def measure(
     kind = suite.datasets[suite.task(task).name].kind
     examples = suite.examples(task, "evaluation", count, "benchmark")
     known = suite.datasets[task].rows["train"]
-    found = {system.name: _measure_one(base, suite, kind, task, system, examples, max_tokens) for system in systems}
+    found = {
+        system.name: _measure_one(base, suite, kind, task, system, examples, max_tokens)
+        for system in systems
+    }
     return {
         "task": task,
         "kind": kind,
@@ -83,23 +91,31 @@ def _measure_one(
 def solved_examples(suite: FileSuite, task: str, count: int) -> list[tuple[str, str]]:
     """Training rows of the dataset with their answers, the same for every question. Raises UserError for too many."""
     if count > len(suite.datasets[task].rows["train"]):
-        raise UserError(f"{count} solved examples asked for; {task} has {len(suite.datasets[task].rows['train'])}")
+        raise UserError(
+            f"{count} solved examples asked for; {task} has {len(suite.datasets[task].rows['train'])}"
+        )
     return [(e.prompt, e.answer) for e in suite.examples(task, "train", count, "shots")]
 
 
 def respond(base: Base, prompts: Sequence[str], max_tokens: int, label: str) -> list[str]:
     """Greedy responses, generated in batches of prompts of about one length, in the order of the prompts."""
-    lengths = [len(ids) for ids in base.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    lengths = [
+        len(ids) for ids in base.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    ]
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     responses = [""] * len(prompts)
     for rows in progress(chunks(len(order), max(lengths) + max_tokens), label):
         batch = order[rows]
-        for index, text in zip(batch, continue_texts(base, [prompts[i] for i in batch], max_tokens), strict=True):
+        for index, text in zip(
+            batch, continue_texts(base, [prompts[i] for i in batch], max_tokens), strict=True
+        ):
             responses[index] = text
     return responses
 
 
-def likeliest_rivals(base: Base, kind: Kind, prompts: Sequence[str], examples: Sequence[Example]) -> list[str] | None:
+def likeliest_rivals(
+    base: Base, kind: Kind, prompts: Sequence[str], examples: Sequence[Example]
+) -> list[str] | None:
     """Of the responses that each question allows, the one with the highest probability; None for open questions."""
     allowed = [rivals(kind, e.prompt) for e in examples]
     if not all(allowed):
@@ -112,11 +128,16 @@ def likeliest_rivals(base: Base, kind: Kind, prompts: Sequence[str], examples: S
             for rows in chunks(len(pairs), texts.input_ids_ST.shape[1])
         ]
     losses = iter(torch.cat(pieces).tolist())
-    return [min((next(losses), place, rival) for place, rival in enumerate(own))[2] for own in allowed]
+    return [
+        min((next(losses), place, rival) for place, rival in enumerate(own))[2] for own in allowed
+    ]
 
 
 def score_responses(
-    kind: Kind, examples: Sequence[Example], responses: Sequence[str], likeliest: Sequence[str] | None
+    kind: Kind,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    likeliest: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Shares of right answers (with a 95 % interval), of responses with any answer, and of those in the form asked.
 
@@ -124,7 +145,10 @@ def score_responses(
     """
     answers = [extract(kind, e.prompt, text) for e, text in zip(examples, responses, strict=True)]
     right = [gold(kind, e) == answer for e, answer in zip(examples, answers, strict=True)]
-    picked = [extract(kind, e.prompt, text) for e, text in zip(examples, likeliest or responses, strict=True)]
+    picked = [
+        extract(kind, e.prompt, text)
+        for e, text in zip(examples, likeliest or responses, strict=True)
+    ]
     best = [gold(kind, e) == answer for e, answer in zip(examples, picked, strict=True)]
     return {
         "accuracy": share(right),
@@ -144,7 +168,9 @@ def gold(kind: Kind, example: Example) -> str:
     """The answer of a row. Raises UserError for a response that holds none, or two."""
     answer = extract(kind, example.prompt, example.answer)
     if answer is None:
-        raise UserError(f"no answer can be read from the response {example.answer[:60]!r}: mend this row")
+        raise UserError(
+            f"no answer can be read from the response {example.answer[:60]!r}: mend this row"
+        )
     return answer
 
 

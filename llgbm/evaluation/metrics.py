@@ -37,7 +37,9 @@ class PartResult:
     teacher_delta_AD: Tensor
 
 
-def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> PartResult:
+def evaluate_generator(
+    generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str
+) -> PartResult:
     """All numbers of a generator on one part (`train`, `val`, `test`), adapters written from evaluation prompts."""
     rows = list(data.rows[part])
     conditions = data.conditions.evaluation_ANC[rows]
@@ -46,8 +48,12 @@ def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: Fu
     shuffled = generator.generate(data.conditions.evaluation_ANC[other_task(data, rows)])
     nonsense = generator.generate(data.conditions.nonsense_NC[None].expand(len(rows), -1, -1))
     controls = {
-        "accuracy_shuffled_prompts": accuracy_per_adapter(flora, shuffled, data, rows).mean().item(),
-        "accuracy_nonsense_prompts": accuracy_per_adapter(flora, nonsense, data, rows).mean().item(),
+        "accuracy_shuffled_prompts": accuracy_per_adapter(flora, shuffled, data, rows)
+        .mean()
+        .item(),
+        "accuracy_nonsense_prompts": accuracy_per_adapter(flora, nonsense, data, rows)
+        .mean()
+        .item(),
         "nearest_teacher_distance": nearest_teacher_distance(adapters, data, flora).mean().item(),
         "diversity": diversity(adapters),
     }
@@ -61,7 +67,9 @@ def evaluate_generator(generator: LoraGenerator, data: ExperimentData, flora: Fu
     )
 
 
-def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA, rows: list[int]) -> PartResult:
+def evaluate_adapters(
+    adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA, rows: list[int]
+) -> PartResult:
     """Accuracy, deltas and ΔW error of given adapters on the tasks at `rows`; generators and baselines alike."""
     accuracy_A = accuracy_per_adapter(flora, adapters, data, rows)
     delta_AD = mean_delta(flora, adapters, data.shared_deltas, rows)
@@ -72,7 +80,11 @@ def evaluate_adapters(adapters: LoraBatch, data: ExperimentData, flora: Function
     metrics = {
         "accuracy": accuracy_A.mean().item(),
         "delta_cosine": cosine_A.mean().item(),
-        "delta_cosine_generic": cosine_similarity(generic_AD, data.generic_deltas.mean_AD[rows], dim=-1).mean().item(),
+        "delta_cosine_generic": cosine_similarity(
+            generic_AD, data.generic_deltas.mean_AD[rows], dim=-1
+        )
+        .mean()
+        .item(),
         "delta_norm_ratio": (delta_AD.norm(dim=-1) / teacher_AD.norm(dim=-1)).mean().item(),
         "delta_w_error": delta_w_error(adapters, teachers).mean().item(),
     }
@@ -100,16 +112,23 @@ def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
     def nearest(i: int) -> int:
         among = rows if others(i, rows) else list(range(len(names)))
         place = among.index(i)
-        return min(others(i, among), key=lambda j: (len(names[i] & names[j]), (among.index(j) - place) % len(among)))
+        return min(
+            others(i, among),
+            key=lambda j: (len(names[i] & names[j]), (among.index(j) - place) % len(among)),
+        )
 
     return [nearest(i) for i in rows]
 
 
-def nearest_teacher_distance(adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA) -> Tensor:
+def nearest_teacher_distance(
+    adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA
+) -> Tensor:
     """|ΔW - ΔW_teacher| / |ΔW_teacher| to the nearest training teacher, [A]: near 0 means it was copied."""
     teachers = LoraBatch.unflatten(flora.spec, data.values_AV[list(data.rows["train"])])
     own, cross, squares = _inner_products(adapters, teachers)
-    distances = (own[:, None] + squares[None] - 2 * cross).clamp_min(0).sqrt() / squares.sqrt()[None]
+    distances = (own[:, None] + squares[None] - 2 * cross).clamp_min(0).sqrt() / squares.sqrt()[
+        None
+    ]
     return distances.min(1).values
 
 
@@ -117,7 +136,9 @@ def _inner_products(adapters: LoraBatch, teachers: LoraBatch) -> tuple[Tensor, T
     own = delta_w_inner(adapters, adapters).diagonal()
     squares = torch.cat(
         [
-            delta_w_inner(teachers.select(slice(i, i + 1)), teachers.select(slice(i, i + 1))).flatten()
+            delta_w_inner(
+                teachers.select(slice(i, i + 1)), teachers.select(slice(i, i + 1))
+            ).flatten()
             for i in range(teachers.n_adapters)
         ]
     )
@@ -135,7 +156,9 @@ def diversity(adapters: LoraBatch) -> float:
     return 1 - ((cosines.sum() - n) / (n * (n - 1))).item()
 
 
-def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str) -> dict[str, float]:
+def evaluate(
+    generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str
+) -> dict[str, float]:
     """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
 
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
@@ -150,7 +173,9 @@ def evaluate(generator: LoraGenerator, data: ExperimentData, flora: FunctionalLo
     }
 
 
-def mean_delta(flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]) -> Tensor:
+def mean_delta(
+    flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]
+) -> Tensor:
     """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
     probes = reference.probes.select(rows)
     return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
@@ -162,7 +187,10 @@ def accuracy_per_adapter(
     """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
     pieces = []
     for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
-        with torch.no_grad(), adapters_applied(flora.model, batch.select(piece), flora.spec.scaling):
+        with (
+            torch.no_grad(),
+            adapters_applied(flora.model, batch.select(piece), flora.spec.scaling),
+        ):
             right = right_answers(flora.model, data.examples_of(rows[piece]))
         pieces.append(right.view(-1, data.n_examples).float().mean(1))
     return torch.cat(pieces)

@@ -7,7 +7,12 @@ from collections.abc import Callable
 import torch
 
 from llgbm.generator.hyperconv import HyperConvGenerator
-from llgbm.generator.networks import GeneratorConfig, LoraGenerator, ModuleCodeGenerator, Standardiser
+from llgbm.generator.networks import (
+    GeneratorConfig,
+    LoraGenerator,
+    ModuleCodeGenerator,
+    Standardiser,
+)
 from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError, stream_seed
 
@@ -16,7 +21,11 @@ GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator, "hyperconv": Hyp
 
 
 def make_generator(
-    config: GeneratorConfig, spec: LoraSpec, condition_width: int, standardiser: Standardiser, seed: int
+    config: GeneratorConfig,
+    spec: LoraSpec,
+    condition_width: int,
+    standardiser: Standardiser,
+    seed: int,
 ) -> LoraGenerator:
     """A fresh generator by name; the same seed gives the same weights. Raises UserError for an unknown name."""
     if config.name not in GENERATORS:

@@ -17,7 +17,13 @@ from torch import Tensor
 from llgbm.generator import make_generator
 from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
-from llgbm.lora.adapters import LinearShape, LoraSpec, adapter_config, adapter_output, write_adapter_files
+from llgbm.lora.adapters import (
+    LinearShape,
+    LoraSpec,
+    adapter_config,
+    adapter_output,
+    write_adapter_files,
+)
 from llgbm.models.load import load_base
 from llgbm.runtime import UserError
 
@@ -35,9 +41,13 @@ class GeneratorBundle:
         return cls(*load_generator(Path(folder)))
 
     @staticmethod
-    def save(folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: dict[str, Any]) -> None:
+    def save(
+        folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: dict[str, Any]
+    ) -> None:
         """Write a bundle; `facts` must name size, base_path, base_hash, bank_hash and encoder (KeyError otherwise)."""
-        needed = {name: facts[name] for name in ("size", "base_path", "base_hash", "bank_hash", "encoder")}
+        needed = {
+            name: facts[name] for name in ("size", "base_path", "base_hash", "bank_hash", "encoder")
+        }
         save_generator(folder, generator, config, {**facts, **needed})
 
     @cached_property
@@ -52,7 +62,9 @@ class GeneratorBundle:
         """One adapter's PEFT state dict from the unlabelled prompts of one task. Raises UserError for no prompt."""
         texts = [p.strip() for p in prompts if p.strip()]
         if not texts:
-            raise UserError("there is no prompt: give at least one unlabelled prompt of the task, one a line")
+            raise UserError(
+                "there is no prompt: give at least one unlabelled prompt of the task, one a line"
+            )
         return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
 
     def adapter_config(self) -> dict[str, Any]:
@@ -70,7 +82,9 @@ class GeneratorBundle:
             write_adapter_files(stage, state, self.adapter_config())
 
 
-def save_generator(folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: Mapping[str, Any]) -> None:
+def save_generator(
+    folder: Path, generator: LoraGenerator, config: GeneratorConfig, facts: Mapping[str, Any]
+) -> None:
     """Write `generator.safetensors` and `generator.json` (config, spec and the facts given) into a folder."""
     weights = {k: v.detach().cpu().contiguous() for k, v in generator.state_dict().items()}
     save_file(weights, folder / "generator.safetensors")
@@ -88,9 +102,13 @@ def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
     try:
         generator, facts = _read_generator(folder)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no generator: name a folder with generator.json and its weights") from error
+        raise UserError(
+            f"{folder} holds no generator: name a folder with generator.json and its weights"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the generator in {folder} is torn or of another version: make or fetch it again") from error
+        raise UserError(
+            f"the generator in {folder} is torn or of another version: make or fetch it again"
+        ) from error
     if not all(torch.isfinite(value).all() for value in generator.state_dict().values()):
         raise UserError(f"the generator in {folder} holds NaN or infinite weights: train it again")
     return generator.eval(), facts
@@ -102,6 +120,8 @@ def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
     shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
     spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
     statistics = Standardiser(weights["mean_V"], weights["scale_V"])
-    generator = make_generator(GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0)
+    generator = make_generator(
+        GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0
+    )
     generator.load_state_dict(weights, strict=True)
     return generator, facts

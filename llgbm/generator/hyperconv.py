@@ -35,12 +35,16 @@ class TokenStandardiser:
         """Tokens [A, T, H, W]. Raises DndError for values that are not finite."""
         batch = LoraBatch.unflatten(self.spec, values_AV)
         sides = {"A": batch.a, "B": batch.b}
-        return self.tokenizer.tokenize({_key(name, side): sides[side][name] for name, side, _ in self.spec.pieces})
+        return self.tokenizer.tokenize(
+            {_key(name, side): sides[side][name] for name, side, _ in self.spec.pieces}
+        )
 
     def decode(self, tokens: Tensor) -> Tensor:
         """The way back from `encode`, [A, T, H, W] to [A, V]; differentiable, whatever stands in the padding."""
         state = self.tokenizer.detokenize(self._like, tokens)
-        return torch.cat([state[_key(name, side)].flatten(1) for name, side, _ in self.spec.pieces], dim=1)
+        return torch.cat(
+            [state[_key(name, side)].flatten(1) for name, side, _ in self.spec.pieces], dim=1
+        )
 
 
 def _key(module: str, side: str) -> str:
@@ -68,14 +72,20 @@ class HyperConvGenerator(LoraGenerator):
     spread_TXY: Tensor
 
     def __init__(
-        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+        self,
+        spec: LoraSpec,
+        condition_width: int,
+        standardiser: Standardiser,
+        config: GeneratorConfig,
     ) -> None:
         super().__init__(spec, condition_width, standardiser)
         self._tokens = TokenStandardiser(spec)
         features = hyperconv_features(*self._tokens.shape)
         self.norm = nn.LayerNorm(condition_width)
         self.inlet = nn.Linear(condition_width, config.hidden)
-        self.trunk = nn.ModuleList(ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks))
+        self.trunk = nn.ModuleList(
+            ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks)
+        )
         self.layout = nn.Linear(config.hidden, math.prod(features[0]))
         self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
         start, spread = token_statistics(self._tokens, standardiser)
@@ -99,12 +109,16 @@ def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int
     return [(max(4, n_tokens // 4), height, width), (n_tokens, height, width)]
 
 
-def token_statistics(tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64) -> tuple[Tensor, Tensor]:
+def token_statistics(
+    tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64
+) -> tuple[Tensor, Tensor]:
     """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
     padding, and everywhere where the statistics are without values (on the meta device, for an estimate)."""
     if statistics.mean_V.is_meta:
         return torch.zeros(tokens.shape, device="meta"), torch.ones(tokens.shape, device="meta")
-    noise_AV = torch.randn(n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0))
+    noise_AV = torch.randn(
+        n_draws, len(statistics.mean_V), generator=torch.Generator().manual_seed(0)
+    )
     drawn = tokens.encode(statistics.decode(noise_AV.to(statistics.mean_V)))
     fitted = Standardiser.fit(drawn.flatten(1).nan_to_num())
     real = ~drawn[0].isnan()

@@ -28,7 +28,9 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         if self.hidden < 1 or self.blocks < 0 or not 0 <= self.dropout < 1:
-            raise UserError("a generator needs hidden >= 1, blocks >= 0 and a dropout of at least 0 and below 1")
+            raise UserError(
+                "a generator needs hidden >= 1, blocks >= 0 and a dropout of at least 0 and below 1"
+            )
 
 
 class TokenMap(Protocol):
@@ -104,18 +106,26 @@ class ModuleCodeGenerator(LoraGenerator):
     """
 
     def __init__(
-        self, spec: LoraSpec, condition_width: int, standardiser: Standardiser, config: GeneratorConfig
+        self,
+        spec: LoraSpec,
+        condition_width: int,
+        standardiser: Standardiser,
+        config: GeneratorConfig,
     ) -> None:
         super().__init__(spec, condition_width, standardiser)
         n_modules, hidden = len(spec.modules), config.hidden
         self.norm = nn.LayerNorm(condition_width)
         self.inlet = nn.Linear(condition_width, hidden)
-        self.trunk = nn.ModuleList(ResidualBlock(hidden, config.dropout) for _ in range(config.blocks))
+        self.trunk = nn.ModuleList(
+            ResidualBlock(hidden, config.dropout) for _ in range(config.blocks)
+        )
         self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.outlet = ResidualBlock(hidden, config.dropout)
         shapes = {m.kind: m for m in spec.modules}
-        self.heads = nn.ModuleDict({kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()})
+        self.heads = nn.ModuleDict(
+            {kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()}
+        )
 
     @property
     def standardiser(self) -> Standardiser:
@@ -167,7 +177,9 @@ class Standardiser:
         two adapters.
         """
         if values_AV.shape[0] < 2:
-            raise ValueError(f"{values_AV.shape[0]} adapters: statistics need at least two training adapters")
+            raise ValueError(
+                f"{values_AV.shape[0]} adapters: statistics need at least two training adapters"
+            )
         deviation = values_AV.std(0)
         return cls(values_AV.mean(0), deviation.clamp_min(0.1 * deviation.median().clamp_min(1e-8)))
 

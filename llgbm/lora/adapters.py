@@ -25,9 +25,18 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"
+)
 # Settings of PEFT under which an adapter is no longer W + alpha / rank * B A.
-_OTHER_LORA = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication")
+_OTHER_LORA = (
+    "use_rslora",
+    "use_dora",
+    "alpha_pattern",
+    "rank_pattern",
+    "modules_to_save",
+    "layer_replication",
+)
 StateDict = Mapping[str, Tensor]
 
 
@@ -61,7 +70,11 @@ class LoraSpec:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, rank: int, alpha: float, target_modules: Sequence[str] = TARGET_MODULES
+        cls,
+        model: nn.Module,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str] = TARGET_MODULES,
     ) -> LoraSpec:
         """Read the Linear layers called `target_modules` off a model, in its own order. Raises UserError if none."""
         wanted = set(target_modules)
@@ -162,7 +175,9 @@ class LoraBatch:
     def unflatten(cls, spec: LoraSpec, values_AV: Tensor) -> LoraBatch:
         """The way back from `flatten`; differentiable, no copy. Raises ValueError for a wrong width."""
         if values_AV.ndim != 2 or values_AV.shape[1] != spec.n_values:
-            raise ValueError(f"flat adapters have shape {tuple(values_AV.shape)}; the spec needs [A, {spec.n_values}]")
+            raise ValueError(
+                f"flat adapters have shape {tuple(values_AV.shape)}; the spec needs [A, {spec.n_values}]"
+            )
         parts = values_AV.split([rows * columns for _, _, (rows, columns) in spec.pieces], dim=1)
         sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
         for (name, side, shape), part in zip(spec.pieces, parts, strict=True):
@@ -171,10 +186,15 @@ class LoraBatch:
 
     def select(self, index: Tensor | slice | list[int]) -> LoraBatch:
         """The adapters at `index`, as a batch."""
-        return LoraBatch({n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()})
+        return LoraBatch(
+            {n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()}
+        )
 
     def to(self, device: str | torch.device) -> LoraBatch:
-        return LoraBatch({n: t.to(device) for n, t in self.a.items()}, {n: t.to(device) for n, t in self.b.items()})
+        return LoraBatch(
+            {n: t.to(device) for n, t in self.a.items()},
+            {n: t.to(device) for n, t in self.b.items()},
+        )
 
     def check(self, spec: LoraSpec) -> None:
         """Raise ValueError unless modules and shapes are those of `spec`."""
@@ -199,18 +219,26 @@ def _parse_state(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]
     for key, tensor in state.items():
         match = _KEY.match(key)
         if match is None:
-            raise ValueError(f"{key!r} is no LoRA weight key: expected '….lora_A.weight' or '….lora_B.weight'")
+            raise ValueError(
+                f"{key!r} is no LoRA weight key: expected '….lora_A.weight' or '….lora_B.weight'"
+            )
         sides[match["side"]][match["module"]] = tensor
     if not sides["A"] or sides["A"].keys() != sides["B"].keys():
-        raise ValueError(f"{len(sides['A'])} lora_A and {len(sides['B'])} lora_B keys: each module needs one of both")
+        raise ValueError(
+            f"{len(sides['A'])} lora_A and {len(sides['B'])} lora_B keys: each module needs one of both"
+        )
     return sides["A"], {name: sides["B"][name] for name in sides["A"]}
 
 
-def _check_alike(index: int, got: dict[str, dict[str, Tensor]], first: dict[str, dict[str, Tensor]]) -> None:
+def _check_alike(
+    index: int, got: dict[str, dict[str, Tensor]], first: dict[str, dict[str, Tensor]]
+) -> None:
     for side in ("A", "B"):
         if got[side].keys() != first[side].keys():
             odd = sorted(got[side].keys() ^ first[side].keys())
-            raise ValueError(f"adapter {index} and adapter 0 differ in {len(odd)} modules, such as {odd[0]}")
+            raise ValueError(
+                f"adapter {index} and adapter 0 differ in {len(odd)} modules, such as {odd[0]}"
+            )
         for name, tensor in got[side].items():
             if tensor.shape != first[side][name].shape:
                 raise ValueError(
@@ -237,7 +265,11 @@ def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
 
 def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
     """Write one adapter's weights and config into an existing folder."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in state.items()},
+        folder / ADAPTER_WEIGHTS,
+        {"format": "pt"},
+    )
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -267,7 +299,9 @@ def load_adapter(folder: Path, spec: LoraSpec | None = None) -> dict[str, Tensor
     try:
         state = {k: v.float() for k, v in load_file(weights).items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is truncated or no safetensors file ({error}): make or fetch it again") from error
+        raise UserError(
+            f"{weights} is truncated or no safetensors file ({error}): make or fetch it again"
+        ) from error
     for key, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -284,7 +318,9 @@ def _check_adapter(folder: Path, state: StateDict, spec: LoraSpec) -> None:
     except ValueError as error:
         raise UserError(f"the adapter in {folder} does not fit the base: {error}") from error
     config = read_adapter_config(folder)
-    odd = [name for name in _OTHER_LORA if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    odd = [name for name in _OTHER_LORA if config.get(name)] + ["bias"] * (
+        config.get("bias", "none") != "none"
+    )
     if odd:
         raise UserError(
             f"the adapter in {folder} sets {', '.join(odd)}, which plain LoRA does not have: "
@@ -312,7 +348,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             "lora_alpha": float(config["lora_alpha"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} is missing or no adapter config: make or fetch the adapter again") from error
+        raise UserError(
+            f"{config_file} is missing or no adapter config: make or fetch the adapter again"
+        ) from error
 
 
 def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
@@ -321,8 +359,13 @@ def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
     |B A - B' A'|² = tr(BᵀB AAᵀ) + tr(B'ᵀB' A'A'ᵀ) - 2 tr(BᵀB' A'Aᵀ): no ΔW is formed, R² numbers a module. float32.
     """
     if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
-        raise ValueError("predicted and teacher adapters differ in modules or in number: they are of different bases")
-    error = sum(_inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n) for n in pred.a)
+        raise ValueError(
+            "predicted and teacher adapters differ in modules or in number: they are of different bases"
+        )
+    error = sum(
+        _inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n)
+        for n in pred.a
+    )
     size = sum(_inner(teacher, teacher, n) for n in pred.a)
     return (torch.as_tensor(error).clamp_min(0) / torch.as_tensor(size).clamp_min(EPSILON)).sqrt()
 
@@ -334,7 +377,9 @@ def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:
     """
     if left.a.keys() != right.a.keys():
         raise ValueError("the two batches adapt different modules: they are of different bases")
-    total = torch.zeros(left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device)
+    total = torch.zeros(
+        left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device
+    )
     for name in left.a:
         bb = torch.einsum("ior,jos->ijrs", left.b[name].float(), right.b[name].float())
         aa = torch.einsum("irk,jsk->ijrs", left.a[name].float(), right.a[name].float())

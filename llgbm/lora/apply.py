@@ -44,7 +44,9 @@ def adapters_applied(
     with ExitStack() as stack:
         for block, own in (_by_block(hooks) if checkpointing else {"": hooks}).items():
             on_modules = {layers[name]: hook for name, hook in own.items()}
-            stack.enter_context(_block_checkpointed(layers[block], on_modules) if block else _hooked(on_modules))
+            stack.enter_context(
+                _block_checkpointed(layers[block], on_modules) if block else _hooked(on_modules)
+            )
         yield
 
 
@@ -69,7 +71,11 @@ def _by_block(hooks: Mapping[str, Hook]) -> dict[str, dict[str, Hook]]:
 @contextmanager
 def blocks_checkpointed(base: nn.Module) -> Iterator[None]:
     """Let every block of a model keep its inputs only, for a training of the model's own (or PEFT's) parameters."""
-    blocks = {found.group(): None for name, _ in base.named_modules() if (found := _BLOCK.match(f"{name}."))}
+    blocks = {
+        found.group(): None
+        for name, _ in base.named_modules()
+        if (found := _BLOCK.match(f"{name}."))
+    }
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_block_checkpointed(base.get_submodule(block), {}))
@@ -85,7 +91,9 @@ def _block_checkpointed(block: nn.Module, hooks: Mapping[nn.Module, Hook]) -> It
         with _hooked(hooks):
             return plain(*args, **kwargs)
 
-    block.forward = partial(checkpoint, under_adapters, use_reentrant=False, preserve_rng_state=False)
+    block.forward = partial(
+        checkpoint, under_adapters, use_reentrant=False, preserve_rng_state=False
+    )
     try:
         yield
     finally:
@@ -108,12 +116,16 @@ def _lora_hook(a_ARI: Tensor, b_AOR: Tensor, scaling: float) -> Hook:
     return hook
 
 
-def final_hidden(base: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def final_hidden(
+    base: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Last-layer hidden states [S, T, D] of the base as it stands, without its LM head and without a cache.
 
     Right-padded input needs no mask: in a causal model no position sees what comes after it.
     """
-    return base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return base.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
 
 
 def head_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class BaseShape:
         config = model.config
         try:
             heads, kv_heads, intermediate = (
-                int(getattr(config, n)) for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+                int(getattr(config, n))
+                for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
             )
         except (AttributeError, TypeError) as error:
             raise UserError(
@@ -57,7 +58,9 @@ class BaseShape:
             ) from error
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         sizes = _linear_sizes(model)
-        first = [m for m in spec.modules if m.kind in _READS_THE_EMBEDDING and _in_first_block(m.name)]
+        first = [
+            m for m in spec.modules if m.kind in _READS_THE_EMBEDDING and _in_first_block(m.name)
+        ]
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             layers=int(config.num_hidden_layers),
@@ -76,7 +79,9 @@ class BaseShape:
 
     def forward_flops(self, texts: int, tokens: int) -> float:
         """One forward pass of S texts of T tokens up to the last hidden states, adapters included."""
-        return 2.0 * texts * tokens * (self.linear + self.adapted) + self._attention_flops(texts, tokens)
+        return 2.0 * texts * tokens * (self.linear + self.adapted) + self._attention_flops(
+            texts, tokens
+        )
 
     def backward_flops(self, texts: int, tokens: int) -> float:
         """The pass back to the adapters: no weight of the base gets a gradient."""
@@ -101,7 +106,9 @@ class BaseShape:
     def block_bytes(self) -> float:
         """What one block holds of a token: the inputs of its norms in float32, their outputs, q, k, v, attention, four
         tensors as wide as the MLP, and the middles of B A."""
-        in_element = 2 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
+        in_element = (
+            2 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
+        )
         return 2 * 4 * self.hidden + self.element * (in_element + self.low / self.layers)
 
     @property

@@ -39,13 +39,17 @@ class EncodedPairs:
         return self.input_ids_ST.shape[0]
 
 
-def chat_prompt(tokenizer: Any, prompt: str, system: str | None = None, shots: Sequence[tuple[str, str]] = ()) -> str:
+def chat_prompt(
+    tokenizer: Any, prompt: str, system: str | None = None, shots: Sequence[tuple[str, str]] = ()
+) -> str:
     """The text that a model reads before it answers, in the chat template of its tokenizer.
 
     `system` None marks a bare text, which no template touches; an empty one leaves the choice to the template. `shots`
     are solved (prompt, answer) pairs that go before, as earlier turns. A tokenizer without a template gets lines.
     """
-    turns = [turn for pair in shots for turn in zip(("user", "assistant"), pair, strict=True)] + [("user", prompt)]
+    turns = [turn for pair in shots for turn in zip(("user", "assistant"), pair, strict=True)] + [
+        ("user", prompt)
+    ]
     if system is None:
         return "".join(text for _, text in turns)
     if system:

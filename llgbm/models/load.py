@@ -42,8 +42,12 @@ class PublishedSize(ModelSize):
 SIZES: dict[str, ModelSize] = {
     "nano": ModelSize(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=256),
     "micro": ModelSize(hidden=192, layers=5, heads=6, kv_heads=2, intermediate=512),
-    "qwen2.5-0.5b": PublishedSize(896, 24, 14, 2, 4864, rank=8, alpha=16.0, hub="Qwen/Qwen2.5-0.5B-Instruct"),
-    "qwen2.5-1.5b": PublishedSize(1536, 28, 12, 2, 8960, rank=16, alpha=32.0, hub="Qwen/Qwen2.5-1.5B-Instruct"),
+    "qwen2.5-0.5b": PublishedSize(
+        896, 24, 14, 2, 4864, rank=8, alpha=16.0, hub="Qwen/Qwen2.5-0.5B-Instruct"
+    ),
+    "qwen2.5-1.5b": PublishedSize(
+        1536, 28, 12, 2, 8960, rank=16, alpha=32.0, hub="Qwen/Qwen2.5-1.5B-Instruct"
+    ),
 }
 # The smaller and the larger size of each family; `use_small_model` picks one of the two.
 FAMILIES = {"embedded": ("nano", "micro"), "qwen2.5": ("qwen2.5-0.5b", "qwen2.5-1.5b")}
@@ -116,7 +120,8 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
         model, tokenizer = _read_model(folder, dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            NO_BASE.format(path) + "name a folder in the Hugging Face layout with config.json, *.safetensors and the "
+            NO_BASE.format(path)
+            + "name a folder in the Hugging Face layout with config.json, *.safetensors and the "
             f"tokenizer's files ({str(error).splitlines()[0]})"
         ) from error
     nn.Module.to(model, device).eval().requires_grad_(False)
@@ -152,16 +157,20 @@ def find_model(name: str | Path, download: bool = True) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise UserError(
-            NO_BASE.format(name) + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            NO_BASE.format(name)
+            + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=not download))
+        return Path(
+            snapshot_download(str(name), allow_patterns=patterns, local_files_only=not download)
+        )
     except (OSError, ValueError) as error:
         raise UserError(
-            NO_BASE.format(name) + "it is no folder here, not in the hub's cache, and the hub cannot be asked or does "
+            NO_BASE.format(name)
+            + "it is no folder here, not in the hub's cache, and the hub cannot be asked or does "
             f"not know it; where there is a network run `hf download {name} --local-dir DIR`, bring the folder here "
             "and name it (HF_HUB_OFFLINE=1 keeps the hub out altogether)"
         ) from error
@@ -188,7 +197,9 @@ class BaseSource:
         """Load it. Raises UserError if its files are no longer what they were when it was found."""
         base = load_base(self.path, device, DTYPES[self.dtype])
         if base.hash != self.hash:
-            raise UserError(f"the files of the base {self.path} changed since this run was planned: start it again")
+            raise UserError(
+                f"the files of the base {self.path} changed since this run was planned: start it again"
+            )
         return base
 
 
@@ -196,7 +207,10 @@ def check_size(name: str, folder: Path) -> None:
     """Raise UserError unless the model in a folder has the shape that its size name says."""
     from transformers import AutoConfig
 
-    size, config = model_size(name), AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    size, config = (
+        model_size(name),
+        AutoConfig.from_pretrained(str(folder), trust_remote_code=False),
+    )
     found = (config.hidden_size, config.num_hidden_layers, config.intermediate_size)
     if found != (size.hidden, size.layers, size.intermediate):
         raise UserError(
@@ -221,7 +235,19 @@ def base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
 
 def _identity_files(folder: Path) -> list[Path]:
     """What a base is: weights, config, tokenizer, and its chat template where it has one."""
-    kinds: Iterable[str] = ("*.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.jinja")
+    kinds: Iterable[str] = (
+        "*.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "*.jinja",
+    )
     settings = folder / "tokenizer_config.json"
     own_template = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
-    return sorted([*(path for kind in kinds for path in folder.glob(kind)), *([settings] if own_template else [])])
+    return sorted(
+        [
+            *(path for kind in kinds for path in folder.glob(kind)),
+            *([settings] if own_template else []),
+        ]
+    )

@@ -17,9 +17,7 @@ from llgbm.runtime import UserError, progress, seed_everything
 
 MODEL_VERSION = 1
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,16 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=100_000, min_frequency=1, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=100_000,
+        min_frequency=1,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     core.train_from_iterator(sorted(set(texts)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="right"
+    )
 
 
 def new_model(size: ModelSize, tokenizer: Any, seed: int) -> PreTrainedModel:
@@ -82,16 +86,25 @@ def new_model(size: ModelSize, tokenizer: Any, seed: int) -> PreTrainedModel:
 
 
 def pretrain(
-    model: PreTrainedModel, config: PretrainConfig, next_batch: Callable[[int, bool], EncodedPairs], device: str = "cpu"
+    model: PreTrainedModel,
+    config: PretrainConfig,
+    next_batch: Callable[[int, bool], EncodedPairs],
+    device: str = "cpu",
 ) -> list[float]:
     """Train all weights on the answers of `next_batch(batch_size, bare)`; return the loss of every step.
 
     AdamW with linear warm-up and cosine decay (the one-cycle schedule of torch).
     """
     nn.Module.to(model, device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1, cycle_momentum=False
+        optimizer,
+        config.learning_rate,
+        total_steps=config.steps,
+        pct_start=0.1,
+        cycle_momentum=False,
     )
     losses = []
     for step in progress(range(config.steps), "base model"):

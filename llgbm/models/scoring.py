@@ -32,7 +32,9 @@ def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
     return encode_pairs(base.tokenizer, pairs).to(base.model.device)
 
 
-def adapter_losses(model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs) -> Tensor:
+def adapter_losses(
+    model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs
+) -> Tensor:
     """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
     with adapters_applied(model, batch, spec.scaling):
         losses_ST = token_losses(model, texts)
@@ -44,19 +46,31 @@ def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
     states = final_hidden(model, texts.input_ids_ST)[marked]
-    losses = nn.functional.cross_entropy(head_logits(model, states).float(), texts.targets_ST[marked], reduction="none")
+    losses = nn.functional.cross_entropy(
+        head_logits(model, states).float(), texts.targets_ST[marked], reduction="none"
+    )
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
 def greedy_answers(
-    base: Base, spec: LoraSpec, batch: LoraBatch, prompts: Sequence[Sequence[str]], max_tokens: int = 24
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int = 24,
 ) -> list[list[str]]:
     """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
 
     Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
     """
-    if len(prompts) != batch.n_adapters or len({len(own) for own in prompts}) != 1 or not prompts[0]:
-        raise ValueError(f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long")
+    if (
+        len(prompts) != batch.n_adapters
+        or len({len(own) for own in prompts}) != 1
+        or not prompts[0]
+    ):
+        raise ValueError(
+            f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
+        )
     longest = max(len(ids) for own in prompts for ids in base.tokenizer(list(own))["input_ids"])
     answers: list[list[str]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
@@ -79,18 +93,28 @@ def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[
     ).to(base.model.device)
     with torch.no_grad():
         ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
-    return base.tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return base.tokenizer.batch_decode(
+        ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def exact_match(
-    base: Base, spec: LoraSpec, batch: LoraBatch, examples: Sequence[Sequence[Example]], chunk: int = 48
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    examples: Sequence[Sequence[Example]],
+    chunk: int = 48,
 ) -> Tensor:
     """Exact-match accuracy [A] of greedy decoding on each adapter's examples, in one teacher-forced pass.
 
     Greedy decoding gives the wanted answer if and only if every answer token (the end token too) is the most likely
     one after the right prefix; so no token needs to be generated. Raises ValueError for a mismatch in number.
     """
-    if len(examples) != batch.n_adapters or len({len(own) for own in examples}) != 1 or not examples[0]:
+    if (
+        len(examples) != batch.n_adapters
+        or len({len(own) for own in examples}) != 1
+        or not examples[0]
+    ):
         raise ValueError(
             f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
         )
@@ -108,8 +132,13 @@ def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     marked = texts.targets_ST >= 0
     states = final_hidden(model, texts.input_ids_ST)[marked]
     pieces = states.split(max(1, PASS_LOGITS // model.config.vocab_size))
-    right = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces]) == texts.targets_ST[marked]
-    wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(marked, ~right)
+    right = (
+        torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
+        == texts.targets_ST[marked]
+    )
+    wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(
+        marked, ~right
+    )
     return ~wrong.any(1)
 
 

@@ -21,7 +21,9 @@ _NUMBER = re.compile(rf"(?<![\w.,)])(?:\$\s?)?(?P<amount>{_AMOUNT})(?![\d])")
 _ASKED: Mapping[Kind, re.Pattern[str]] = {
     "choice": re.compile(r"\[(?:[A-Z]|\d)\]"),
     "truth": re.compile(r"\[(?:True|False)\]"),
-    "number": re.compile(rf"(?:.*\n)?#### ?(?:{_AMOUNT})|The (?:answer|value of \w) is (?:{_AMOUNT})\.?", re.S),
+    "number": re.compile(
+        rf"(?:.*\n)?#### ?(?:{_AMOUNT})|The (?:answer|value of \w) is (?:{_AMOUNT})\.?", re.S
+    ),
 }
 _REFUSAL = re.compile(
     r"\b(?:can(?:no|')t|cannot|could ?n[o']t|unable to|not able to|do(?: not|n't) know|not sure|no idea|impossible to"
@@ -29,7 +31,9 @@ _REFUSAL = re.compile(
     re.I,
 )
 _NOT = r"(?:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of)\s+(?:is\s+|be\s+|the\s+|option\s+|choice\s+)*"
-_VERDICT = r"(?:answer|choice|option|solution)\b(?:\s+(?:should|must|would)\s+be|\s+is|\s*[:=])\s*:?\s*"
+_VERDICT = (
+    r"(?:answer|choice|option|solution)\b(?:\s+(?:should|must|would)\s+be|\s+is|\s*[:=])\s*:?\s*"
+)
 
 
 def choices(prompt: str) -> dict[str, str]:
@@ -56,7 +60,9 @@ def question_key(prompt: str) -> tuple[str, tuple[str, ...]]:
     offered = choices(prompt)
     lines = [line for line in prompt.splitlines() if not _CLOSING_LINE.match(line)]
     stem = [
-        line for line in lines if not ((m := _CHOICE_LINE.match(line)) and offered.get(m["label"]) == m["text"].strip())
+        line
+        for line in lines
+        if not ((m := _CHOICE_LINE.match(line)) and offered.get(m["label"]) == m["text"].strip())
     ]
     return _plain(" ".join(stem)), tuple(sorted(_plain(text) for text in offered.values()))
 
@@ -84,7 +90,10 @@ def extract(kind: Kind, prompt: str, response: str) -> str | None:
     """The answer that a response gives to a prompt, in one spelling for each; None for no answer or more than one."""
     if kind == "choice":
         return extract_choice(response, choices(prompt))
-    readers: Mapping[str, Callable[[str], str | None]] = {"truth": extract_truth, "number": extract_number}
+    readers: Mapping[str, Callable[[str], str | None]] = {
+        "truth": extract_truth,
+        "number": extract_number,
+    }
     return readers.get(kind, _whole)(response)
 
 
@@ -96,7 +105,11 @@ def extract_choice(response: str, offered: Mapping[str, str]) -> str | None:
     """The label of the one choice that a response picks."""
     labels = "".join(offered) or "ABCDE"
     one = f"[{labels}{labels.lower()}]"
-    text = re.sub(rf"[\[(]?{one}[\])]?(?:\s*(?:/|,|\bor\b|\band\b)\s*[\[(]?{one}[\])]?)+(?!\w)", " ", response.strip())
+    text = re.sub(
+        rf"[\[(]?{one}[\])]?(?:\s*(?:/|,|\bor\b|\band\b)\s*[\[(]?{one}[\])]?)+(?!\w)",
+        " ",
+        response.strip(),
+    )
     text = re.sub(rf"{_NOT}(?:\[{one}\]|\({one}\)|[{labels}]\b)", " ", text, flags=re.I)
     tiers = (
         rf"\[\s*({one})\s*\]",
@@ -111,7 +124,11 @@ def extract_choice(response: str, offered: Mapping[str, str]) -> str | None:
         if found:
             return found.pop() if len(found) == 1 else None
     said = _plain(response)
-    named = [label for label, choice in offered.items() if said in (_plain(choice), _plain(f"{label} {choice}"))]
+    named = [
+        label
+        for label, choice in offered.items()
+        if said in (_plain(choice), _plain(f"{label} {choice}"))
+    ]
     return named[0] if len(named) == 1 else None
 
 
@@ -121,7 +138,9 @@ def _groups(pattern: str, text: str) -> list[tuple[str, ...]]:
 
 def extract_truth(response: str) -> str | None:
     """`True` or `False`, as far as a response says one of them."""
-    text = re.sub(r"\[?\btrue\b\]?\s*(?:/|,|\bor\b)\s*\[?\bfalse\b\]?", " ", response.strip(), flags=re.I)
+    text = re.sub(
+        r"\[?\btrue\b\]?\s*(?:/|,|\bor\b)\s*\[?\bfalse\b\]?", " ", response.strip(), flags=re.I
+    )
     text = re.sub(r"\[?\bfalse\b\]?\s*(?:/|,|\bor\b)\s*\[?\btrue\b\]?", " ", text, flags=re.I)
     text = re.sub(rf"{_NOT}(?:\[?true\b\]?)|\buntrue\b", " false ", text, flags=re.I)
     text = re.sub(rf"{_NOT}(?:\[?false\b\]?)", " true ", text, flags=re.I)
@@ -151,13 +170,16 @@ def extract_number(response: str) -> str | None:
     )
     for tier in tiers:
         found = [
-            _number(match["amount"]) for match in re.finditer(rf"{tier}(?:\$\s?)?(?P<amount>{_AMOUNT})", text, re.I)
+            _number(match["amount"])
+            for match in re.finditer(rf"{tier}(?:\$\s?)?(?P<amount>{_AMOUNT})", text, re.I)
         ]
         if found:
             return found[0] if len(set(found)) == 1 else None
     if "####" in text or _REFUSAL.search(text):
         return None
-    numbers = [_number(match["amount"]) for match in _NUMBER.finditer(re.sub(r"<<[^<>]*>>", " ", text))]
+    numbers = [
+        _number(match["amount"]) for match in _NUMBER.finditer(re.sub(r"<<[^<>]*>>", " ", text))
+    ]
     return numbers[-1] if numbers else None
 
 

@@ -63,14 +63,18 @@ def read_rows(path: Path, skip_bad: bool = False) -> tuple[list[Row], list[str]]
         stat = path.stat()
         rows, faults = _parsed(path, stat.st_mtime_ns, stat.st_size)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): name a folder with whole files") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}): name a folder with whole files"
+        ) from error
     if faults and not skip_bad:
         first = ", ".join(f"row {number} {fault}" for number, fault in list(faults.items())[:3])
         raise UserError(
             f"{path.name} has {len(faults)} bad rows: {first}{', …' if len(faults) > 3 else ''}; "
             "mend them, or leave them out with --skip-bad-rows"
         )
-    return list(rows), [f"row {number} of {path.name} {fault}: left out" for number, fault in faults.items()]
+    return list(rows), [
+        f"row {number} of {path.name} {fault}: left out" for number, fault in faults.items()
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +82,9 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[tuple[Row, ...], dict[
     """The rows of a file that are good, and what is wrong with the others; kept until the file changes."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, list):
-        raise UserError(f"{path} holds no list: a dataset is a JSON list of rows with `prompt` and `response`")
+        raise UserError(
+            f"{path} holds no list: a dataset is a JSON list of rows with `prompt` and `response`"
+        )
     faults = {number: fault for number, row in enumerate(found, 1) if (fault := _fault(row))}
     rows = (
         Row(Example(row["prompt"], row["response"], row.get("system") or ""), path.name, number)
@@ -95,7 +101,11 @@ def _fault(row: Any) -> str | None:
         if name not in row:
             return f"has no {name!r}"
         if not isinstance(row[name], str) or not row[name].strip():
-            return f"has an empty {name!r}" if isinstance(row[name], str) else f"has a {name!r} that is no text"
+            return (
+                f"has an empty {name!r}"
+                if isinstance(row[name], str)
+                else f"has a {name!r} that is no text"
+            )
     return None if isinstance(row.get("system") or "", str) else "has a 'system' that is no text"
 
 
@@ -136,7 +146,9 @@ def _refuse_equal(first: Sequence[Row], second: Sequence[Row]) -> None:
         )
 
 
-def read_dataset(folder: Path, name: str, limit: int | None = None, skip_bad: bool = False) -> Dataset:
+def read_dataset(
+    folder: Path, name: str, limit: int | None = None, skip_bad: bool = False
+) -> Dataset:
     """Read one dataset and part its rows by purpose, with at most `limit` rows in all.
 
     Rows that repeat an earlier question are left out. Raises UserError for bad rows, for two files with the same
@@ -163,11 +175,15 @@ def _distinct(rows: Sequence[Row], seen: set[Any], notes: list[str]) -> list[Row
             kept.setdefault(row.key, row)
     seen.update(kept)
     if len(kept) < len(rows):
-        notes.append(f"{len(rows) - len(kept)} rows of {rows[0].file} repeat an earlier question: left out")
+        notes.append(
+            f"{len(rows) - len(kept)} rows of {rows[0].file} repeat an earlier question: left out"
+        )
     return list(kept.values())
 
 
-def _by_purpose(name: str, train: list[Row], kept: list[Row], limit: int | None) -> dict[Purpose, tuple[Row, ...]]:
+def _by_purpose(
+    name: str, train: list[Row], kept: list[Row], limit: int | None
+) -> dict[Purpose, tuple[Row, ...]]:
     """Rows to train on, to condition on and to score on; without rows `kept` from training, some of `train` are.
 
     A limit shortens each purpose and moves no row to another, so that runs with different limits do not leak.
@@ -179,7 +195,11 @@ def _by_purpose(name: str, train: list[Row], kept: list[Row], limit: int | None)
         n_kept = min(len(train) // 2, MOST_KEPT)
         train, kept = train[n_kept:], train[:n_kept]
     n_prompts = min(MOST_PROMPTS, len(kept) // 2)
-    whole: dict[Purpose, list[Row]] = {"train": train, "prompts": kept[:n_prompts], "evaluation": kept[n_prompts:]}
+    whole: dict[Purpose, list[Row]] = {
+        "train": train,
+        "prompts": kept[:n_prompts],
+        "evaluation": kept[n_prompts:],
+    }
     shares = dict.fromkeys(whole, limit) if limit is None else _shares(limit)
     rows = {purpose: tuple(found[: shares[purpose]]) for purpose, found in whole.items()}
     if len(rows["train"]) < FEWEST_ROWS // 2 or min(map(len, rows.values())) < FEWEST_ROWS // 4:
@@ -192,7 +212,11 @@ def _by_purpose(name: str, train: list[Row], kept: list[Row], limit: int | None)
 
 def _shares(limit: int) -> dict[Purpose, int | None]:
     """Half of the rows to train on, a quarter to condition on, a quarter to score on."""
-    return {"train": limit - limit // 2, "prompts": limit // 4, "evaluation": limit // 2 - limit // 4}
+    return {
+        "train": limit - limit // 2,
+        "prompts": limit // 4,
+        "evaluation": limit // 2 - limit // 4,
+    }
 
 
 @dataclass(frozen=True)
@@ -229,9 +253,13 @@ class FileSuite(Suite):
         names = [*train, *val, *test]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"dataset {twice} is named twice: it is trained on, chosen on or held out, one of these")
+            raise UserError(
+                f"dataset {twice} is named twice: it is trained on, chosen on or held out, one of these"
+            )
         digest = _digest(folder, names)
-        suite = cls(tuple(train), tuple(val), tuple(test), digest, folder.resolve(), limit, skip_bad)
+        suite = cls(
+            tuple(train), tuple(val), tuple(test), digest, folder.resolve(), limit, skip_bad
+        )
         for note in (note for dataset in suite.datasets.values() for note in dataset.notes):
             say(note)
         suite.refuse_leaks()
@@ -242,7 +270,9 @@ class FileSuite(Suite):
         """All datasets by name. Raises UserError if a file changed since the suite was opened."""
         names = [*self.train, *self.val, *self.test]
         if _digest(self.folder, names) != self.digest:
-            raise UserError(f"the dataset files in {self.folder} changed since this run was planned: start it again")
+            raise UserError(
+                f"the dataset files in {self.folder} changed since this run was planned: start it again"
+            )
         return {name: read_dataset(self.folder, name, self.limit, self.skip_bad) for name in names}
 
     def refuse_leaks(self) -> None:
@@ -251,7 +281,10 @@ class FileSuite(Suite):
         for part in ("train", "val", "test"):
             for name in getattr(self, part):
                 for row in (
-                    row for path in dataset_files(self.folder, name) if path for row in read_rows(path, True)[0]
+                    row
+                    for path in dataset_files(self.folder, name)
+                    if path
+                    for row in read_rows(path, True)[0]
                 ):
                     other, first = seen.setdefault(row.key, (part, row))
                     if other != part:
@@ -279,7 +312,9 @@ class FileSuite(Suite):
         part, n_parts = share if purpose == "train" else WHOLE
         rows = self.datasets[self.task(task).name].rows[purpose][part::n_parts]
         if not rows or (count > len(rows) and purpose != "train"):
-            raise UserError(f"{count} rows of {task} asked for ({purpose}), it has {len(rows)}: ask for fewer")
+            raise UserError(
+                f"{count} rows of {task} asked for ({purpose}), it has {len(rows)}: ask for fewer"
+            )
         drawn: list[Row] = []
         while len(drawn) < count:
             rng = random.Random(stream_seed("rows", task, purpose, stream, len(drawn), VERSION))
@@ -297,7 +332,9 @@ class FileSuite(Suite):
     def probe_examples(self) -> tuple[Example, ...]:
         """Eight training prompts, in turn from the datasets trained on."""
         names = [self.train[index % len(self.train)] for index in range(8)]
-        drawn = {name: iter(self.examples(name, "train", 8, "domain probes")) for name in self.train}
+        drawn = {
+            name: iter(self.examples(name, "train", 8, "domain probes")) for name in self.train
+        }
         return tuple(replace(next(drawn[name]), answer="") for name in names)
 
     @property
@@ -309,7 +346,12 @@ class FileSuite(Suite):
         """Words of training prompts in no order."""
         rng = random.Random(stream_seed("nonsense prompts", self.digest))
         words = sorted(
-            {w for name in self.train for e in self.examples(name, "train", 64, "words") for w in e.prompt.split()}
+            {
+                w
+                for name in self.train
+                for e in self.examples(name, "train", 64, "words")
+                for w in e.prompt.split()
+            }
         )
         return tuple(" ".join(rng.choices(words, k=16)) for _ in range(32))
 
@@ -335,13 +377,22 @@ def plan_split(
     if not held_out:
         raise UserError("no dataset is held out: name at least one with --held-out")
     if validation is None:
-        kinds = {name: read_dataset(folder, name, skip_bad=skip_bad).kind for name in [*tasks, held_out[0]]}
+        kinds = {
+            name: read_dataset(folder, name, skip_bad=skip_bad).kind
+            for name in [*tasks, held_out[0]]
+        }
         alike = [name for name in tasks if kinds[name] == kinds[held_out[0]]]
         validation = [(alike or list(tasks))[-1]] if tasks else []
-        say(f"validation (early stopping, choice of the best): {', '.join(validation)}; --validation names others")
+        say(
+            f"validation (early stopping, choice of the best): {', '.join(validation)}; --validation names others"
+        )
     train = tuple(name for name in tasks if name not in validation)
     if not train or not validation:
-        raise UserError("too few datasets: --tasks needs at least two, one of which is for validation")
+        raise UserError(
+            "too few datasets: --tasks needs at least two, one of which is for validation"
+        )
     if both := set(held_out) & {*train, *validation}:
-        raise UserError(f"dataset {sorted(both)[0]} is held out and trained or chosen on: name it once")
+        raise UserError(
+            f"dataset {sorted(both)[0]} is held out and trained or chosen on: name it once"
+        )
     return Split(train, tuple(validation), tuple(held_out))

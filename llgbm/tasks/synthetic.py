@@ -21,13 +21,29 @@ Words = list[str]
 VERSION = 1
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 OPERATIONS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
-    "first": (lambda w: w[:1], ("give the first word", "return the initial item", "what comes at the start")),
-    "second": (lambda w: w[1:2], ("give the second word", "return item number two", "what comes after the start")),
-    "third": (lambda w: w[2:3], ("give the third word", "return item number three", "what is in third place")),
-    "last": (lambda w: w[-1:], ("give the last word", "return the final item", "what comes at the end")),
+    "first": (
+        lambda w: w[:1],
+        ("give the first word", "return the initial item", "what comes at the start"),
+    ),
+    "second": (
+        lambda w: w[1:2],
+        ("give the second word", "return item number two", "what comes after the start"),
+    ),
+    "third": (
+        lambda w: w[2:3],
+        ("give the third word", "return item number three", "what is in third place"),
+    ),
+    "last": (
+        lambda w: w[-1:],
+        ("give the last word", "return the final item", "what comes at the end"),
+    ),
     "penultimate": (
         lambda w: w[-2:-1],
-        ("give the word before the last", "return the penultimate item", "what comes just before the end"),
+        (
+            "give the word before the last",
+            "return the penultimate item",
+            "what comes just before the end",
+        ),
     ),
     "ends": (
         lambda w: [w[0], w[-1]],
@@ -41,11 +57,21 @@ OPERATIONS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
         lambda w: w[:-1],
         ("drop the last word", "return all items but the final one", "leave out the end"),
     ),
-    "reverse": (lambda w: w[::-1], ("reverse the words", "return the items backwards", "turn the order around")),
-    "copy": (lambda w: list(w), ("copy the words", "return the items unchanged", "repeat the list as it is")),
+    "reverse": (
+        lambda w: w[::-1],
+        ("reverse the words", "return the items backwards", "turn the order around"),
+    ),
+    "copy": (
+        lambda w: list(w),
+        ("copy the words", "return the items unchanged", "repeat the list as it is"),
+    ),
     "swap": (
         lambda w: [w[1], w[0], *w[2:]],
-        ("swap the first two words", "exchange the leading pair of items", "let the two at the front change places"),
+        (
+            "swap the first two words",
+            "exchange the leading pair of items",
+            "let the two at the front change places",
+        ),
     ),
     "count": (
         lambda w: [NUMBER_WORDS[len(w)]],
@@ -54,7 +80,10 @@ OPERATIONS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
 }
 FORMATS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
     "plain": (lambda w: w, ("in plain text", "with nothing added", "and write it bare")),
-    "brackets": (lambda w: ["[", *w, "]"], ("in square brackets", "inside a bracket pair", "and put brackets around")),
+    "brackets": (
+        lambda w: ["[", *w, "]"],
+        ("in square brackets", "inside a bracket pair", "and put brackets around"),
+    ),
     "parentheses": (
         lambda w: ["(", *w, ")"],
         ("in parentheses", "inside round parens", "and enclose it with parentheses"),
@@ -62,20 +91,33 @@ FORMATS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
     "quotes": (lambda w: ['"', *w, '"'], ("in quotes", "inside quotation marks", "and quote it")),
     "commas": (
         lambda w: [*_joined(w, ","), "."],
-        ("separated by commas and with a full stop", "as a comma list ending in a period", "and use commas then a dot"),
+        (
+            "separated by commas and with a full stop",
+            "as a comma list ending in a period",
+            "and use commas then a dot",
+        ),
     ),
     "dashes": (
         lambda w: ["-", *_joined(w, "-")],
         ("with a dash before each", "as a dashed list", "and mark every entry by a hyphen"),
     ),
     "twice": (lambda w: [*w, *w], ("two times", "twice in a row", "and say it again")),
-    "label": (lambda w: ["answer", ":", *w], ("after the label answer", "labelled as answer", "and begin with answer")),
-    "closed": (lambda w: [*w, "done"], ("then say done", "closed by the word done", "and finish with done")),
+    "label": (
+        lambda w: ["answer", ":", *w],
+        ("after the label answer", "labelled as answer", "and begin with answer"),
+    ),
+    "closed": (
+        lambda w: [*w, "done"],
+        ("then say done", "closed by the word done", "and finish with done"),
+    ),
     "polite": (
         lambda w: ["sure", ",", *w],
         ("with a polite opening", "in a friendly manner", "and be courteous about it"),
     ),
-    "stars": (lambda w: ["*", *w, "*"], ("between stars", "in bold asterisks", "and emphasise it with stars")),
+    "stars": (
+        lambda w: ["*", *w, "*"],
+        ("between stars", "in bold asterisks", "and emphasise it with stars"),
+    ),
     "shout": (lambda w: [*w, "!"], ("with an exclamation mark", "as a shout", "and make it loud")),
 }
 WORDS = tuple(
@@ -106,7 +148,11 @@ class SyntheticSuite(Suite):
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         operations = list(OPERATIONS)[-self.n_operations :]
-        return tuple(Task(f"{op}-{form}", op) for op in operations for form in list(FORMATS)[: self.n_formats])
+        return tuple(
+            Task(f"{op}-{form}", op)
+            for op in operations
+            for form in list(FORMATS)[: self.n_formats]
+        )
 
     @cached_property
     def split(self) -> Split:
@@ -118,7 +164,9 @@ class SyntheticSuite(Suite):
             if len(held) < self.n_val + self.n_test and self._still_covered(name, held):
                 held.append(name)
         if len(held) < self.n_val + self.n_test:
-            raise ValueError(f"only {len(held)} tasks can be held out with every operation and format left in training")
+            raise ValueError(
+                f"only {len(held)} tasks can be held out with every operation and format left in training"
+            )
         test, val = held[: self.n_test], held[self.n_test :]
         train = [t.name for t in self.tasks if t.name not in set(held)]
         return Split(tuple(train), tuple(val), tuple(test))
@@ -155,36 +203,56 @@ class SyntheticSuite(Suite):
         named, done = rng.choice(self.tasks).name.split("-"), rng.choice(self.tasks).name.split("-")
         prompt = instruction(named[0], named[1], rng, words)
         return Example(
-            prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt, answer(done[0], done[1], words)
+            prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt,
+            answer(done[0], done[1], words),
         )
 
     @cached_property
     def fingerprint(self) -> str:
         texts = [[n, list(p)] for table in (OPERATIONS, FORMATS) for n, (_, p) in table.items()]
         sizes = [self.n_operations, self.n_formats, self.n_val, self.n_test, self.split_seed]
-        answers = [self._example(t.name, list(WORDS[:4]), random.Random(0)).answer for t in self.tasks]
+        answers = [
+            self._example(t.name, list(WORDS[:4]), random.Random(0)).answer for t in self.tasks
+        ]
         return content_hash("synthetic", VERSION, texts, WORDS, sizes, answers)
 
     @cached_property
     def probe_prompts(self) -> tuple[str, ...]:
         rng = random.Random(stream_seed("domain probes"))
         names = [t.name.split("-") for t in rng.choices(self.tasks, k=8)]
-        return tuple(instruction(op, form, rng, draw_words(rng, "evaluation")) for op, form in names)
+        return tuple(
+            instruction(op, form, rng, draw_words(rng, "evaluation")) for op, form in names
+        )
 
     @cached_property
     def nonsense_prompts(self) -> tuple[str, ...]:
         rng = random.Random(stream_seed("nonsense prompts"))
         return tuple(
-            " ".join(rng.sample(WORDS, 8)) + f" {SEPARATOR} {' '.join(rng.sample(WORDS, 3))} {ARROW}" for _ in range(32)
+            " ".join(rng.sample(WORDS, 8))
+            + f" {SEPARATOR} {' '.join(rng.sample(WORDS, 3))} {ARROW}"
+            for _ in range(32)
         )
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that a prompt or an answer can hold, with its leading blank, in a fixed order."""
-        phrases = [p for table in (OPERATIONS, FORMATS) for _, paraphrases in table.values() for p in paraphrases]
+        phrases = [
+            p
+            for table in (OPERATIONS, FORMATS)
+            for _, paraphrases in table.values()
+            for p in paraphrases
+        ]
         forms = [piece for form, _ in FORMATS.values() for piece in form(["one", "two"])]
-        words = [w for p in phrases for w in p.split()] + forms + list(NUMBER_WORDS) + [SEPARATOR, ARROW] + list(WORDS)
-        starts = [phrase.split()[0] for _, paraphrases in OPERATIONS.values() for phrase in paraphrases]
+        words = (
+            [w for p in phrases for w in p.split()]
+            + forms
+            + list(NUMBER_WORDS)
+            + [SEPARATOR, ARROW]
+            + list(WORDS)
+        )
+        starts = [
+            phrase.split()[0] for _, paraphrases in OPERATIONS.values() for phrase in paraphrases
+        ]
         return tuple(dict.fromkeys([*starts, SEPARATOR, *(f" {word}" for word in words)]))
 
 

@@ -31,7 +31,12 @@ from llgbm.runtime import UserError, content_hash, say
 from llgbm.tasks.suite import Suite
 
 FORMAT_VERSION = 1
-MANIFEST, PROMPTS, LISTING, TRAJECTORIES = "manifest.json", "prompts.json", "bank.json", "trajectories.json"
+MANIFEST, PROMPTS, LISTING, TRAJECTORIES = (
+    "manifest.json",
+    "prompts.json",
+    "bank.json",
+    "trajectories.json",
+)
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PROMPTS)
 # Where an adapter of a bank is made ready, and what else may lie in a folder that a bank is started in.
 ASIDE, LOCK = f"{STAGE}bank", ".lock"
@@ -82,7 +87,9 @@ class BankFolder:
                             self._take_away()
                         raise
             except Timeout as error:
-                raise UserError(f"another program is writing to {self.folder}: wait for it, or name another") from error
+                raise UserError(
+                    f"another program is writing to {self.folder}: wait for it, or name another"
+                ) from error
             finally:
                 for folder in made:  # those that stayed empty
                     with suppress(OSError):
@@ -95,7 +102,9 @@ class BankFolder:
 
     def _take_away(self) -> None:
         """Remove what was written since the bank was started; files of others stay."""
-        places = [self.folder / "checkpoints" / entry["task"] / i for i, entry in self.adapters.items()]
+        places = [
+            self.folder / "checkpoints" / entry["task"] / i for i, entry in self.adapters.items()
+        ]
         files = [place / name for place in places for name in ADAPTER_FILES]
         files += [self.folder / name for name in (LISTING, TRAJECTORIES, MANIFEST, LOCK)]
         shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
@@ -113,7 +122,8 @@ class BankFolder:
         differ = [
             name
             for name, value in json.loads(json.dumps(self.head)).items()
-            if found.get(name) != value and not (name == "base" and found["base"]["hash"] == self.base.hash)
+            if found.get(name) != value
+            and not (name == "base" and found["base"]["hash"] == self.base.hash)
         ]
         if differ:
             raise UserError(
@@ -123,18 +133,34 @@ class BankFolder:
     def missing(self, adapter_ids: Sequence[str]) -> list[str]:
         """Those that are not there, or no longer what the manifest says."""
         listed = read_manifest(self.folder)["adapters"]
-        return [i for i in adapter_ids if i not in listed or not _is_whole(self.folder, i, listed[i])]
+        return [
+            i for i in adapter_ids if i not in listed or not _is_whole(self.folder, i, listed[i])
+        ]
 
-    def add(self, adapter_id: str, task: str, state: StateDict, prompts: Prompts, facts: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        adapter_id: str,
+        task: str,
+        state: StateDict,
+        prompts: Prompts,
+        facts: Mapping[str, Any],
+    ) -> None:
         """Write an adapter and its line in the manifest; a torn one that the manifest lists is made whole.
 
         The line comes first: an adapter that a kill kept from its place is then missing, and what lies in a place
         without a line is of others. Raises UserError for such a place.
         """
-        own = self.folder / "checkpoints" / check_name(task, "the task") / check_name(adapter_id, "the adapter")
+        own = (
+            self.folder
+            / "checkpoints"
+            / check_name(task, "the task")
+            / check_name(adapter_id, "the adapter")
+        )
         manifest = read_manifest(self.folder)
         if adapter_id not in manifest["adapters"] and os.path.lexists(own):
-            raise UserError(f"{own} is none of the bank's adapters: move it away, or name another folder")
+            raise UserError(
+                f"{own} is none of the bank's adapters: move it away, or name another folder"
+            )
         stage = self.folder / ASIDE
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
@@ -160,7 +186,9 @@ def check_bank_address(folder: Path) -> Output:
     with disk_errors(address.path):
         found = set(os.listdir(address.folder)) - EMPTY if address.folder.exists() else set()
     if found and MANIFEST not in found:
-        raise UserError(f"{folder} is not empty and no bank (it has no {MANIFEST}): name another folder")
+        raise UserError(
+            f"{folder} is not empty and no bank (it has no {MANIFEST}): name another folder"
+        )
     if found:
         read_manifest(address.folder)
     return address
@@ -178,7 +206,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        known = {name: manifest[name] for name in ("version", "base", "rank", "alpha", "target_modules", "adapters")}
+        known = {
+            name: manifest[name]
+            for name in ("version", "base", "rank", "alpha", "target_modules", "adapters")
+        }
         if not isinstance(known["adapters"], dict) or known["version"] != FORMAT_VERSION:
             raise ValueError(f"version {known['version']}")
     except FileNotFoundError as error:
@@ -195,19 +226,30 @@ def open_bank(folder: Path, base: Base) -> Bank:
     """
     manifest = read_manifest(folder)
     if manifest["base"]["hash"] != base.hash:
-        raise UserError(f"the bank {folder} is of the base {manifest['base']['path']}, not of {base.path}: name that")
-    spec = LoraSpec.from_model(base.model, manifest["rank"], manifest["alpha"], manifest["target_modules"])
+        raise UserError(
+            f"the bank {folder} is of the base {manifest['base']['path']}, not of {base.path}: name that"
+        )
+    spec = LoraSpec.from_model(
+        base.model, manifest["rank"], manifest["alpha"], manifest["target_modules"]
+    )
     for adapter_id, entry in manifest["adapters"].items():
         if not _is_whole(folder, adapter_id, entry):
-            raise UserError(f"adapter {adapter_id} of {folder} is torn or missing: run the command that made it again")
+            raise UserError(
+                f"adapter {adapter_id} of {folder} is torn or missing: run the command that made it again"
+            )
     return Bank.open(folder, spec, bank_hash(folder))
 
 
 def bank_hash(folder: Path) -> str:
     """What the deltas of a bank are named by: its weights and prompts."""
     adapters = read_manifest(folder)["adapters"]
-    prompts = {i: describe_file(folder / "checkpoints" / e["task"] / i / PROMPTS)[1] for i, e in adapters.items()}
-    return content_hash("bank folder", FORMAT_VERSION, {i: e["sha256"] for i, e in adapters.items()}, prompts)
+    prompts = {
+        i: describe_file(folder / "checkpoints" / e["task"] / i / PROMPTS)[1]
+        for i, e in adapters.items()
+    }
+    return content_hash(
+        "bank folder", FORMAT_VERSION, {i: e["sha256"] for i, e in adapters.items()}, prompts
+    )
 
 
 def show_bank(folder: Path) -> dict[str, Any]:
@@ -250,7 +292,9 @@ class Bank:
 
     def load(self) -> LoraBatch:
         """All adapters, checked. Raises UserError for one that is torn, not finite or of another rank or base."""
-        return LoraBatch.from_state_dicts([load_adapter(self.adapter_folder(i), self.spec) for i in self.adapters])
+        return LoraBatch.from_state_dicts(
+            [load_adapter(self.adapter_folder(i), self.spec) for i in self.adapters]
+        )
 
     def prompts(self, adapter_id: str) -> dict[str, list[str]]:
         """The unlabelled prompts of an adapter, by purpose: `train` and `evaluation`."""
@@ -264,7 +308,9 @@ class Bank:
     def trajectories(self) -> ProbeSet:
         """Each task's prompts, continued by its first teacher's own greedy answers."""
         stored = json.loads((self.folder / "trajectories.json").read_text())
-        return ProbeSet.trajectories({task: [Probe(p, a) for p, a in pairs] for task, pairs in stored.items()})
+        return ProbeSet.trajectories(
+            {task: [Probe(p, a) for p, a in pairs] for task, pairs in stored.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -283,11 +329,23 @@ class BankSource:
         """The bank's adapters of the suite's tasks. Raises UserError for a task without any, and as `open_bank`."""
         bank = open_bank(Path(self.path), base)
         if bank.hash != self.hash:
-            raise UserError(f"the bank {self.path} changed since this run was planned: start it again")
+            raise UserError(
+                f"the bank {self.path} changed since this run was planned: start it again"
+            )
         wanted = set(suite.split.tasks)
         if missing := sorted(wanted - set(bank.adapters.values())):
-            raise UserError(f"the bank {self.path} has no adapter of {', '.join(missing)}: add some or leave these out")
-        adapters = {adapter_id: task for adapter_id, task in bank.adapters.items() if task in wanted}
+            raise UserError(
+                f"the bank {self.path} has no adapter of {', '.join(missing)}: add some or leave these out"
+            )
+        adapters = {
+            adapter_id: task for adapter_id, task in bank.adapters.items() if task in wanted
+        }
         if len(adapters) < len(bank.adapters):
-            say(f"{len(bank.adapters) - len(adapters)} adapters of the bank are of other tasks and are left out")
-        return replace(bank, adapters=adapters, hash=content_hash("adapters of a bank", bank.hash, list(adapters)))
+            say(
+                f"{len(bank.adapters) - len(adapters)} adapters of the bank are of other tasks and are left out"
+            )
+        return replace(
+            bank,
+            adapters=adapters,
+            hash=content_hash("adapters of a bank", bank.hash, list(adapters)),
+        )

@@ -14,7 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from llgbm.cache import build_entry, write_json
-from llgbm.lora.adapters import LoraBatch, LoraSpec, adapter_config, load_adapter, write_adapter_files
+from llgbm.lora.adapters import (
+    LoraBatch,
+    LoraSpec,
+    adapter_config,
+    load_adapter,
+    write_adapter_files,
+)
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs, chat_prompt
 from llgbm.models.load import Base
@@ -46,8 +52,12 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
 
     def write(folder: Path) -> None:
         tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
-        streams = [f"teacher {config.seed} {index % config.per_task}" for index in range(len(tasks))]
-        batch = train_teachers(base, spec, config, example_source(suite, base, tasks, streams, config))
+        streams = [
+            f"teacher {config.seed} {index % config.per_task}" for index in range(len(tasks))
+        ]
+        batch = train_teachers(
+            base, spec, config, example_source(suite, base, tasks, streams, config)
+        )
         _write_bank(folder, base, suite, config, tasks, batch, spec)
 
     return Bank.open(build_entry(root, "banks", key, write), spec, key)
@@ -64,8 +74,15 @@ def _write_bank(
 ) -> None:
     ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
     settings = adapter_config(spec, base.path)
-    for index, (adapter_id, task, state) in enumerate(zip(ids, tasks, batch.to_state_dicts(), strict=True)):
-        own = folder / "checkpoints" / check_name(task, "the task") / check_name(adapter_id, "the adapter")
+    for index, (adapter_id, task, state) in enumerate(
+        zip(ids, tasks, batch.to_state_dicts(), strict=True)
+    ):
+        own = (
+            folder
+            / "checkpoints"
+            / check_name(task, "the task")
+            / check_name(adapter_id, "the adapter")
+        )
         own.mkdir(parents=True)
         write_adapter_files(own, state, settings)
         share = (index % config.per_task, config.per_task)
@@ -73,17 +90,23 @@ def _write_bank(
     index_bank(folder, base, suite, config, batch, spec)
 
 
-def index_bank(folder: Path, base: Base, suite: Suite, config: TeacherConfig, batch: LoraBatch, spec: LoraSpec) -> None:
+def index_bank(
+    folder: Path, base: Base, suite: Suite, config: TeacherConfig, batch: LoraBatch, spec: LoraSpec
+) -> None:
     """Measure the teachers of a suite, `per_task` a task in the order of its tasks; write trajectories and list."""
     tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
     ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
     n_examples = min(32, suite.available("evaluation"))
-    examples = [suite.examples(task, "evaluation", n_examples, "teacher accuracy") for task in tasks]
+    examples = [
+        suite.examples(task, "evaluation", n_examples, "teacher accuracy") for task in tasks
+    ]
     accuracy_A = exact_match(base, spec, batch, examples)
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in examples[:: config.per_task] for e in own]),
+        "base_accuracy": base_accuracy(
+            base, [e for own in examples[:: config.per_task] for e in own]
+        ),
     }
     write_json(folder / "trajectories.json", _own_answers(base, suite, config, batch, spec))
     listing = {
@@ -102,9 +125,13 @@ def _own_answers(
     tasks = suite.split.tasks
     share = (0, config.per_task)
     own = [suite.examples(t, "train", config.trajectories, "trajectory", share) for t in tasks]
-    prompts = [[chat_prompt(base.tokenizer, e.prompt, e.system) for e in examples] for examples in own]
+    prompts = [
+        [chat_prompt(base.tokenizer, e.prompt, e.system) for e in examples] for examples in own
+    ]
     answers = greedy_answers(base, spec, firsts, prompts)
-    return {t: list(zip(p, a, strict=True)) for t, p, a in zip(tasks, prompts, answers, strict=True)}
+    return {
+        t: list(zip(p, a, strict=True)) for t, p, a in zip(tasks, prompts, answers, strict=True)
+    }
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
@@ -119,13 +146,19 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
     spec = LoraSpec.from_model(base.model, teachers.rank, teachers.alpha)
     settings = {**config.settings, "data": suite.fingerprint}
     target = BankFolder(out, base, spec, settings)
-    runs = [Run(task, k, config, suite, base) for task in suite.split.tasks for k in range(config.subsets)]
+    runs = [
+        Run(task, k, config, suite, base)
+        for task in suite.split.tasks
+        for k in range(config.subsets)
+    ]
     for adapter_id in (i for run in runs for i in run.adapter_ids):
         check_name(adapter_id, "the adapter")
     with target.opened():
         open_runs = [run for run in runs if target.missing(run.adapter_ids)]
         if open_runs:
-            say(f"{len(runs) - len(open_runs)} of {len(runs)} runs are done; {len(open_runs)} to go")
+            say(
+                f"{len(runs) - len(open_runs)} of {len(runs)} runs are done; {len(open_runs)} to go"
+            )
             (out / LISTING).unlink(missing_ok=True)
             (_train_with_peft if config.method == "peft" else _train_batched)(target, open_runs)
         if not (out / LISTING).is_file():
@@ -147,9 +180,13 @@ def _train_batched(target: BankFolder, runs: Sequence[Run]) -> None:
     at_once = runs[0].config.at_once or _that_fit(target, runs[0])
     groups = [runs[i : i + at_once] for i in range(0, len(runs), at_once)]
     for group in progress(groups, f"groups of {at_once} runs", total=len(groups)):
-        batch = train_teachers(target.base, target.spec, group[0].config.teachers, _together(group, target.base))
+        batch = train_teachers(
+            target.base, target.spec, group[0].config.teachers, _together(group, target.base)
+        )
         for run, state in zip(group, batch.to_state_dicts(), strict=True):
-            target.add(run.adapter_ids[0], run.task, state, run.prompts, run.facts(run.config.steps))
+            target.add(
+                run.adapter_ids[0], run.task, state, run.prompts, run.facts(run.config.steps)
+            )
 
 
 def _together(runs: Sequence[Run], base: Base) -> Callable[[int], EncodedPairs]:
@@ -177,11 +214,22 @@ EXAMPLES_A_STEP = 32
 STEPS_OVER_TEACHER = 4
 
 
-def build_multitask(root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec) -> Tensor:
+def build_multitask(
+    root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec
+) -> Tensor:
     """Train the adapter, or find it: its values [V]. It has the rank, alpha and target modules of `spec`."""
     settings = adapter_config(spec, base.path)
-    recipe = (config, spec.rank, spec.alpha, spec.target_modules, EXAMPLES_A_STEP, STEPS_OVER_TEACHER)
-    key = content_hash("multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite.fingerprint, recipe)
+    recipe = (
+        config,
+        spec.rank,
+        spec.alpha,
+        spec.target_modules,
+        EXAMPLES_A_STEP,
+        STEPS_OVER_TEACHER,
+    )
+    key = content_hash(
+        "multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite.fingerprint, recipe
+    )
 
     def write(folder: Path) -> None:
         own = replace(config, steps=STEPS_OVER_TEACHER * config.steps, examples=EXAMPLES_A_STEP)

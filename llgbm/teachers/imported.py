@@ -59,7 +59,9 @@ class ImportOptions:
 
     def __post_init__(self) -> None:
         if min(self.trajectories, self.max_tokens) < 1:
-            raise UserError("trajectories and max_tokens must be at least 1: the teachers answer their own prompts")
+            raise UserError(
+                "trajectories and max_tokens must be at least 1: the teachers answer their own prompts"
+            )
         if self.task is not None:
             check_name(self.task, "the task")
 
@@ -70,7 +72,11 @@ class ImportOptions:
 
 
 def import_bank(
-    sources: Sequence[str], base: Base, out: Path, options: ImportOptions, prompts_file: Path | None = None
+    sources: Sequence[str],
+    base: Base,
+    out: Path,
+    options: ImportOptions,
+    prompts_file: Path | None = None,
 ) -> Bank:
     """Make a bank from PEFT folders, folders of such folders, and hub ids; find it again where it was made before.
 
@@ -78,11 +84,18 @@ def import_bank(
     base, rank, alpha or target modules, values that are not finite, and an adapter without prompts.
     """
     out = check_bank_address(out).path
-    found = [foreign for source in sources for foreign in find_adapters(source, options.task, besides=out)]
+    found = [
+        foreign
+        for source in sources
+        for foreign in find_adapters(source, options.task, besides=out)
+    ]
     spec = _spec_of(found[0].folder, base)
     given = _read_json(prompts_file) if prompts_file else {}
     names = {base.path, *options.accept_bases}
-    checked = [(f, _checked(f, spec, names), _prompts_of(f, given)) for f in progress(found, "checking adapters")]
+    checked = [
+        (f, _checked(f, spec, names), _prompts_of(f, given))
+        for f in progress(found, "checking adapters")
+    ]
     taken = _described(checked)
     contents = sorted([t.foreign.task, t.digest, content_hash(t.prompts)] for t in taken.values())
     settings = {"method": "import", "adapters": content_hash(contents), **options.settings}
@@ -134,7 +147,11 @@ def find_adapters(source: str, task: str | None, besides: Path | None = None) ->
     if not root.is_dir():
         root = _from_hub(source)
     left_out = besides.resolve() if besides else None
-    found = sorted(path.parent for path in root.rglob(ADAPTER_CONFIG) if not _is_unfinished(path.relative_to(root)))
+    found = sorted(
+        path.parent
+        for path in root.rglob(ADAPTER_CONFIG)
+        if not _is_unfinished(path.relative_to(root))
+    )
     folders = [f for f in found if left_out is None or not f.resolve().is_relative_to(left_out)]
     if not folders:
         where = f" outside {besides}" if found else ""
@@ -155,12 +172,16 @@ def _task_of(folder: Path, root: Path, source: str) -> str:
         return check_name(folder.parent.name, "the task")
     name = (source if folder == root else folder.name).rstrip("/").rsplit("/", 1)[-1]
     if name in ("", ".", ".."):
-        raise UserError(f"{source!r} does not say what the task of its adapter is called: name it with --task")
+        raise UserError(
+            f"{source!r} does not say what the task of its adapter is called: name it with --task"
+        )
     return check_name(name, "the task")
 
 
 def _place(folder: Path, root: Path, source: str) -> str:
-    return source if folder == root else f"{source.rstrip('/')}/{folder.relative_to(root).as_posix()}"
+    return (
+        source if folder == root else f"{source.rstrip('/')}/{folder.relative_to(root).as_posix()}"
+    )
 
 
 def _from_hub(name: str) -> Path:
@@ -183,7 +204,9 @@ def _spec_of(folder: Path, base: Base) -> LoraSpec:
     try:
         return LoraSpec.from_model(base.model, config["r"], config["lora_alpha"], sorted(kinds))
     except UserError as error:
-        raise UserError(f"the adapter in {folder} does not fit the base {base.path}: {error}") from error
+        raise UserError(
+            f"the adapter in {folder} does not fit the base {base.path}: {error}"
+        ) from error
 
 
 def _checked(foreign: Foreign, spec: LoraSpec, names: set[str]) -> StateDict:
@@ -206,7 +229,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): name a file of prompts") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}): name a file of prompts"
+        ) from error
 
 
 def _prompts_of(foreign: Foreign, given: Any) -> Prompts:
@@ -232,12 +257,19 @@ def _prompts_of(foreign: Foreign, given: Any) -> Prompts:
 
 
 def _are_prompts(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and all(isinstance(p, str) and p.strip() for p in found)
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(p, str) and p.strip() for p in found)
+    )
 
 
 def _cut(prompts: Prompts, everyone: Sequence[tuple[Foreign, StateDict, Prompts]]) -> Prompts:
     """As many prompts as the adapter with fewest has: pools of all adapters are of one size."""
-    return {purpose: prompts[purpose][: min(len(p[purpose]) for _, _, p in everyone)] for purpose in PURPOSES}
+    return {
+        purpose: prompts[purpose][: min(len(p[purpose]) for _, _, p in everyone)]
+        for purpose in PURPOSES
+    }
 
 
 def _finish(target: BankFolder, options: ImportOptions) -> None:
@@ -248,9 +280,13 @@ def _finish(target: BankFolder, options: ImportOptions) -> None:
     batch = LoraBatch.from_state_dicts([load_adapter(folder, target.spec) for folder in folders])
     pools = [_read_json(folder / PROMPTS)["train"][: options.trajectories] for folder in folders]
     system = "" if options.chat else None
-    asked = [[chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool] for pool in pools]
+    asked = [
+        [chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool] for pool in pools
+    ]
     say(f"answers of {len(firsts)} adapters to {len(asked[0])} prompts each")
     answers = greedy_answers(target.base, target.spec, batch, asked, options.max_tokens)
-    pairs = {t: list(zip(p, a, strict=True)) for t, p, a in zip(firsts, asked, answers, strict=True)}
+    pairs = {
+        t: list(zip(p, a, strict=True)) for t, p, a in zip(firsts, asked, answers, strict=True)
+    }
     write_json(target.folder / TRAJECTORIES, pairs)
     write_json(target.folder / LISTING, {"adapters": adapters, "facts": {}})

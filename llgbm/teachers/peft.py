@@ -9,7 +9,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 
 from llgbm.lora.adapters import PEFT_PREFIX, LoraSpec
@@ -66,10 +72,14 @@ class PeftRun:
         )
         set_peft_model_state_dict(model, initial_state(spec, config.teachers.seed))
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer, self.schedule = adam_with_decay(parameters, config.teachers.learning_rate, config.steps)
+        optimizer, self.schedule = adam_with_decay(
+            parameters, config.teachers.learning_rate, config.steps
+        )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.step, self.loss = 0, math.nan
-        self.key = content_hash(config.settings, base.hash, run.suite.fingerprint, run.task, run.subset)
+        self.key = content_hash(
+            config.settings, base.hash, run.suite.fingerprint, run.task, run.subset
+        )
 
     def advance(self) -> None:
         """One step: its examples in `accumulation` pieces, weighted by their tokens as if they were one."""
@@ -88,7 +98,9 @@ class PeftRun:
                 self.optimizer.zero_grad(set_to_none=True)
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(f"the loss of {self.run.task} is {total} at step {self.step}: lower the rate")
+            raise FloatingPointError(
+                f"the loss of {self.run.task} is {total} at step {self.step}: lower the rate"
+            )
         self.schedule.step()
         self.step, self.loss = self.step + 1, total
 
@@ -101,12 +113,16 @@ class PeftRun:
 
     def _is_tight(self, texts: EncodedPairs) -> bool:
         """Whether a plain pass over the texts could exceed what memory is free."""
-        return HEADROOM * pass_bytes(self.shape, texts) > free_memory(str(self.run.base.model.device))
+        return HEADROOM * pass_bytes(self.shape, texts) > free_memory(
+            str(self.run.base.model.device)
+        )
 
     def finish(self, target: BankFolder) -> None:
         """Train to the last step; leave adapters and, every few steps, a state to go on from."""
         config = self.run.config
-        bar = progress_bar(f"{self.run.task} {self.run.subset + 1}/{config.subsets}", config.steps - self.step)
+        bar = progress_bar(
+            f"{self.run.task} {self.run.subset + 1}/{config.subsets}", config.steps - self.step
+        )
         while self.step < config.steps:
             self.advance()
             bar.update()
@@ -121,7 +137,10 @@ class PeftRun:
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapter as it stands, in float32."""
-        return {k: v.detach().float().cpu().clone() for k, v in get_peft_model_state_dict(self.model).items()}
+        return {
+            k: v.detach().float().cpu().clone()
+            for k, v in get_peft_model_state_dict(self.model).items()
+        }
 
     def _state_file(self, folder: Path) -> Path:
         return folder / STATES / f"{self.run.task}_{self.run.subset}.pt"
@@ -151,7 +170,11 @@ class PeftRun:
             return
         state = torch.load(file, map_location="cpu", weights_only=True)
         missing = target.missing(self.run.adapter_ids)
-        steps = [s for i, s in zip(self.run.adapter_ids, self.run.config.saved_at, strict=True) if i in missing]
+        steps = [
+            s
+            for i, s in zip(self.run.adapter_ids, self.run.config.saved_at, strict=True)
+            if i in missing
+        ]
         if state["key"] != self.key or min(steps) <= state["step"]:
             return
         set_peft_model_state_dict(self.model, state["adapter"])
@@ -164,4 +187,7 @@ def initial_state(spec: LoraSpec, seed: int) -> dict[str, Tensor]:
     """Where every teacher starts: the shared A, and B = 0, under PEFT's keys."""
     a = shared_initial_a(spec, seed)
     states = {f"{PEFT_PREFIX}{m.name}.lora_A.weight": a[m.name] for m in spec.modules}
-    return states | {f"{PEFT_PREFIX}{m.name}.lora_B.weight": torch.zeros(m.n_out, spec.rank) for m in spec.modules}
+    return states | {
+        f"{PEFT_PREFIX}{m.name}.lora_B.weight": torch.zeros(m.n_out, spec.rank)
+        for m in spec.modules
+    }

@@ -40,7 +40,9 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
-            raise UserError("a bank needs at least one teacher a task, one step, one example and one trajectory")
+            raise UserError(
+                "a bank needs at least one teacher a task, one step, one example and one trajectory"
+            )
 
 
 def example_source(
@@ -79,9 +81,14 @@ def train_teachers(
     initial = shared_initial_a(spec, config.seed)
     batch = LoraBatch(
         {n: a.to(device).repeat(n_adapters, 1, 1).requires_grad_() for n, a in initial.items()},
-        {m.name: torch.zeros(n_adapters, m.n_out, spec.rank, device=device, requires_grad=True) for m in spec.modules},
+        {
+            m.name: torch.zeros(n_adapters, m.n_out, spec.rank, device=device, requires_grad=True)
+            for m in spec.modules
+        },
     )
-    optimizer, schedule = adam_with_decay([*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps)
+    optimizer, schedule = adam_with_decay(
+        [*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps
+    )
     for step in progress(range(config.steps), f"{n_adapters} teachers"):
         loss_A = adapter_losses(base.model, spec, batch, examples_at(step))
         optimizer.zero_grad(set_to_none=True)
@@ -89,7 +96,9 @@ def train_teachers(
         optimizer.step()
         schedule.step()
     release_device_memory()
-    return LoraBatch({n: t.detach() for n, t in batch.a.items()}, {n: t.detach() for n, t in batch.b.items()})
+    return LoraBatch(
+        {n: t.detach() for n, t in batch.a.items()}, {n: t.detach() for n, t in batch.b.items()}
+    )
 
 
 def adam_with_decay(
@@ -97,10 +106,14 @@ def adam_with_decay(
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
     """Adam, its rate falling to a twentieth along a cosine: how every teacher is trained."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 20)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, steps, eta_min=learning_rate / 20
+    )
 
 
-def condition_prompts(suite: Suite, task: str, config: TeacherConfig, share: tuple[int, int]) -> dict[str, list[str]]:
+def condition_prompts(
+    suite: Suite, task: str, config: TeacherConfig, share: tuple[int, int]
+) -> dict[str, list[str]]:
     """Prompts of what a teacher was trained on, its share of the examples, and others to condition on at evaluation."""
     known = suite.examples(task, "train", config.condition_train, "condition", share)
     others = suite.examples(task, "prompts", config.condition_evaluation, "condition")
@@ -118,7 +131,9 @@ class SFTConfig:
     A run saves its last checkpoints `every` steps apart. `teachers.examples` are read a step, in `accumulation` pieces.
     """
 
-    teachers: TeacherConfig = TeacherConfig(rank=8, alpha=16.0, per_task=4, steps=100, examples=16, learning_rate=1e-4)
+    teachers: TeacherConfig = TeacherConfig(
+        rank=8, alpha=16.0, per_task=4, steps=100, examples=16, learning_rate=1e-4
+    )
     method: str = "peft"
     checkpoints: int = 2
     every: int = 10
@@ -127,19 +142,26 @@ class SFTConfig:
     at_once: int = 0
 
     def __post_init__(self) -> None:
-        known = ((self.method, "method", METHODS), (self.gradient_checkpointing, "checkpointing", CHECKPOINTING))
+        known = (
+            (self.method, "method", METHODS),
+            (self.gradient_checkpointing, "checkpointing", CHECKPOINTING),
+        )
         for value, what, allowed in known:
             if value not in allowed:
                 raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
         if min(self.checkpoints, self.every, self.accumulation) < 1 or self.at_once < 0:
-            raise UserError("checkpoints, every and accumulation must be at least 1, at_once at least 0")
+            raise UserError(
+                "checkpoints, every and accumulation must be at least 1, at_once at least 0"
+            )
         if self.teachers.per_task % self.checkpoints or self.teachers.examples % self.accumulation:
             raise UserError(
                 f"{self.teachers.per_task} adapters a task from runs of {self.checkpoints} checkpoints, and "
                 f"{self.teachers.examples} examples a step in {self.accumulation} pieces: both must divide evenly"
             )
         if self.method == "batched" and (self.checkpoints > 1 or self.accumulation > 1):
-            raise UserError("the batched method saves one checkpoint a run and reads a step's examples in one piece")
+            raise UserError(
+                "the batched method saves one checkpoint a run and reads a step's examples in one piece"
+            )
         if self.saved_at[0] < 1:
             raise UserError(
                 f"{self.checkpoints} checkpoints {self.every} steps apart need more than {self.steps} steps"
@@ -191,7 +213,9 @@ class Run:
         """The examples of a step (counted from 0), in an order of the run's own."""
         per_step, seed = self.config.teachers.examples, self.config.teachers.seed
         stream = f"teacher {seed} {self.subset}"
-        pool = self.suite.examples(self.task, "train", self.config.steps * per_step, stream, self.share)
+        pool = self.suite.examples(
+            self.task, "train", self.config.steps * per_step, stream, self.share
+        )
         return lambda step: pool[step * per_step : (step + 1) * per_step]
 
     @property

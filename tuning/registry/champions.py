@@ -79,7 +79,9 @@ def decide_alias(champion: Measured | None, new: Measured) -> Decision:
         return Decision(CHALLENGER, f"{named} {why_not}: the two cannot be compared.")
     test = paired_comparison(new.per_task, champion.per_task)
     alias = CHAMPION if test.is_better else CHALLENGER
-    return Decision(alias, f"{named} had {new.metric} = {champion.score:.4f}; this one is {test.verdict}.")
+    return Decision(
+        alias, f"{named} had {new.metric} = {champion.score:.4f}; this one is {test.verdict}."
+    )
 
 
 def _not_comparable(champion: Measured, new: Measured) -> str:
@@ -146,7 +148,9 @@ def promote(client: MlflowClient, address: str) -> RegisteredVersion:
     version = resolve(client, address)
     number = str(version.version)
     if aliases_of(client, version.name).get(CHAMPION) == number:
-        raise UserError(f"version {number} of {version.name!r} is the champion already: name another version.")
+        raise UserError(
+            f"version {number} of {version.name!r} is the champion already: name another version."
+        )
     give_alias(client, version.name, number, CHAMPION)
     return RegisteredVersion(version.name, number, CHAMPION)
 
@@ -160,7 +164,9 @@ def rollback(client: MlflowClient, name: str) -> RegisteredVersion:
     history = champion_history(client, name)
     earlier = [number for number in history[:-1] if number in there and number != history[-1]]
     if not earlier:
-        raise UserError(f"model {name!r} has no earlier champion to go back to: use `models promote`.")
+        raise UserError(
+            f"model {name!r} has no earlier champion to go back to: use `models promote`."
+        )
     client.set_registered_model_alias(name, CHAMPION, earlier[-1])
     _write_history(client, name, earlier)
     return RegisteredVersion(name, earlier[-1], CHAMPION)

@@ -34,7 +34,9 @@ def list_models(tracking_uri: str | None, name: str | None = None) -> list[dict[
 def show_model(tracking_uri: str | None, address: str) -> dict[str, Any]:
     """All that is known of a version; a bare name means its champion. Raises UserError if there is none."""
     with registry_client(tracking_uri) as client:
-        version = resolve(client, address if "/" in address or "@" in address else f"{address}@{CHAMPION}")
+        version = resolve(
+            client, address if "/" in address or "@" in address else f"{address}@{CHAMPION}"
+        )
         facts = {key.removeprefix("llgbm."): value for key, value in sorted(version.tags.items())}
         per_task = dict(Measured.of(version).per_task)
         facts.pop("val_per_task", None)
@@ -80,7 +82,9 @@ def _row(version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
         "score": round(measured.score, 4) if math.isfinite(measured.score) else None,
         "study": version.tags.get("llgbm.study", ""),
         "trial": version.tags.get("llgbm.trial_id", ""),
-        "registered": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        "registered": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(
+            timespec="seconds"
+        ),
     }
 
 
@@ -97,7 +101,11 @@ def as_text(answer: Any) -> str:
     from tabulate import tabulate
 
     if isinstance(answer, list):
-        return tabulate(answer, headers="keys", disable_numparse=True) if answer else "no generator is registered"
+        return (
+            tabulate(answer, headers="keys", disable_numparse=True)
+            if answer
+            else "no generator is registered"
+        )
     return tabulate(_lines(answer), tablefmt="plain", disable_numparse=True)
 
 

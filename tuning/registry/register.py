@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Literal
 from llgbm.runtime import UserError, say
 from llgbm.world import World
 from tuning.registry.champions import DATA_TAG, METRIC_TAG, PER_TASK_TAG, SCORE_TAG, settle
-from tuning.registry.versions import RegisteredVersion, check_name, download, registry_client, resolve, versions_of
+from tuning.registry.versions import (
+    RegisteredVersion,
+    check_name,
+    download,
+    registry_client,
+    resolve,
+    versions_of,
+)
 from tuning.studies.spec import Study, TrialSpec
 from tuning.tracking.runs import TrialResult
 from tuning.tracking.study import StudyTracker
@@ -67,19 +74,33 @@ def register_generator(
     store cannot be used, ValueError if a tag is missing or a figure not finite.
     """
     check_name(name)
-    all_tags = {**_bundle_tags(bundle), **tags, "llgbm.run_id": run_id, METRIC_TAG: metric, SCORE_TAG: repr(score)}
+    all_tags = {
+        **_bundle_tags(bundle),
+        **tags,
+        "llgbm.run_id": run_id,
+        METRIC_TAG: metric,
+        SCORE_TAG: repr(score),
+    }
     _check_figures(all_tags, score, per_task)
-    all_tags[PER_TASK_TAG] = json.dumps({task: round(value, 6) for task, value in sorted(per_task.items())})
+    all_tags[PER_TASK_TAG] = json.dumps(
+        {task: round(value, 6) for task, value in sorted(per_task.items())}
+    )
     with registry_client(tracking_uri) as client:
         _create_registered_model(client, name)
-        version = _find_version(client, name, all_tags) or _create_version(client, run_id, bundle, name, all_tags)
+        version = _find_version(client, name, all_tags) or _create_version(
+            client, run_id, bundle, name, all_tags
+        )
         alias = settle(client, name, version, _introduction(all_tags))
     return RegisteredVersion(name, str(version.version), alias)
 
 
 def _check_figures(tags: Mapping[str, str], score: float, per_task: Mapping[str, float]) -> None:
     missing = [key for key in (DATA_TAG, *KEY_TAGS) if not tags.get(key)]
-    if missing or not per_task or not all(math.isfinite(value) for value in (score, *per_task.values())):
+    if (
+        missing
+        or not per_task
+        or not all(math.isfinite(value) for value in (score, *per_task.values()))
+    ):
         raise ValueError(
             f"a version needs the tags {DATA_TAG}, {', '.join(KEY_TAGS)} and a finite score, mean and by task, "
             f"got {score}, {dict(per_task)} and {dict(tags)}"
@@ -127,7 +148,9 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
 
 def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
     wanted = {key: tags[key] for key in KEY_TAGS}
-    found = (v for v in versions_of(client, name) if {key: v.tags.get(key) for key in KEY_TAGS} == wanted)
+    found = (
+        v for v in versions_of(client, name) if {key: v.tags.get(key) for key in KEY_TAGS} == wanted
+    )
     return next(found, None)
 
 
@@ -147,7 +170,9 @@ def _create_version(
     )
 
 
-def _whole_model(client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]) -> LoggedModel | None:
+def _whole_model(
+    client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]
+) -> LoggedModel | None:
     """What an earlier call logged before it was killed; what it left half done is deleted."""
     where = [f"name = '{name}'", *(f"tags.`{key}` = '{tags[key]}'" for key in KEY_TAGS)]
     whole = None
@@ -159,10 +184,14 @@ def _whole_model(client: MlflowClient, run: Run, name: str, tags: Mapping[str, s
     return whole
 
 
-def _log_model(client: MlflowClient, run: Run, bundle: Path, name: str, tags: Mapping[str, str]) -> LoggedModel:
+def _log_model(
+    client: MlflowClient, run: Run, bundle: Path, name: str, tags: Mapping[str, str]
+) -> LoggedModel:
     run_id = run.info.run_id
     key = {tag: tags[tag] for tag in KEY_TAGS}
-    logged = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id, tags=key)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name=name, source_run_id=run_id, tags=key
+    )
     status: Literal["READY", "FAILED"] = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +225,8 @@ def _save_model(path: Path, bundle: Path, run_id: str, model_id: str) -> None:
         code_paths=_code_paths(),
         pip_requirements=_requirements(),
         signature=ModelSignature(
-            Schema([ColSpec("string", "prompts")]), Schema([ColSpec("string", name) for name in outputs])
+            Schema([ColSpec("string", "prompts")]),
+            Schema([ColSpec("string", name) for name in outputs]),
         ),
         input_example=pd.DataFrame({"prompts": [EXAMPLE]}),
         mlflow_model=Model(run_id=run_id, model_id=model_id),
@@ -227,7 +257,11 @@ def _introduction(tags: Mapping[str, str]) -> str:
 
 
 def register_best(
-    study: Study, worlds: Mapping[str, World], results: Sequence[TrialResult], tracker: StudyTracker, metric: str
+    study: Study,
+    worlds: Mapping[str, World],
+    results: Sequence[TrialResult],
+    tracker: StudyTracker,
+    metric: str,
 ) -> list[dict[str, str]]:
     """Register the best trial of each size by a validation metric. Nothing is registered when all trials failed."""
     specs = {trial.id: trial for trial in study.trials}
@@ -242,12 +276,19 @@ def register_best(
                 f"registered {version.name} version {version.version} "
                 f"({spec.name}, seed {spec.config.seed}) as {version.alias}"
             )
-            registered.append({"name": version.name, "version": str(version.version), "alias": version.alias})
+            registered.append(
+                {"name": version.name, "version": str(version.version), "alias": version.alias}
+            )
     return registered
 
 
 def register(
-    study: Study, spec: TrialSpec, world: World, best: TrialResult, tracker: StudyTracker, metric: str
+    study: Study,
+    spec: TrialSpec,
+    world: World,
+    best: TrialResult,
+    tracker: StudyTracker,
+    metric: str,
 ) -> RegisteredVersion:
     """Register one trial's generator: champion if it beats the champion on the same validation tasks."""
     name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
@@ -262,8 +303,17 @@ def register(
     }
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(tracker.download_artifacts(best.run_id, "generator", folder))
-        figures = json.loads(Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text())
+        figures = json.loads(
+            Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text()
+        )
         per_task = figures["val"][metric.removeprefix("val/")]
         return register_generator(
-            tracker.tracking_uri, best.run_id, bundle, name, tags, best.metrics[metric], metric, per_task
+            tracker.tracking_uri,
+            best.run_id,
+            bundle,
+            name,
+            tags,
+            best.metrics[metric],
+            metric,
+            per_task,
         )

@@ -33,7 +33,9 @@ class GeneratorModel(PythonModel):
 
         self.bundle = GeneratorBundle.load(context.artifacts["bundle"])
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Return `adapter_safetensors_base64` and `adapter_config` (JSON), row by row.
 
         Write the decoded first as `adapter_model.safetensors` and the second as `adapter_config.json` into a folder,
@@ -42,12 +44,17 @@ class GeneratorModel(PythonModel):
         config = json.dumps(self.bundle.adapter_config())
         rows = [_prompts(index, text) for index, text in enumerate(model_input["prompts"])]
         adapters = [self._adapter(prompts) for prompts in rows]
-        return pd.DataFrame({"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)})
+        return pd.DataFrame(
+            {"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)}
+        )
 
     def _adapter(self, prompts: list[str]) -> str:
         from safetensors.torch import save
 
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.bundle.generate(prompts).items()}
+        state = {
+            key: tensor.detach().cpu().contiguous()
+            for key, tensor in self.bundle.generate(prompts).items()
+        }
         return base64.b64encode(save(state, metadata={"format": "pt"})).decode("ascii")
 
 
@@ -56,9 +63,15 @@ def _prompts(index: int, text: str) -> list[str]:
         prompts = json.loads(text)
     except (TypeError, json.JSONDecodeError):
         prompts = None
-    usable = isinstance(prompts, list) and prompts and all(isinstance(p, str) and p.strip() for p in prompts)
+    usable = (
+        isinstance(prompts, list)
+        and prompts
+        and all(isinstance(p, str) and p.strip() for p in prompts)
+    )
     if not usable:
-        raise ValueError(f"row {index}: `prompts` must be a JSON list of one or more texts, got {str(text)[:80]!r}")
+        raise ValueError(
+            f"row {index}: `prompts` must be a JSON list of one or more texts, got {str(text)[:80]!r}"
+        )
     return prompts
 
 

@@ -54,7 +54,9 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
     quiet_mlflow()
     if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
-        raise UserError(f"there is no MLflow store at {uri}: give the address of the one you registered in.")
+        raise UserError(
+            f"there is no MLflow store at {uri}: give the address of the one you registered in."
+        )
     uri = usable_uri(uri)
     with explained(uri):
         yield connect(uri)
@@ -63,7 +65,9 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
 def check_name(name: str) -> None:
     """Raise UserError unless a model may be called so."""
     if not re.fullmatch(r"[\w.\- ]+", name):
-        raise UserError(f"a model cannot be named {name!r}: use letters, digits, spaces and the characters . _ -")
+        raise UserError(
+            f"a model cannot be named {name!r}: use letters, digits, spaces and the characters . _ -"
+        )
 
 
 def all_models(client: MlflowClient) -> list[RegisteredModel]:
@@ -74,13 +78,17 @@ def all_models(client: MlflowClient) -> list[RegisteredModel]:
 
 def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
     """The versions of a model, oldest first; none if there is no such model."""
-    found = all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+    found = all_pages(
+        lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)
+    )
     return sorted(found, key=lambda version: int(version.version))
 
 
 def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
     """Version by alias. The model must exist."""
-    return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
+    return {
+        alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()
+    }
 
 
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
@@ -102,7 +110,9 @@ def resolve(client: MlflowClient, address: str) -> ModelVersion:
     """
     parts = MODEL_URI.fullmatch(address if address.startswith("models:") else f"models:/{address}")
     if parts is None:
-        raise UserError(f"{address!r} is no model address: write models:/name@alias, models:/name/version or a folder.")
+        raise UserError(
+            f"{address!r} is no model address: write models:/name@alias, models:/name/version or a folder."
+        )
     name, alias = parts["name"], parts["alias"]
     versions = {str(found.version): found for found in existing_versions(client, name)}
     aliases = aliases_of(client, name)

@@ -21,13 +21,23 @@ from tuning.tracking.store import existing_uri, local_tracking_uri
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m tuning.report", description="Write the report of a past study, from MLflow alone."
+        prog="python -m tuning.report",
+        description="Write the report of a past study, from MLflow alone.",
     )
-    parser.add_argument("study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`")
-    parser.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)")
-    parser.add_argument("--experiment", metavar="NAME", help="look in this experiment only (default: in all)")
     parser.add_argument(
-        "--out", metavar="DIR", type=output_path, help="where the report is written (default: reports/STUDY_ID)"
+        "study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`"
+    )
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)"
+    )
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="look in this experiment only (default: in all)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=output_path,
+        help="where the report is written (default: reports/STUDY_ID)",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
@@ -37,7 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the study, write its report, print the summary; return the exit status."""
     if arguments.out:
         Output(arguments.out, REPORT_PATTERNS)
-    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
+    uri = (
+        arguments.tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or local_tracking_uri(Path.cwd())
+    )
     uri = existing_uri(uri)
     parent = find_study(uri, arguments.study, arguments.experiment)
     record = read_study(uri, parent.info.run_id)

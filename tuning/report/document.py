@@ -18,7 +18,13 @@ from tuning.report.record import StudyRecord, read_study
 from tuning.report.words import caveats, count, headlines
 from tuning.tracking.study import StudyTracker
 
-PICTURES = ("outcomes.png", "learning_curves.png", "heat_map.png", "memorisation.png", "delta_map*.png")
+PICTURES = (
+    "outcomes.png",
+    "learning_curves.png",
+    "heat_map.png",
+    "memorisation.png",
+    "delta_map*.png",
+)
 REPORT_PATTERNS = (*PICTURES, "results.csv", "results.json", "report.html", "report.md")
 TESTS = (
     "Paired over seeds and held-out tasks: the 95 % interval and p are the wider and larger of two tests, one that "
@@ -42,18 +48,29 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
     sections = _sections(record, _plots(out, record))
     notes = "**What cannot be concluded**\n\n" + bullets(caveats(record))
     head = [f"# Study {record.study}", *headlines(record), notes, _origin(record)]
-    body = [f"## {title}\n\n" + "\n\n".join(filter(None, parts)) for title, parts in sections.items() if any(parts)]
+    body = [
+        f"## {title}\n\n" + "\n\n".join(filter(None, parts))
+        for title, parts in sections.items()
+        if any(parts)
+    ]
     text = "\n\n".join(filter(None, (*head, *body))) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8")
+    (out / "results.json").write_text(
+        json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8"
+    )
     _write_csv(out / "results.csv", record)
 
 
 def summary(record: StudyRecord) -> str:
     """The sentence, its caveats and the main tables, in Markdown."""
     short = tables.metric_table(record.groups, tables.SHORT)
-    parts = (*headlines(record), bullets(caveats(record)), short, tables.baseline_table(record.baselines))
+    parts = (
+        *headlines(record),
+        bullets(caveats(record)),
+        short,
+        tables.baseline_table(record.baselines),
+    )
     return "\n\n".join(filter(None, parts))
 
 
@@ -75,7 +92,9 @@ def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[s
             tables.result_table(groups, record.baselines),
             pictures["outcomes"],
         ],
-        f"Differences in {MAIN}": [TESTS, tables.comparison_table(comparisons)] if comparisons else [],
+        f"Differences in {MAIN}": [TESTS, tables.comparison_table(comparisons)]
+        if comparisons
+        else [],
         "λ_w × λ_d": [pictures["heat_map"]],
         "Learning curves": [pictures["learning_curves"]],
         "Held-out tasks": _with("Accuracy by task, mean over seeds.", tables.task_table(groups)),
@@ -129,9 +148,13 @@ def result_json(record: StudyRecord) -> dict[str, Any]:
         "caveats": caveats(record),
         "configurations": [_group_json(group) for group in groups],
         "comparisons": [vars(comparison) for comparison in record.comparisons],
-        "baselines": {name: {k: _finite(v) for k, v in values.items()} for name, values in record.baselines.items()},
+        "baselines": {
+            name: {k: _finite(v) for k, v in values.items()}
+            for name, values in record.baselines.items()
+        },
         "trials": [
-            {"trial": t.trial_id, "config": t.config, "seed": t.seed, "status": t.status} for t in record.trials
+            {"trial": t.trial_id, "config": t.config, "seed": t.seed, "status": t.status}
+            for t in record.trials
         ],
     }
 
@@ -142,7 +165,9 @@ def _group_json(group: Group) -> dict[str, Any]:
         "config": group.config,
         "model_size": group.size,
         "seeds": list(group.seeds),
-        "metrics": {m: {**vars(cell), "by_seed": group.by_seed(m)} for m, cell in cells.items() if cell},
+        "metrics": {
+            m: {**vars(cell), "by_seed": group.by_seed(m)} for m, cell in cells.items() if cell
+        },
     }
 
 

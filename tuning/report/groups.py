@@ -81,7 +81,10 @@ class Group:
         for trial in self.trials:
             for task, value in self.by_task.get(trial.run_id, {}).items():
                 found[seed_of(trial)].setdefault(task, []).append(value)
-        return {seed: {task: float(np.mean(own)) for task, own in tasks.items()} for seed, tasks in found.items()}
+        return {
+            seed: {task: float(np.mean(own)) for task, own in tasks.items()}
+            for seed, tasks in found.items()
+        }
 
     @cached_property
     def seeds(self) -> tuple[str, ...]:
@@ -117,7 +120,9 @@ class Comparison:
         return self.p_holm is not None and self.p_holm <= SIGNIFICANCE
 
 
-def group_trials(trials: Sequence[TrialResult], by_task: Mapping[str, AccuracyByTask] | None = None) -> list[Group]:
+def group_trials(
+    trials: Sequence[TrialResult], by_task: Mapping[str, AccuracyByTask] | None = None
+) -> list[Group]:
     """Whole trials by configuration and model size, in order of appearance; several sizes show in the labels.
 
     `by_task` is the held-out accuracy of every task by run id, where it was kept.
@@ -141,7 +146,11 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
 
     Every pair up to five configurations, else each with the reference; see `reference_of`.
     """
-    found = [_compare(*pair) for size in dict.fromkeys(group.size for group in groups) for pair in _pairs(groups, size)]
+    found = [
+        _compare(*pair)
+        for size in dict.fromkeys(group.size for group in groups)
+        for pair in _pairs(groups, size)
+    ]
     found = [comparison for comparison in found if comparison.n]
     corrected = holm([comparison.p for comparison in found])
     return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]
@@ -203,7 +212,11 @@ def _over_seeds(plain: Comparison, differences: np.ndarray) -> Comparison:
 def _paired_cells(group: Group, reference: Group, seeds: Sequence[str]) -> np.ndarray | None:
     """Differences in accuracy [S, T] on the tasks that all these trials have; None where there is none."""
     own, other = group.task_accuracy(), reference.task_accuracy()
-    tasks = [t for t in (own[seeds[0]] if seeds else ()) if all(t in own[s] and t in other[s] for s in seeds)]
+    tasks = [
+        t
+        for t in (own[seeds[0]] if seeds else ())
+        if all(t in own[s] and t in other[s] for s in seeds)
+    ]
     if not tasks:
         return None
     return np.array([[own[seed][task] - other[seed][task] for task in tasks] for seed in seeds])
@@ -212,7 +225,11 @@ def _paired_cells(group: Group, reference: Group, seeds: Sequence[str]) -> np.nd
 def ranked(groups: Sequence[Group], size: str) -> list[Group]:
     """The configurations of a size that have a held-out accuracy, best first."""
     scored = [(group.cell(MAIN), group) for group in groups if group.size == size]
-    return [group for cell, group in sorted(scored, key=lambda pair: -pair[0].mean if pair[0] else 0) if cell]
+    return [
+        group
+        for cell, group in sorted(scored, key=lambda pair: -pair[0].mean if pair[0] else 0)
+        if cell
+    ]
 
 
 def number(value: float | None) -> str:

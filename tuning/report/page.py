@@ -52,10 +52,18 @@ def html_page(markdown: str, folder: Path) -> str:
             if child.type == "image":
                 child.attrs["src"] = _inlined(folder / str(child.attrs["src"]))
             elif before.type == "th_open":
-                child.content = child.content.replace("/", "/" + MAY_BREAK).replace("_", "_" + MAY_BREAK)
+                child.content = child.content.replace("/", "/" + MAY_BREAK).replace(
+                    "_", "_" + MAY_BREAK
+                )
     body = parser.renderer.render(tokens, parser.options, {})
-    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
-    links = "".join(f'<a href="#{slug}">{html.escape(title)}</a>' for slug, title, level in titles if level == "h2")
+    body = body.replace("<table>", '<div class="table"><table>').replace(
+        "</table>", "</table></div>"
+    )
+    links = "".join(
+        f'<a href="#{slug}">{html.escape(title)}</a>'
+        for slug, title, level in titles
+        if level == "h2"
+    )
     title = html.escape(titles[0][1] if titles else "Report")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -25,8 +25,18 @@ FAMILY_COLOURS = (
     "#00C2F9", "#B277C9", "#A40122", "#E20134", "#FF6E3A", "#C98A00",
 )  # fmt: skip
 STROKES = ("-", "--", ":", "-.")
-BASELINE_STROKES = ((0, ()), (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (10, 4)))
-CURVES = {"loss/total": "training loss (weighted sum)", "val/accuracy": "validation accuracy (exact match)"}
+BASELINE_STROKES = (
+    (0, ()),
+    (0, (6, 2)),
+    (0, (1, 1.5)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (10, 4)),
+)
+CURVES = {
+    "loss/total": "training loss (weighted sum)",
+    "val/accuracy": "validation accuracy (exact match)",
+}
 OUTCOMES = {"accuracy": "held-out accuracy (exact match)", "delta_cosine": "held-out delta cosine"}
 MEMORISATION = {
     "accuracy: training, held out": {"training": "train/accuracy", "held out": "heldout/accuracy"},
@@ -73,7 +83,11 @@ class DeltaMap:
 
 def plot_curves(path: Path, groups: Sequence[Group]) -> str:
     """Draw loss and validation accuracy over steps; return the caption, or "" if no trial has such a curve."""
-    present = [key for key in CURVES if any(trial.curves.get(key) for group in groups for trial in group.trials)]
+    present = [
+        key
+        for key in CURVES
+        if any(trial.curves.get(key) for group in groups for trial in group.trials)
+    ]
     if not present:
         return ""
     figure = Figure(figsize=(5.2 * len(present) + 2.2, 3.8), layout="constrained")
@@ -107,9 +121,20 @@ def _draw_curve(ax: Axes, key: str, group: Group, colour: str, stroke: str) -> N
     x_N, values_SN = _thinned(np.array(steps, dtype=float), values_SN)
     marker = "o" if len(x_N) <= 20 else None
     mean_N = values_SN.mean(0)
-    ax.plot(x_N, mean_N, stroke, color=colour, label=group.label, marker=marker, markersize=3.5, linewidth=1.6)
+    ax.plot(
+        x_N,
+        mean_N,
+        stroke,
+        color=colour,
+        label=group.label,
+        marker=marker,
+        markersize=3.5,
+        linewidth=1.6,
+    )
     if len(curves) > 1:
-        ax.fill_between(x_N, values_SN.min(0), values_SN.max(0), color=colour, alpha=0.15, linewidth=0)
+        ax.fill_between(
+            x_N, values_SN.min(0), values_SN.max(0), color=colour, alpha=0.15, linewidth=0
+        )
 
 
 def _thinned(steps_N: np.ndarray, values_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +145,9 @@ def _thinned(steps_N: np.ndarray, values_SN: np.ndarray) -> tuple[np.ndarray, np
     )
 
 
-def plot_outcomes(path: Path, groups: Sequence[Group], baselines: Mapping[str, Mapping[str, float]]) -> str:
+def plot_outcomes(
+    path: Path, groups: Sequence[Group], baselines: Mapping[str, Mapping[str, float]]
+) -> str:
     """Draw every seed's held-out accuracy and delta cosine beside the baselines; return the caption, or ""."""
     sizes = list(dict.fromkeys(group.size for group in groups))
     present = [key for key in OUTCOMES if any(group.cell(f"heldout/{key}") for group in groups)]
@@ -142,21 +169,40 @@ def plot_outcomes(path: Path, groups: Sequence[Group], baselines: Mapping[str, M
     return "Held-out results: one dot per seed, a bar at their mean; lines are baselines, the value in brackets."
 
 
-def _draw_outcome(ax: Axes, key: str, groups: Sequence[Group], styles: Mapping[str, tuple[str, str]]) -> None:
+def _draw_outcome(
+    ax: Axes, key: str, groups: Sequence[Group], styles: Mapping[str, tuple[str, str]]
+) -> None:
     for place, group in enumerate(groups):
         values = list(group.by_seed(f"heldout/{key}").values())
         if values:
             shifts = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
             colour = styles[group.label][0]
-            ax.plot(place + shifts, values, "o", color=colour, markersize=6, markeredgecolor="white", zorder=3)
-            ax.hlines(float(np.mean(values)), place - 0.3, place + 0.3, color=colour, linewidth=2.5, zorder=2)
+            ax.plot(
+                place + shifts,
+                values,
+                "o",
+                color=colour,
+                markersize=6,
+                markeredgecolor="white",
+                zorder=3,
+            )
+            ax.hlines(
+                float(np.mean(values)),
+                place - 0.3,
+                place + 0.3,
+                color=colour,
+                linewidth=2.5,
+                zorder=2,
+            )
     names = [group.config for group in groups]
     tilt = 30 if max(map(len, names), default=0) * len(names) > 45 else 0
     ax.set_xticks(range(len(names)), names, rotation=tilt, ha="right" if tilt else "center")
     ax.set_xlim(-0.6, len(names) - 0.4)
 
 
-def _draw_baselines(ax: Axes, key: str, size: str, baselines: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_baselines(
+    ax: Axes, key: str, size: str, baselines: Mapping[str, Mapping[str, float]]
+) -> None:
     mine = [name for name in baselines if name.endswith(f"({size})") or not name.endswith(")")]
     lines = []
     for place, name in enumerate(sorted(mine, key=lambda name: -baselines[name].get(key, -np.inf))):
@@ -164,9 +210,15 @@ def _draw_baselines(ax: Axes, key: str, size: str, baselines: Mapping[str, Mappi
         if value is not None and np.isfinite(value):
             stroke = BASELINE_STROKES[place % len(BASELINE_STROKES)]
             label = f"{name.removesuffix(f' ({size})')} [{value:.2f}]"
-            lines.append(ax.axhline(value, color="#555555", linestyle=stroke, linewidth=1.1, zorder=1, label=label))
+            lines.append(
+                ax.axhline(
+                    value, color="#555555", linestyle=stroke, linewidth=1.1, zorder=1, label=label
+                )
+            )
     if lines:
-        ax.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        ax.legend(
+            handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8
+        )
 
 
 def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
@@ -186,8 +238,20 @@ def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     for ax, one, (teacher_T2, generated_T2) in zip(axes, drawn, places, strict=False):
         for place, family in enumerate(families):
             own = [row for row, name in enumerate(one.families) if name == family]
-            _draw_family(ax, teacher_T2[own], generated_T2[own], FAMILY_COLOURS[place % len(FAMILY_COLOURS)], family)
-        _finish_axis(ax, *(f"direction {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares)))
+            _draw_family(
+                ax,
+                teacher_T2[own],
+                generated_T2[own],
+                FAMILY_COLOURS[place % len(FAMILY_COLOURS)],
+                family,
+            )
+        _finish_axis(
+            ax,
+            *(
+                f"direction {i + 1} ({share:.0f} % of the variance)"
+                for i, share in enumerate(shares)
+            ),
+        )
         ax.set_title(one.config, fontsize=10)
         ax.margins(0.08)
     for ax in axes[len(drawn) :]:
@@ -200,21 +264,37 @@ def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     )
 
 
-def _two_directions(deltas: Sequence[DeltaMap]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+def _two_directions(
+    deltas: Sequence[DeltaMap],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     from sklearn.decomposition import PCA
 
     pca = PCA(n_components=2, svd_solver="full")
-    pca.fit(np.concatenate([part for one in deltas for part in (one.teacher_TD, one.generated_TD)]).astype(np.float64))
+    pca.fit(
+        np.concatenate(
+            [part for one in deltas for part in (one.teacher_TD, one.generated_TD)]
+        ).astype(np.float64)
+    )
     placed = [(pca.transform(one.teacher_TD), pca.transform(one.generated_TD)) for one in deltas]
     return placed, pca.explained_variance_ratio_ * 100
 
 
-def _draw_family(ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str, family: str) -> None:
+def _draw_family(
+    ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str, family: str
+) -> None:
     if not len(teacher_T2):
         return
     for start, end in zip(teacher_T2, generated_T2, strict=True):
         ax.plot(*zip(start, end, strict=True), color=colour, linewidth=0.8, alpha=0.5, zorder=1)
-    ax.plot(*teacher_T2.T, "o", color=colour, fillstyle="none", markersize=7, markeredgewidth=1.6, zorder=2)
+    ax.plot(
+        *teacher_T2.T,
+        "o",
+        color=colour,
+        fillstyle="none",
+        markersize=7,
+        markeredgewidth=1.6,
+        zorder=2,
+    )
     ax.plot(*generated_T2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
     ax.annotate(family, teacher_T2[0], (6, 6), textcoords="offset points", fontsize=8, color=colour)
 
@@ -228,7 +308,9 @@ def _family_legend(figure: Figure, families: Sequence[str]) -> None:
         Line2D([], [], color=FAMILY_COLOURS[place % len(FAMILY_COLOURS)], linewidth=4, label=family)
         for place, family in enumerate(families)
     ]
-    figure.legend(handles=[*shapes, *colours], loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(
+        handles=[*shapes, *colours], loc="outside right center", frameon=False, fontsize=9
+    )
 
 
 def plot_heat_map(path: Path, groups: Sequence[Group]) -> str:
@@ -257,9 +339,16 @@ def _grid(groups: Sequence[Group], size: str) -> Grid | None:
     for group in groups:
         params = group.trials[0].params
         if group.size == size and "lambda_weight" in params and "lambda_delta" in params:
-            cells.setdefault((float(params["lambda_weight"]), float(params["lambda_delta"])), []).append(group)
+            cells.setdefault(
+                (float(params["lambda_weight"]), float(params["lambda_delta"])), []
+            ).append(group)
     weights, deltas = (sorted({pair[axis] for pair in cells}) for axis in (0, 1))
-    is_grid = len(weights) > 1 and len(deltas) > 1 and 2 * len(cells) > len(weights) * len(deltas) and len(cells) > 3
+    is_grid = (
+        len(weights) > 1
+        and len(deltas) > 1
+        and 2 * len(cells) > len(weights) * len(deltas)
+        and len(cells) > 3
+    )
     return (weights, deltas, cells) if is_grid else None
 
 
@@ -275,8 +364,14 @@ def _draw_grid(
     for (weight, delta), groups in cells.items():
         means = [cell.mean for group in groups if (cell := group.cell(metric))]
         values_WD[weights.index(weight), deltas.index(delta)] = np.mean(means) if means else np.nan
-    image = ax.imshow(np.ma.masked_invalid(values_WD), cmap="cividis", aspect="auto", origin="lower")
-    middle = float(np.nanmean([np.nanmin(values_WD), np.nanmax(values_WD)])) if np.isfinite(values_WD).any() else 0.0
+    image = ax.imshow(
+        np.ma.masked_invalid(values_WD), cmap="cividis", aspect="auto", origin="lower"
+    )
+    middle = (
+        float(np.nanmean([np.nanmin(values_WD), np.nanmax(values_WD)]))
+        if np.isfinite(values_WD).any()
+        else 0.0
+    )
     for row, column in np.ndindex(values_WD.shape):
         value = values_WD[row, column]
         text = f"{value:.2f}" if np.isfinite(value) else "–"
@@ -298,12 +393,17 @@ def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
     }
     if not present:
         return ""
-    figure = Figure(figsize=(3.4 * len(present) + 1, 1.2 + 0.45 * len(groups) + 1.2), layout="constrained")
-    for ax, (title, keys) in zip(figure.subplots(1, len(present), squeeze=False)[0], present.items(), strict=True):
+    figure = Figure(
+        figsize=(3.4 * len(present) + 1, 1.2 + 0.45 * len(groups) + 1.2), layout="constrained"
+    )
+    for ax, (title, keys) in zip(
+        figure.subplots(1, len(present), squeeze=False)[0], present.items(), strict=True
+    ):
         for place, (label, key) in enumerate(keys.items()):
             _draw_dots(ax, groups, key, label, COLOURS[place], MARKERS[place])
         ax.set_yticks(
-            range(len(groups)), [group.label for group in groups] if ax.get_subplotspec().colspan.start == 0 else []
+            range(len(groups)),
+            [group.label for group in groups] if ax.get_subplotspec().colspan.start == 0 else [],
         )
         ax.set_ylim(len(groups) - 0.5, -0.5)
         ax.set_title(title, fontsize=10)
@@ -312,7 +412,13 @@ def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         if len(keys) > 1:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=8, ncols=len(keys))
+            ax.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.12),
+                frameon=False,
+                fontsize=8,
+                ncols=len(keys),
+            )
     figure.savefig(path, dpi=DPI)
     return (
         "Memorisation: accuracy on training beside held-out tasks; held-out accuracy with the task's own prompts, "
@@ -321,10 +427,20 @@ def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
     )
 
 
-def _draw_dots(ax: Axes, groups: Sequence[Group], key: str, label: str, colour: str, marker: str) -> None:
+def _draw_dots(
+    ax: Axes, groups: Sequence[Group], key: str, label: str, colour: str, marker: str
+) -> None:
     points = [(cell.mean, row) for row, group in enumerate(groups) if (cell := group.cell(key))]
     if points:
-        ax.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=label, alpha=0.9, zorder=3)
+        ax.plot(
+            *zip(*points, strict=True),
+            marker,
+            color=colour,
+            markersize=7,
+            label=label,
+            alpha=0.9,
+            zorder=3,
+        )
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
@@ -333,7 +449,10 @@ def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
     return {
         group.label: (
             COLOURS[configs.index(group.config) % len(COLOURS)],
-            STROKES[(sizes.index(group.size) + configs.index(group.config) // len(COLOURS)) % len(STROKES)],
+            STROKES[
+                (sizes.index(group.size) + configs.index(group.config) // len(COLOURS))
+                % len(STROKES)
+            ],
         )
         for group in groups
     }
@@ -348,5 +467,15 @@ def _finish_axis(ax: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    labelled = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(labelled.values()), list(labelled), loc="outside right center", frameon=False, fontsize=9)
+    labelled = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(labelled.values()),
+        list(labelled),
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+    )

@@ -15,7 +15,16 @@ import numpy as np
 from llgbm.evaluation.baselines import known_baselines
 from llgbm.runtime import UserError
 from llgbm.world import World
-from tuning.report.groups import CHOOSING, AccuracyByTask, Comparison, Group, compare, group_trials, ranked, size_of
+from tuning.report.groups import (
+    CHOOSING,
+    AccuracyByTask,
+    Comparison,
+    Group,
+    compare,
+    group_trials,
+    ranked,
+    size_of,
+)
 from tuning.report.plots import CURVES, DeltaMap
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
 from tuning.tracking.store import connect, explained
@@ -69,7 +78,9 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
         store = _Artifacts(client, Path(folder))
         by_task = {trial.run_id: store.accuracy_by_task(trial) for trial in trials if trial.whole}
         by_task = {run_id: values for run_id, values in by_task.items() if values}
-        deltas = [found for trial in _mapped(group_trials(trials)) if (found := store.delta_map(trial))]
+        deltas = [
+            found for trial in _mapped(group_trials(trials)) if (found := store.delta_map(trial))
+        ]
     return StudyRecord(
         parent.data.tags.get(STUDY_TAG, parent.info.run_name),
         trials,
@@ -81,7 +92,9 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     )
 
 
-def collect_baselines(metrics: Mapping[str, float], sizes: Iterable[str] = ()) -> dict[str, dict[str, float]]:
+def collect_baselines(
+    metrics: Mapping[str, float], sizes: Iterable[str] = ()
+) -> dict[str, dict[str, float]]:
     """Sort metrics named `baseline/<name>/<key>` into a mapping by name and key.
 
     Where a study has several model sizes, each baseline is named `<name>_<size>` and comes back as "name (size)".
@@ -91,7 +104,11 @@ def collect_baselines(metrics: Mapping[str, float], sizes: Iterable[str] = ()) -
     for key, value in metrics.items():
         if key.startswith("baseline/") and key.count("/") == 2:
             _, name, metric = key.split("/")
-            size = next((size for size in several if name.endswith(f"_{size}")), "") if len(several) > 1 else ""
+            size = (
+                next((size for size in several if name.endswith(f"_{size}")), "")
+                if len(several) > 1
+                else ""
+            )
             label = f"{name.removesuffix(f'_{size}')} ({size})" if size else name
             found.setdefault(label, {})[metric] = value
     return found
@@ -99,8 +116,14 @@ def collect_baselines(metrics: Mapping[str, float], sizes: Iterable[str] = ()) -
 
 def _mapped(groups: Sequence[Group]) -> list[TrialResult]:
     """Of the best configurations of each size, the trial that is best on validation tasks."""
-    chosen = [g for size in dict.fromkeys(group.size for group in groups) for g in ranked(groups, size)[:MAPS_PER_SIZE]]
-    return [max(group.trials, key=lambda trial: trial.metrics.get(CHOOSING, -1.0)) for group in chosen]
+    chosen = [
+        g
+        for size in dict.fromkeys(group.size for group in groups)
+        for g in ranked(groups, size)[:MAPS_PER_SIZE]
+    ]
+    return [
+        max(group.trials, key=lambda trial: trial.metrics.get(CHOOSING, -1.0)) for group in chosen
+    ]
 
 
 class _Artifacts:
@@ -131,8 +154,12 @@ class _Artifacts:
         try:
             with safe_open(folder / "test.safetensors", "numpy") as file:
                 tasks = json.loads(file.metadata()["tasks"])
-                teacher, generated = (np.asarray(file.get_tensor(key)) for key in ("teacher", "predicted"))
-            return DeltaMap(teacher, generated, tuple(map(family_name, tasks)), trial.config, size_of(trial))
+                teacher, generated = (
+                    np.asarray(file.get_tensor(key)) for key in ("teacher", "predicted")
+                )
+            return DeltaMap(
+                teacher, generated, tuple(map(family_name, tasks)), trial.config, size_of(trial)
+            )
         except (SafetensorError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise _damaged(trial, f"{DELTAS}/test.safetensors", error) from error
 
@@ -161,9 +188,19 @@ def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Pat
     known = collect_baselines(tracker.metrics())
     for world in worlds.values():
         size = world.config.size
-        mine = {n.removesuffix(f"_{size}"): m for n, m in known.items() if len(worlds) == 1 or n.endswith(f"_{size}")}
+        mine = {
+            n.removesuffix(f"_{size}"): m
+            for n, m in known.items()
+            if len(worlds) == 1 or n.endswith(f"_{size}")
+        }
         if not mine:
             mine = known_baselines(cache, world)
             slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
-            logged = {f"baseline/{slugs[n]}/{key}": v for n, values in mine.items() for key, v in values.items()}
-            tracker.log_metrics({**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}})
+            logged = {
+                f"baseline/{slugs[n]}/{key}": v
+                for n, values in mine.items()
+                for key, v in values.items()
+            }
+            tracker.log_metrics(
+                {**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}}
+            )

@@ -26,8 +26,19 @@ METRICS = {
     "time/seconds": "seconds of one trial, evaluation included",
     "time/peak_memory_mb": "peak memory of one trial in MB: of the GPU where there is one, else of its process",
 }
-SHORT = (MAIN, "heldout/delta_cosine", "heldout/accuracy_shuffled_prompts", "train/accuracy", "time/seconds")
-RESULTS = ("heldout/delta_cosine", "heldout/delta_norm_ratio", "heldout/delta_w_error", "val/accuracy")
+SHORT = (
+    MAIN,
+    "heldout/delta_cosine",
+    "heldout/accuracy_shuffled_prompts",
+    "train/accuracy",
+    "time/seconds",
+)
+RESULTS = (
+    "heldout/delta_cosine",
+    "heldout/delta_norm_ratio",
+    "heldout/delta_w_error",
+    "val/accuracy",
+)
 CONTROLS = (
     "train/accuracy",
     "heldout/accuracy_shuffled_prompts",
@@ -50,19 +61,33 @@ def result_table(groups: Sequence[Group], baselines: Baselines) -> str:
     rows = []
     for group in groups:
         cell = group.cell(MAIN)
-        first = {MAIN: _shown(cell, group), "95 % interval": _interval(cell.interval if cell else None)}
+        first = {
+            MAIN: _shown(cell, group),
+            "95 % interval": _interval(cell.interval if cell else None),
+        }
         head = {"configuration": group.label, "seeds": str(len(group.seeds)), **first}
         rows.append({**head, **{m: _shown(group.cell(m), group) for m in metrics}})
     for name, values in baselines.items() if rows else ():
-        own = {m: number(values.get(m.removeprefix("heldout/"))) for m in metrics if m.startswith("heldout/")}
-        head = {"configuration": f"*{name}*", "seeds": "–", MAIN: number(values.get("accuracy")), "95 % interval": "–"}
+        own = {
+            m: number(values.get(m.removeprefix("heldout/")))
+            for m in metrics
+            if m.startswith("heldout/")
+        }
+        head = {
+            "configuration": f"*{name}*",
+            "seeds": "–",
+            MAIN: number(values.get("accuracy")),
+            "95 % interval": "–",
+        }
         rows.append({**head, **{m: "–" for m in metrics}, **own})
     return markdown(rows) or EMPTY
 
 
 def baseline_table(baselines: Baselines) -> str:
     """A row per baseline, "" where there is none."""
-    keys = dict.fromkeys(key for values in baselines.values() for key in values if f"heldout/{key}" in METRICS)
+    keys = dict.fromkeys(
+        key for values in baselines.values() for key in values if f"heldout/{key}" in METRICS
+    )
     rows = [
         {"baseline": name, **{f"heldout/{key}": number(values.get(key)) for key in keys}}
         for name, values in baselines.items()
@@ -107,14 +132,20 @@ def task_table(groups: Sequence[Group]) -> str:
     columns = {group.label: _by_task(group) for group in groups}
     columns = {label: values for label, values in columns.items() if values}
     tasks = sorted(dict.fromkeys(task for values in columns.values() for task in values))
-    rows = [{"held-out task": t, **{label: number(v.get(t)) for label, v in columns.items()}} for t in tasks]
+    rows = [
+        {"held-out task": t, **{label: number(v.get(t)) for label, v in columns.items()}}
+        for t in tasks
+    ]
     return markdown(rows)
 
 
 def _by_task(group: Group) -> dict[str, float]:
     by_seed = list(group.task_accuracy().values())
     tasks = dict.fromkeys(task for values in by_seed for task in values)
-    return {task: float(np.mean([values[task] for values in by_seed if task in values])) for task in tasks}
+    return {
+        task: float(np.mean([values[task] for values in by_seed if task in values]))
+        for task in tasks
+    }
 
 
 def trial_table(trials: Sequence[TrialResult]) -> str:
@@ -147,13 +178,21 @@ def metric_list(groups: Sequence[Group]) -> list[str]:
 
 def present(groups: Sequence[Group], metrics: Iterable[str]) -> list[str]:
     """Of the metrics, those that any trial has."""
-    return [metric for metric in metrics if any(metric in t.metrics for group in groups for t in group.trials)]
+    return [
+        metric
+        for metric in metrics
+        if any(metric in t.metrics for group in groups for t in group.trials)
+    ]
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows as a Markdown table, "" if there is none. A bar inside a cell is escaped."""
     safe = [{_cell(key): _cell(value) for key, value in row.items()} for row in rows]
-    return pd.DataFrame(safe).fillna("–").to_markdown(index=False, disable_numparse=True) if rows else ""
+    return (
+        pd.DataFrame(safe).fillna("–").to_markdown(index=False, disable_numparse=True)
+        if rows
+        else ""
+    )
 
 
 def _cell(text: str) -> str:

@@ -32,9 +32,13 @@ def headlines(record: StudyRecord) -> list[str]:
     for size in sizes:
         where = f"On {size}, " if len(sizes) > 1 else ""
         if ranked(groups, size):
-            found.append(where + _headline(groups, size, [c for c in comparisons if c.size == size]))
+            found.append(
+                where + _headline(groups, size, [c for c in comparisons if c.size == size])
+            )
         else:
-            found.append(f"{where}no trial finished with a value of {MAIN}, so there is nothing to conclude.")
+            found.append(
+                f"{where}no trial finished with a value of {MAIN}, so there is nothing to conclude."
+            )
     return found or [f"No trial was run, so there is no {MAIN} to speak of."]
 
 
@@ -57,15 +61,23 @@ def _conclusions(best: Group, comparisons: Sequence[Comparison]) -> list[str]:
     tested = [c for c in own if not c.is_clear and c.p is not None]
     bare = [c for c in own if not c.is_clear and c.p is None]
     found = [f"it is {_difference(c)} than {c.reference} ({_evidence(c)})" for c in clear]
-    found += [f"whether it differs from {c.reference} cannot be concluded ({_evidence(c)})" for c in tested]
+    found += [
+        f"whether it differs from {c.reference} cannot be concluded ({_evidence(c)})"
+        for c in tested
+    ]
     return found + [
-        f"it is {_difference(c)} than {c.reference}, which could not be tested ({_over_what(c)})" for c in bare
+        f"it is {_difference(c)} than {c.reference}, which could not be tested ({_over_what(c)})"
+        for c in bare
     ]
 
 
-def _on_supervision(best: Group, ordered: Sequence[Group], comparisons: Sequence[Comparison]) -> str:
+def _on_supervision(
+    best: Group, ordered: Sequence[Group], comparisons: Sequence[Comparison]
+) -> str:
     if not any(group.config.startswith(REFERENCE) for group in ordered):
-        return f"no {REFERENCE} configuration finished, so nothing is said of behavioural supervision"
+        return (
+            f"no {REFERENCE} configuration finished, so nothing is said of behavioural supervision"
+        )
     if best.config.startswith(REFERENCE) and len(ordered) > 1:
         return "behavioural supervision did not help here"
     reference = reference_of(ordered, best.size)
@@ -101,7 +113,9 @@ def _turned(comparison: Comparison, label: str) -> Comparison:
 def _difference(comparison: Comparison) -> str:
     if comparison.difference == 0:
         return "neither higher nor lower"
-    return f"{number(abs(comparison.difference))} {'higher' if comparison.difference > 0 else 'lower'}"
+    return (
+        f"{number(abs(comparison.difference))} {'higher' if comparison.difference > 0 else 'lower'}"
+    )
 
 
 def _evidence(c: Comparison) -> str:
@@ -118,18 +132,30 @@ def caveats(record: StudyRecord) -> list[str]:
     """What a doubting reader must know beside the sentence: seeds, what was left out, baselines that win, prompts."""
     groups = record.groups
     counts = [len(group.by_seed(MAIN)) for group in groups] or [0]
-    found = [*left_out(record.trials), *_baselines_that_win(groups, record.baselines), *_prompts_not_read(groups)]
+    found = [
+        *left_out(record.trials),
+        *_baselines_that_win(groups, record.baselines),
+        *_prompts_not_read(groups),
+    ]
     if min(counts) < SEEDS_FOR_SPREAD:
         least = count(min(counts), "seed")
-        found.append(f"Down to {least} per configuration: below {SEEDS_FOR_SPREAD}, no spread or test is claimed.")
+        found.append(
+            f"Down to {least} per configuration: below {SEEDS_FOR_SPREAD}, no spread or test is claimed."
+        )
     else:
-        found.append(f"{min(counts)} seeds give a coarse spread: of training seeds, for one world and one bank.")
+        found.append(
+            f"{min(counts)} seeds give a coarse spread: of training seeds, for one world and one bank."
+        )
     found += _numbers_by_task_missing(record)
     if doubled := repeated_seeds(record.trials):
         found.append(f"Several trials share a seed and are averaged as one: {', '.join(doubled)}.")
     if len(groups) > 2:
-        found.append(f"The best was picked out of {len(groups)} after the fact, so its lead is flattered.")
-    found.append("Nothing is said about other suites, base models, step counts or learning rates than those that ran.")
+        found.append(
+            f"The best was picked out of {len(groups)} after the fact, so its lead is flattered."
+        )
+    found.append(
+        "Nothing is said about other suites, base models, step counts or learning rates than those that ran."
+    )
     return found
 
 
@@ -137,16 +163,24 @@ def left_out(trials: Sequence[TrialResult]) -> list[str]:
     """What is not counted: trials that failed, were stopped early by the scheduler, or were begun anew."""
     current = [trial for trial in trials if not trial.superseded]
     lost = [trial for trial in current if trial.status != "FINISHED"]
-    stopped = [trial for trial in current if trial.status == "FINISHED" and trial.stopped_at is not None]
+    stopped = [
+        trial for trial in current if trial.status == "FINISHED" and trial.stopped_at is not None
+    ]
     found = []
     if lost:
         names = _shortened([f"{t.config} seed {t.seed} ({t.trial_id}, {t.status})" for t in lost])
-        found.append(f"{len(lost)} of {count(len(current), 'trial')} did not finish and are left out: {names}.")
+        found.append(
+            f"{len(lost)} of {count(len(current), 'trial')} did not finish and are left out: {names}."
+        )
     if stopped:
         names = _shortened([f"{t.config} seed {t.seed} at step {t.stopped_at}" for t in stopped])
-        found.append(f"{count(len(stopped), 'trial')} stopped early by the scheduler, left out: {names}.")
+        found.append(
+            f"{count(len(stopped), 'trial')} stopped early by the scheduler, left out: {names}."
+        )
     if len(current) < len(trials):
-        found.append(f"{count(len(trials) - len(current), 'run')} begun anew since (superseded), left out.")
+        found.append(
+            f"{count(len(trials) - len(current), 'run')} begun anew since (superseded), left out."
+        )
     return found
 
 
@@ -170,8 +204,16 @@ def _baselines_that_win(groups: Sequence[Group], baselines: Baselines) -> list[s
     for size in dict.fromkeys(group.size for group in groups):
         ordered = ranked(groups, size)
         best = ordered[0].cell(MAIN) if ordered else None
-        fits = {name: v["accuracy"] for name, v in baselines.items() if "accuracy" in v and _is_of(name, size)}
-        winners = [f"{name} ({number(value)})" for name, value in fits.items() if best and value >= best.mean]
+        fits = {
+            name: v["accuracy"]
+            for name, v in baselines.items()
+            if "accuracy" in v and _is_of(name, size)
+        }
+        winners = [
+            f"{name} ({number(value)})"
+            for name, value in fits.items()
+            if best and value >= best.mean
+        ]
         if best and winners:
             found.append(
                 f"{count(len(winners), 'baseline')} at least as good as the best configuration, {ordered[0].label} "
@@ -182,7 +224,9 @@ def _baselines_that_win(groups: Sequence[Group], baselines: Baselines) -> list[s
 
 def _is_of(baseline: str, size: str) -> bool:
     """Whether it is a baseline of this model size, and not the upper bound."""
-    return not baseline.startswith(UPPER_BOUND) and (baseline.endswith(f"({size})") or not baseline.endswith(")"))
+    return not baseline.startswith(UPPER_BOUND) and (
+        baseline.endswith(f"({size})") or not baseline.endswith(")")
+    )
 
 
 def _prompts_not_read(groups: Sequence[Group]) -> list[str]:

@@ -66,7 +66,9 @@ def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
         storage = _storage(url)
         name = _study_name(study, storage, fresh)
         directions = [optuna.study.StudyDirection.MAXIMIZE] * len(study.space.objectives)
-        return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+        return optuna.create_study(
+            storage=storage, study_name=name, directions=directions, load_if_exists=True
+        )
 
 
 def find_search(study: Study, url: str) -> optuna.Study | None:
@@ -93,7 +95,9 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
 def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:
     """`<name>-<study id>-<n>` with the highest n that there is, one more with `fresh`; 1 where there is none."""
     stem = f"{study.name}-{study.id}-"
-    numbers = [int(n.removeprefix(stem)) for n in optuna.get_all_study_names(storage) if n.startswith(stem)]
+    numbers = [
+        int(n.removeprefix(stem)) for n in optuna.get_all_study_names(storage) if n.startswith(stem)
+    ]
     return f"{stem}{max(numbers, default=0) + 1 if fresh or not numbers else max(numbers)}"
 
 
@@ -113,7 +117,11 @@ class PointSearch:
     """
 
     def __init__(
-        self, space: SearchSpace, optuna_study: optuna.Study, n_points: int, known: Mapping[str, Result] | None = None
+        self,
+        space: SearchSpace,
+        optuna_study: optuna.Study,
+        n_points: int,
+        known: Mapping[str, Result] | None = None,
     ) -> None:
         if n_points < 1:
             raise UserError(f"{n_points} points of a search asked for; it must be at least 1")
@@ -121,7 +129,8 @@ class PointSearch:
         self.study = optuna_study
         self.n_points = n_points
         self.distributions: dict[str, BaseDistribution] = {
-            name: FloatDistribution(low, high, log=True) for name, (low, high) in space.ranges.items()
+            name: FloatDistribution(low, high, log=True)
+            for name, (low, high) in space.ranges.items()
         }
         self.results: dict[str, Result | None] = dict(known or {})
         self.running: set[str] = set()
@@ -188,7 +197,9 @@ class PointSearch:
     def _ask_point(self) -> None:
         """A new point. The sampler is seeded by the study and the point's number, not by what this process did."""
         number = len(whole_points(self.space, self.study, replaced=True))
-        self.study.sampler = _sampler(self.space.sampler, stream_seed(self.study.study_name, number) % 2**32)
+        self.study.sampler = _sampler(
+            self.space.sampler, stream_seed(self.study.study_name, number) % 2**32
+        )
         point = self.study.ask(self.distributions)
         point.set_user_attr(TRIALS, [spec.id for spec in self.space.trials(point.params)])
 
@@ -240,7 +251,9 @@ class PointSearch:
                 self.study.tell(trial.number, state=TrialState.FAIL)
 
 
-def whole_points(space: SearchSpace, optuna_study: optuna.Study, replaced: bool = False) -> list[FrozenTrial]:
+def whole_points(
+    space: SearchSpace, optuna_study: optuna.Study, replaced: bool = False
+) -> list[FrozenTrial]:
     """The points that have all their parameters; those that a retry replaces only if asked for."""
     trials = optuna_study.get_trials(deepcopy=False)
     retried = set() if replaced else {t.user_attrs.get(RETRY_OF) for t in trials}
@@ -250,13 +263,17 @@ def whole_points(space: SearchSpace, optuna_study: optuna.Study, replaced: bool 
 def drawn_trials(space: SearchSpace, optuna_study: optuna.Study) -> tuple[TrialSpec, ...]:
     """The trials of a search's points, each once."""
     points = whole_points(space, optuna_study)
-    return tuple({spec.id: spec for point in points for spec in space.trials(point.params)}.values())
+    return tuple(
+        {spec.id: spec for point in points for spec in space.trials(point.params)}.values()
+    )
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_POINTS, constant_liar=True)
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=STARTUP_POINTS, constant_liar=True
+    )
 
 
 def make_searcher(search: PointSearch, url: str) -> Any:
@@ -286,7 +303,9 @@ def make_searcher(search: PointSearch, url: str) -> Any:
             self.specs[trial_id] = spec
             return {"trial": spec}
 
-        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        def on_trial_complete(
+            self, trial_id: str, result: dict | None = None, error: bool = False
+        ) -> None:
             """A trial that ends without error and without a result was interrupted: its point stays open."""
             spec = self.specs.pop(trial_id)
             if error or result is not None:
@@ -315,7 +334,10 @@ def describe_best(space: SearchSpace, optuna_study: optuna.Study) -> str:
     names = " and ".join(space.objectives)
     if not best:
         return f"no point of the search was run to its end: nothing to say of {names}"
-    shown = [f"{space.trials(t.params)[0].name} ({', '.join(f'{v:.3f}' for v in t.values)})" for t in best[:5]]
+    shown = [
+        f"{space.trials(t.params)[0].name} ({', '.join(f'{v:.3f}' for v in t.values)})"
+        for t in best[:5]
+    ]
     more = f" and {len(best) - 5} more" if len(best) > 5 else ""
     return f"best of {len(whole)} points by mean {names} over {len(space.seeds)} seeds: {'; '.join(shown)}{more}"
 

@@ -72,7 +72,9 @@ def first_fit(free_at: Iterable[float], falling: Iterable[float], limit: float) 
     return max(ends)
 
 
-def best_next(free_at: Sequence[float], costs: Mapping[Kind, float], left: Mapping[Kind, int]) -> Kind:
+def best_next(
+    free_at: Sequence[float], costs: Mapping[Kind, float], left: Mapping[Kind, int]
+) -> Kind:
     """The kind to start on the place that is free first, so that all that is left ends soonest.
 
     `left` counts the trials of each kind, in the order of preference. A kind is preferred to an earlier one only if
@@ -81,7 +83,9 @@ def best_next(free_at: Sequence[float], costs: Mapping[Kind, float], left: Mappi
     first, *others = sorted(free_at)
     best, shortest = next(iter(left)), float("inf")
     for kind in left:
-        rest = [costs[other] for other, count in left.items() for _ in range(count - (other == kind))]
+        rest = [
+            costs[other] for other, count in left.items() for _ in range(count - (other == kind))
+        ]
         end = makespan([first + costs[kind], *others], rest)
         if end < WORTH_IT * shortest:
             best, shortest = kind, end
@@ -113,7 +117,12 @@ class TrialOrder:
         estimate: Estimate = lambda config: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._left, self._places, self._estimate, self._clock = list(trials), places, estimate, clock
+        self._left, self._places, self._estimate, self._clock = (
+            list(trials),
+            places,
+            estimate,
+            clock,
+        )
         self._running: dict[str, Running] = {}
         self._measured: dict[Kind, list[float]] = {}
 
@@ -149,7 +158,9 @@ class TrialOrder:
         """Seconds of a whole trial: as measured in this sweep, else in past runs, else by the progress so far."""
         if kind in self._measured:
             return median(self._measured[kind])
-        running = [one for one in self._running.values() if kind_and_length(one.spec.config) == kind]
+        running = [
+            one for one in self._running.values() if kind_and_length(one.spec.config) == kind
+        ]
         alike = [trial for trial in self._left if kind_and_length(trial.config) == kind]
         past = self._estimate([*(one.spec for one in running), *alike][0].config)
         rates = [(one.seen - one.started) / one.done for one in running if one.done]
@@ -162,7 +173,10 @@ class TrialOrder:
     def progress(self, name: str, result: Mapping[str, Any]) -> None:
         """Take what a running trial reports: its `step`."""
         if running := self._running.get(name):
-            running.done, running.seen = result.get("step", 0) / running.spec.config.steps, self._clock()
+            running.done, running.seen = (
+                result.get("step", 0) / running.spec.config.steps,
+                self._clock(),
+            )
 
     def ended(self, name: str, result: Mapping[str, Any] | None) -> None:
         """Take the end of a trial; its time counts if it was run to its end here."""
@@ -188,7 +202,9 @@ class ListSearcher(Searcher):
         """How far a trial is says how long it will take."""
         self._order.progress(trial_id, result)
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
         """How long a trial took is what others of its kind will take."""
         self._order.ended(trial_id, result)
 

@@ -56,7 +56,9 @@ class Variant:
         """Both at once; where both change a field, the other's value stands."""
         names, reasons = ((self.name, other.name), (self.why, other.why))
         return Variant(
-            ", ".join(filter(None, names)), {**self.changes, **other.changes}, " ".join(filter(None, reasons))
+            ", ".join(filter(None, names)),
+            {**self.changes, **other.changes},
+            " ".join(filter(None, reasons)),
         )
 
 
@@ -74,13 +76,25 @@ MULTITASK = _lambdas("multitask", 0.3, 1.0)
 DELTA_ONLY = _lambdas("delta-only", 0.0, 1.0)
 WEIGHT_ONLY = _lambdas("weight-only", 1.0, 0.0)
 CONFIGURATIONS = (MULTITASK, DELTA_ONLY, WEIGHT_ONLY)
-_SHARED = "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
+_SHARED = (
+    "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
+)
 OBJECTIVES = (
-    Variant("cosine_norm", {"delta_loss": "cosine_norm"}, "The default: direction and relative norm."),
+    Variant(
+        "cosine_norm", {"delta_loss": "cosine_norm"}, "The default: direction and relative norm."
+    ),
     Variant("cosine", {"delta_loss": "cosine"}, "Is direction enough, without the norm?"),
-    Variant("mse", {"delta_loss": "mse"}, "Squared error of unit vectors: direction with weaker gradients."),
+    Variant(
+        "mse",
+        {"delta_loss": "mse"},
+        "Squared error of unit vectors: direction with weaker gradients.",
+    ),
     Variant("mse_raw", {"delta_loss": "mse_raw"}, "Plain squared error: large deltas weigh more."),
-    Variant("mean reading", {"delta_reading": "mean"}, "Is the mean over probes enough, or is each probe needed?"),
+    Variant(
+        "mean reading",
+        {"delta_reading": "mean"},
+        "Is the mean over probes enough, or is each probe needed?",
+    ),
     Variant("domain probes", {"delta_probes": "domain"}, _SHARED),
     Variant("generic probes", {"delta_probes": "generic"}, _SHARED),
 )
@@ -102,19 +116,31 @@ def lambda_grid(options: StudyOptions) -> Study:
         lambda_weight=options.lambda_weight or (0.0, 0.1, 0.3, 1.0),
         lambda_delta=options.lambda_delta or (0.0, 0.3, 1.0, 3.0),
     )
-    return replace(phase_4_5(grid), name="lambda_grid", note="Where is the best balance of weights and behaviour?")
+    return replace(
+        phase_4_5(grid),
+        name="lambda_grid",
+        note="Where is the best balance of weights and behaviour?",
+    )
 
 
 def model_size(options: StudyOptions) -> Study:
     """Sizes × configurations × seeds: does the answer of phase_4_5 hold at another size? Each size has its own bank."""
     sizes = replace(options, model_sizes=options.model_sizes or ("nano", "micro"))
-    return replace(phase_4_5(sizes), name="model_size", note="Does the answer hold at another size of the base?")
+    return replace(
+        phase_4_5(sizes),
+        name="model_size",
+        note="Does the answer hold at another size of the base?",
+    )
 
 
 def generators(options: StudyOptions) -> Study:
     """Every generator × configurations × seeds: is it the objective or the architecture?"""
     every = replace(options, generators=options.generators or tuple(GENERATORS))
-    return replace(phase_4_5(every), name="generators", note="Does the answer depend on the generator's architecture?")
+    return replace(
+        phase_4_5(every),
+        name="generators",
+        note="Does the answer depend on the generator's architecture?",
+    )
 
 
 def objectives(options: StudyOptions) -> Study:
@@ -124,10 +150,16 @@ def objectives(options: StudyOptions) -> Study:
     """
     chosen = _lambda_options(options) or [DELTA_ONLY]
     if any(variant.changes["lambda_delta"] == 0 for variant in chosen):
-        raise UserError("study objectives compares delta losses: give --lambda-delta values above 0")
+        raise UserError(
+            "study objectives compares delta losses: give --lambda-delta values above 0"
+        )
     axes = (generator_variants(options), rate_variants(options))
     variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
-    return Study("objectives", make_trials(options, variants), note="Which reading of behaviour is worth matching?")
+    return Study(
+        "objectives",
+        make_trials(options, variants),
+        note="Which reading of behaviour is worth matching?",
+    )
 
 
 def optuna_lambda(options: StudyOptions) -> Study:
@@ -136,18 +168,28 @@ def optuna_lambda(options: StudyOptions) -> Study:
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
     if any(len(values) > 1 for values in single.values()):
-        raise UserError("a search has one model size and one generator: give one, or run one search for each")
+        raise UserError(
+            "a search has one model size and one generator: give one, or run one search for each"
+        )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
-    base = make_trials(replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options)))[0]
-    given: dict[str, Any] = {name: _range(name, ends) for name, ends in ranges.items() if ends is not None}
+    base = make_trials(
+        replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options))
+    )[0]
+    given: dict[str, Any] = {
+        name: _range(name, ends) for name, ends in ranges.items() if ends is not None
+    }
     space = SearchSpace(base, _seeds(options), **given)
-    return Study("optuna_lambda", space=space, note="Which λ_w, λ_d and learning rate are best together?")
+    return Study(
+        "optuna_lambda", space=space, note="Which λ_w, λ_d and learning rate are best together?"
+    )
 
 
 def _range(name: str, values: tuple[float, ...]) -> tuple[float, float]:
     if not 1 <= len(values) <= 2:
-        raise UserError(f"{name} of a search is a range (two numbers) or fixed (one), not {len(values)} numbers")
+        raise UserError(
+            f"{name} of a search is a range (two numbers) or fixed (one), not {len(values)} numbers"
+        )
     return (min(values), max(values))
 
 
@@ -197,7 +239,11 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
     if names == ("default",):
         return [Variant()]
     return [
-        Variant(name if len(names) > 1 else "", {"generator": GeneratorConfig(name=name)}, f"Generator: {name}.")
+        Variant(
+            name if len(names) > 1 else "",
+            {"generator": GeneratorConfig(name=name)},
+            f"Generator: {name}.",
+        )
         for name in names
     ]
 
@@ -205,7 +251,9 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
 def rate_variants(options: StudyOptions) -> list[Variant]:
     """The learning rates asked for; named in configurations only where there are several."""
     rates = options.learning_rates or ()
-    return [Variant(f"lr={rate:g}" if len(rates) > 1 else "", {"learning_rate": rate}) for rate in rates] or [Variant()]
+    return [
+        Variant(f"lr={rate:g}" if len(rates) > 1 else "", {"learning_rate": rate}) for rate in rates
+    ] or [Variant()]
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
@@ -225,14 +273,19 @@ def _seeds(options: StudyOptions) -> tuple[int, ...]:
 def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> TrialSpec:
     unknown = sorted(set(variant.changes) - set(TrainingConfig.__dataclass_fields__))
     if unknown:
-        raise UserError(f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig")
+        raise UserError(
+            f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig"
+        )
     config = replace(_config(options, size, seed), **variant.changes)
     return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.why)
 
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     config = TrainingConfig(
-        seed=seed, use_small_model=size in SMALL_SIZES, model_size=size, delta_probes=options.delta_probes
+        seed=seed,
+        use_small_model=size in SMALL_SIZES,
+        model_size=size,
+        delta_probes=options.delta_probes,
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)

@@ -31,7 +31,11 @@ def make_study(name: str, options: StudyOptions) -> Study:
 def whole_name(name: str) -> str:
     """The same study, found from every folder: the path of a file is made absolute."""
     path, colon, function = name.rpartition(":")
-    return f"{Path(path).expanduser().resolve()}:{function}" if colon and path.endswith(".py") else name
+    return (
+        f"{Path(path).expanduser().resolve()}:{function}"
+        if colon and path.endswith(".py")
+        else name
+    )
 
 
 def _study_from_file(name: str, options: StudyOptions) -> Study:
@@ -70,7 +74,9 @@ def _function(module: ModuleType, name: str, file: Path) -> Maker:
     if callable(found):
         return found
     own = [
-        key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
     raise UserError(f"{file} has no function {name}; it has: {', '.join(own) or 'none'}")
 
@@ -84,7 +90,11 @@ def _called(make: Maker, options: StudyOptions, file: Path) -> Study:
 
 def _explained(error: BaseException, file: Path) -> UserError:
     """One sentence: what went wrong, and in which line of the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(file)
+    ]
     if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
         lines = [error.lineno]
     where = f", line {lines[-1]}" if lines else ""

@@ -25,23 +25,57 @@ NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a base model and of datasets in files."""
     base = parser.add_argument_group("a base model of your own (default: the embedded one)")
-    base.add_argument("--base", metavar="DIR|HUB", help="a folder in the Hugging Face layout, or a hub id")
-    base.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 (default), bfloat16 or float16")
-    base.add_argument("--rank", type=int, metavar="N", help="LoRA rank (default: that of the size, else 8)")
-    base.add_argument("--alpha", type=float, metavar="X", help="LoRA alpha (default: twice the rank)")
-    base.add_argument("--teacher-steps", type=int, metavar="N", help="training steps of each teacher (default: 150)")
-    base.add_argument("--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)")
-    base.add_argument("--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)")
     base.add_argument(
-        "--bank", metavar="DIR", help="teachers that are there (`python -m llgbm teachers`, `bank import`)"
+        "--base", metavar="DIR|HUB", help="a folder in the Hugging Face layout, or a hub id"
+    )
+    base.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="float32 (default), bfloat16 or float16"
+    )
+    base.add_argument(
+        "--rank", type=int, metavar="N", help="LoRA rank (default: that of the size, else 8)"
+    )
+    base.add_argument(
+        "--alpha", type=float, metavar="X", help="LoRA alpha (default: twice the rank)"
+    )
+    base.add_argument(
+        "--teacher-steps",
+        type=int,
+        metavar="N",
+        help="training steps of each teacher (default: 150)",
+    )
+    base.add_argument(
+        "--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)"
+    )
+    base.add_argument(
+        "--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)"
+    )
+    base.add_argument(
+        "--bank",
+        metavar="DIR",
+        help="teachers that are there (`python -m llgbm teachers`, `bank import`)",
     )
     data = parser.add_argument_group("datasets of your own (default: the synthetic suite)")
     data.add_argument("--data", metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
-    data.add_argument("--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on")
-    data.add_argument("--held-out", nargs="+", metavar="NAME", help="datasets that only the report sees")
-    data.add_argument("--validation", nargs="+", metavar="NAME", help="which of --tasks choose (default: one, named)")
-    data.add_argument("--rows", type=int, metavar="N", help="rows used of each dataset (default: all)")
-    data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out, and say so, instead of ending")
+    data.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on"
+    )
+    data.add_argument(
+        "--held-out", nargs="+", metavar="NAME", help="datasets that only the report sees"
+    )
+    data.add_argument(
+        "--validation",
+        nargs="+",
+        metavar="NAME",
+        help="which of --tasks choose (default: one, named)",
+    )
+    data.add_argument(
+        "--rows", type=int, metavar="N", help="rows used of each dataset (default: all)"
+    )
+    data.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave bad rows out, and say so, instead of ending",
+    )
 
 
 def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
@@ -52,15 +86,23 @@ def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
     named = arguments.model_size or []
     sizes = [name for name in named if isinstance(SIZES.get(name), PublishedSize)]
     if arguments.data is None and (unused := [n for n in NEEDS_DATA if getattr(arguments, n)]):
-        raise UserError(f"--{unused[0].replace('_', '-')} is about datasets in files: name their folder with --data")
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} is about datasets in files: name their folder with --data"
+        )
     if arguments.base is None and not sizes:
         _refuse_without_base(arguments)
         return ()
     if len(sizes) < len(named):
-        raise UserError("embedded sizes and published ones cannot be mixed in one run: name sizes of one kind")
+        raise UserError(
+            "embedded sizes and published ones cannot be mixed in one run: name sizes of one kind"
+        )
     if arguments.base is not None and len(sizes) > 1:
-        raise UserError("--base is one model, several sizes were named: leave --model-size out or name one")
-    if arguments.bank is not None and (unused := [n for n in ABOUT_TEACHERS if getattr(arguments, n) is not None]):
+        raise UserError(
+            "--base is one model, several sizes were named: leave --model-size out or name one"
+        )
+    if arguments.bank is not None and (
+        unused := [n for n in ABOUT_TEACHERS if getattr(arguments, n) is not None]
+    ):
         raise UserError(
             f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
         )
@@ -76,7 +118,9 @@ def _refuse_without_base(arguments: argparse.Namespace) -> None:
         )
     for name in (*ABOUT_TEACHERS, "bank"):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base")
+            raise UserError(
+                f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base"
+            )
     if arguments.dtype != "float32":
         raise UserError("--dtype belongs to a base of your own: name it with --base")
 
@@ -89,7 +133,9 @@ def _suite(arguments: argparse.Namespace) -> Suite:
     tasks, held_out = arguments.tasks or (), arguments.held_out or ()
     folder = Path(arguments.data).expanduser()
     split = plan_split(folder, tasks, held_out, arguments.validation, arguments.skip_bad_rows)
-    return FileSuite.open(folder, split.train, split.val, split.test, arguments.rows, arguments.skip_bad_rows)
+    return FileSuite.open(
+        folder, split.train, split.val, split.test, arguments.rows, arguments.skip_bad_rows
+    )
 
 
 def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> WorldConfig:
@@ -99,17 +145,27 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
     folder = find_model(name, download=not (arguments.dry_run or arguments.estimate))
     if size is not None:
         check_size(size, folder)
-    source = BaseSource.find(name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate))
+    source = BaseSource.find(
+        name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate)
+    )
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
-    return fitted(WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank))
+    return fitted(
+        WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank)
+    )
 
 
 def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
     rank = getattr(published, "rank", 8) if arguments.rank is None else arguments.rank
     alpha = 2.0 * rank if arguments.alpha is None else arguments.alpha
-    LoraSpec((), rank, alpha)  # Refuses a rank or an alpha that no adapter can have, before anything is loaded.
-    steps, rate, count = arguments.teacher_steps, arguments.teacher_rate, arguments.adapters_per_task
+    LoraSpec(
+        (), rank, alpha
+    )  # Refuses a rank or an alpha that no adapter can have, before anything is loaded.
+    steps, rate, count = (
+        arguments.teacher_steps,
+        arguments.teacher_rate,
+        arguments.adapters_per_task,
+    )
     return TeacherConfig(
         rank=rank,
         alpha=alpha,
@@ -123,9 +179,13 @@ def fitted(world: WorldConfig) -> WorldConfig:
     """The world with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
     prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
     if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:
-        say(f"the smallest dataset has {prompts} prompts to condition on and {examples} examples to score on")
+        say(
+            f"the smallest dataset has {prompts} prompts to condition on and {examples} examples to score on"
+        )
     return replace(
         world,
-        teachers=replace(world.teachers, condition_evaluation=min(prompts, world.teachers.condition_evaluation)),
+        teachers=replace(
+            world.teachers, condition_evaluation=min(prompts, world.teachers.condition_evaluation)
+        ),
         eval_examples=min(examples, world.eval_examples),
     )

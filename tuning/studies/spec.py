@@ -30,7 +30,9 @@ class TrialSpec:
     @property
     def id(self) -> str:
         """hash(config, seed, data, version of the code that makes its numbers)."""
-        return content_hash("trial", TRAINING_VERSION, WORLD_VERSIONS, self.config, self.world, length=12)
+        return content_hash(
+            "trial", TRAINING_VERSION, WORLD_VERSIONS, self.config, self.world, length=12
+        )
 
     @property
     def label(self) -> str:
@@ -61,15 +63,21 @@ class SearchSpace:
             check_metric(name)
         for name, values in (("objectives", self.objectives), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
-                raise UserError(f"the {name} of a search are {list(values)}: give at least one, and none twice")
+                raise UserError(
+                    f"the {name} of a search are {list(values)}: give at least one, and none twice"
+                )
         for name, ends in self._fields.items():
             _check_range(name, ends)
         if not self.ranges:
-            raise UserError("this search has nothing to search: give at least one range with two different ends")
+            raise UserError(
+                "this search has nothing to search: give at least one range with two different ends"
+            )
 
     @property
     def _fields(self) -> dict[str, Range]:
-        return {name: getattr(self, name) for name in ("lambda_weight", "lambda_delta", "learning_rate")}
+        return {
+            name: getattr(self, name) for name in ("lambda_weight", "lambda_delta", "learning_rate")
+        }
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -83,7 +91,9 @@ class SearchSpace:
 
     def describe(self) -> str:
         """One sentence on what is searched, how and for what."""
-        ranges = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in self.ranges.items())
+        ranges = ", ".join(
+            f"{name} from {low:g} to {high:g}" for name, (low, high) in self.ranges.items()
+        )
         return (
             f"search by {self.sampler} over {ranges} (log scale), for the mean {' and '.join(self.objectives)} "
             f"over seeds {', '.join(map(str, self.seeds))}."
@@ -91,25 +101,36 @@ class SearchSpace:
 
     def trials(self, point: Mapping[str, float]) -> tuple[TrialSpec, ...]:
         """The trials of a point, one a seed. Values are rounded to six digits, so that the name says them in full."""
-        values: dict[str, Any] = {name: float(f"{point.get(name, ends[0]):.6g}") for name, ends in self._fields.items()}
+        values: dict[str, Any] = {
+            name: float(f"{point.get(name, ends[0]):.6g}") for name, ends in self._fields.items()
+        }
         name = "w={lambda_weight:g} d={lambda_delta:g} lr={learning_rate:g}".format(**values)
         note = f"a point of the {self.describe()} {self.base.note}".strip()
         config = replace(self.base.config, **values)
-        return tuple(replace(self.base, name=name, config=replace(config, seed=s), note=note) for s in self.seeds)
+        return tuple(
+            replace(self.base, name=name, config=replace(config, seed=s), note=note)
+            for s in self.seeds
+        )
 
 
 def _check_range(name: str, ends: Range) -> None:
     low, high = ends
     if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
-        raise UserError(f"{name} cannot be searched from {low:g} to {high:g}: the ends must be finite and in order")
+        raise UserError(
+            f"{name} cannot be searched from {low:g} to {high:g}: the ends must be finite and in order"
+        )
     if low == 0 < high:
-        raise UserError(f"{name} is searched on a log scale and cannot start at 0: start at 0.01, say, or fix it at 0")
+        raise UserError(
+            f"{name} is searched on a log scale and cannot start at 0: start at 0.01, say, or fix it at 0"
+        )
 
 
 def check_metric(name: str) -> None:
     """Raise UserError unless a generator may be chosen by this metric."""
     if name not in VAL_METRICS:
-        raise UserError(f"unknown metric {name!r}; a generator is chosen by: {', '.join(VAL_METRICS)}")
+        raise UserError(
+            f"unknown metric {name!r}; a generator is chosen by: {', '.join(VAL_METRICS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,9 @@ class Study:
         check_metric(self.metric)
         _check_types(self)
         if not self.trials and self.space is None:
-            raise UserError(f"study {self.name} has no trial: give at least one size, one seed and one λ above 0")
+            raise UserError(
+                f"study {self.name} has no trial: give at least one size, one seed and one λ above 0"
+            )
         seen: dict[str, TrialSpec] = {}
         for trial in self.trials:
             if trial.id in seen:
@@ -153,7 +176,13 @@ class Study:
 
 
 def _check_types(study: Study) -> None:
-    if not isinstance(study.trials, tuple) or not all(isinstance(trial, TrialSpec) for trial in study.trials):
-        raise UserError(f"the trials of study {study.name} must be a tuple of TrialSpec: make them with make_trials()")
+    if not isinstance(study.trials, tuple) or not all(
+        isinstance(trial, TrialSpec) for trial in study.trials
+    ):
+        raise UserError(
+            f"the trials of study {study.name} must be a tuple of TrialSpec: make them with make_trials()"
+        )
     if study.space is not None and not isinstance(study.space, SearchSpace):
-        raise UserError(f"the space of study {study.name} must be a SearchSpace, not a {type(study.space).__name__}")
+        raise UserError(
+            f"the space of study {study.name} must be a SearchSpace, not a {type(study.space).__name__}"
+        )

@@ -30,12 +30,16 @@ ADAPTER_PARTS = ("val", "test")
 def check_policy(policy: str, best: int) -> None:
     """Raise UserError unless the policy exists and at least one trial is to be kept."""
     if policy not in KEEP_ARTIFACTS:
-        raise UserError(f"unknown policy {policy!r} for artifacts; there are: {', '.join(KEEP_ARTIFACTS)}")
+        raise UserError(
+            f"unknown policy {policy!r} for artifacts; there are: {', '.join(KEEP_ARTIFACTS)}"
+        )
     if best < 1:
         raise UserError(f"the best {best} trials are to keep their adapters; it must be at least 1")
 
 
-def write_adapters(folder: Path, world: World, part: str, adapters: LoraBatch, tasks: Sequence[str]) -> None:
+def write_adapters(
+    folder: Path, world: World, part: str, adapters: LoraBatch, tasks: Sequence[str]
+) -> None:
     """Write `adapters/<part>/<task>/` below a folder, each a PEFT adapter."""
     config = adapter_config(world.bank.spec, world.base.path)
     for task, state in zip(tasks, adapters.to_state_dicts(), strict=True):
@@ -47,7 +51,9 @@ def write_adapters(folder: Path, world: World, part: str, adapters: LoraBatch, t
 def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartResult]) -> None:
     """Write what a trial generated for the tasks of validation and test."""
     for part in ADAPTER_PARTS:
-        write_adapters(folder, world, part, results[part].adapters, list(results[part].accuracy_by_task))
+        write_adapters(
+            folder, world, part, results[part].adapters, list(results[part].accuracy_by_task)
+        )
 
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
@@ -55,10 +61,16 @@ def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[
     done = [r for r in results if r.whole and metric in r.metrics]
     sizes = dict.fromkeys(r.params.get("model_size", "") for r in done)
     ranked = sorted(done, key=lambda r: -r.metrics[metric])
-    return [r for size in sizes for r in [r for r in ranked if r.params.get("model_size", "") == size][:best]]
+    return [
+        r
+        for size in sizes
+        for r in [r for r in ranked if r.params.get("model_size", "") == size][:best]
+    ]
 
 
-def keep_best_adapters(client: MlflowClient, worlds: Mapping[str, World], results: Sequence[TrialResult]) -> None:
+def keep_best_adapters(
+    client: MlflowClient, worlds: Mapping[str, World], results: Sequence[TrialResult]
+) -> None:
     """Generate again, from the generator that a trial kept, the adapters of each of these trials; log them there.
 
     `worlds` by trial id. A second call writes the same files again. Raises UserError if the store fails.
@@ -72,7 +84,9 @@ def keep_best_adapters(client: MlflowClient, worlds: Mapping[str, World], result
 def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: Path) -> None:
     from llgbm.generator.bundle import GeneratorBundle
 
-    generator = GeneratorBundle.load(Path(client.download_artifacts(run_id, "generator", str(folder)))).generator
+    generator = GeneratorBundle.load(
+        Path(client.download_artifacts(run_id, "generator", str(folder)))
+    ).generator
     device = world.data.values_AV.device
     for part in ADAPTER_PARTS:
         rows = list(world.data.rows[part])
@@ -81,11 +95,17 @@ def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: 
 
 
 def write_artifacts(
-    folder: Path, trial: TrialSpec, world: World, outcome: Outcome, results: Mapping[str, PartResult]
+    folder: Path,
+    trial: TrialSpec,
+    world: World,
+    outcome: Outcome,
+    results: Mapping[str, PartResult],
 ) -> None:
     """Deltas, per-task numbers, settings and the generator, into a folder."""
     (folder / "generator").mkdir()
-    GeneratorBundle.save(folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world))
+    GeneratorBundle.save(
+        folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world)
+    )
     for part in ("val", "test"):
         result, tasks = results[part], list(results[part].accuracy_by_task)
         (folder / "deltas").mkdir(exist_ok=True)

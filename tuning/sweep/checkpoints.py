@@ -90,7 +90,11 @@ class TrialCheckpoints:
             with self.files.open_input_stream(path) as source:
                 content = source.read()
             if hashlib.sha256(memoryview(content)[HASH_BYTES:]).digest() == content[:HASH_BYTES]:
-                return torch.load(io.BytesIO(memoryview(content)[HASH_BYTES:]), map_location="cpu", weights_only=True)
+                return torch.load(
+                    io.BytesIO(memoryview(content)[HASH_BYTES:]),
+                    map_location="cpu",
+                    weights_only=True,
+                )
             logger.warning("checkpoint %s is torn: the one before it is used", path)
         return None
 
@@ -116,14 +120,21 @@ def trial_lock(storage: str, trial_id: str) -> Iterator[None]:
     The successor waits for the other to end. Object stores have no locks; there nothing is held. Raises UserError if
     the other does not end within two minutes.
     """
-    with _lock(storage, trial_id, LOCK_SECONDS, f"trial {trial_id} is being run by another process: wait for its end"):
+    with _lock(
+        storage,
+        trial_id,
+        LOCK_SECONDS,
+        f"trial {trial_id} is being run by another process: wait for its end",
+    ):
         yield
 
 
 @contextmanager
 def study_lock(storage: str, study_id: str) -> Iterator[None]:
     """Hold a study. Raises UserError at once if another driver runs it."""
-    message = f"study {study_id} is being run by another process: wait for its end, or stop it first"
+    message = (
+        f"study {study_id} is being run by another process: wait for its end, or stop it first"
+    )
     with _lock(storage, f"study-{study_id}", 0.0, message):
         yield
 

@@ -82,7 +82,10 @@ def this_machine() -> tuple[Node, ...]:
 
 
 def check_resources(
-    cpus: float | None, gpus: float | None, concurrent: int | None, nodes: Sequence[Node] | None = None
+    cpus: float | None,
+    gpus: float | None,
+    concurrent: int | None,
+    nodes: Sequence[Node] | None = None,
 ) -> Resources:
     """What trials get of `nodes` (default: of this machine).
 
@@ -100,16 +103,22 @@ def check_resources(
         raise UserError(f"max-concurrent is {concurrent}; it must be at least 1")
     fits = sum(node.fits(cpus, gpus) for node in nodes)
     if not fits:
-        raise UserError(f"no machine has {cpus:g} CPUs and {gpus:g} GPUs together: ask for less per trial")
+        raise UserError(
+            f"no machine has {cpus:g} CPUs and {gpus:g} GPUs together: ask for less per trial"
+        )
     return Resources(cpus, gpus, min(fits, concurrent or fits), nodes)
 
 
 def _check_amount(name: str, asked: float, has: float, n_nodes: int) -> None:
     if not math.isfinite(asked) or asked < 0 or (name == "CPUs" and asked == 0):
-        raise UserError(f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)")
+        raise UserError(
+            f"{asked:g} {name} per trial asked for; it must be a number above 0 (0 is allowed for GPUs)"
+        )
     if asked > has:
         where = "this machine has" if n_nodes == 1 else f"the largest of {n_nodes} machines has"
-        raise UserError(f"{asked:g} {name} per trial asked for, {where} {has:g}: ask for at most that")
+        raise UserError(
+            f"{asked:g} {name} per trial asked for, {where} {has:g}: ask for at most that"
+        )
 
 
 def memory_fraction(gpus: float, total_bytes: int) -> float:
@@ -178,13 +187,17 @@ def connect_ray(address: str) -> tuple[Node, ...]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         if "ray[client]" in str(error):
-            raise UserError(f"{address} needs Ray's client: pip install 'llgbm[cluster]'") from error
+            raise UserError(
+                f"{address} needs Ray's client: pip install 'llgbm[cluster]'"
+            ) from error
         raise UserError(
             f"no Ray cluster can be joined at {address!r}: start one with `ray start --head --port 6379`, or leave "
             "--address out to use this machine alone"
         ) from error
     terminate_as_interrupt()
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    alive = [
+        node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")
+    ]
     return tuple(Node(found["CPU"], found.get("GPU", 0.0)) for found in alive)
 
 
@@ -194,13 +207,17 @@ def quiet_ray() -> None:
     import ray  # noqa: F401
 
     # The shared tensors are only read, which is what Ray's note asks for.
-    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous")
+    warnings.filterwarnings(
+        "ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous"
+    )
 
 
 def _probe(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"the cluster's address is {address!r}: write auto, host:port or ray://host:port")
+        raise UserError(
+            f"the cluster's address is {address!r}: write auto, host:port or ray://host:port"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -215,7 +232,11 @@ def _show_token() -> None:
 
     Ray reads the setting when it is imported.
     """
-    known = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN.expanduser().is_file()
+    known = (
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or TOKEN.expanduser().is_file()
+    )
     if known:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 

@@ -33,30 +33,44 @@ def study_arguments(arguments: Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key not in HOW}
 
 
-def recorded_arguments(arguments: Namespace, defaults: Namespace, tracker: StudyTracker) -> tuple[Namespace, str]:
+def recorded_arguments(
+    arguments: Namespace, defaults: Namespace, tracker: StudyTracker
+) -> tuple[Namespace, str]:
     """The arguments of the study that `arguments.resume` names, run as `arguments` say; and the id of that study.
 
     Raises UserError if there is no such study, or if `arguments` themselves say what is to be studied.
     """
-    changed = [key for key, value in study_arguments(arguments).items() if value != getattr(defaults, key)]
+    changed = [
+        key for key, value in study_arguments(arguments).items() if value != getattr(defaults, key)
+    ]
     if changed:
         option = "--" + changed[0].replace("_", "-")
-        raise UserError(f"--resume takes the study as it was begun: leave {option} out, or leave out --resume")
+        raise UserError(
+            f"--resume takes the study as it was begun: leave {option} out, or leave out --resume"
+        )
     run = find_study(tracker, arguments.resume)
     recorded = json.loads(run.data.tags.get(ARGUMENTS_TAG, "{}"))
-    return Namespace(**{**vars(defaults), **recorded, **{k: getattr(arguments, k) for k in HOW}}), run.data.tags[
-        STUDY_ID_TAG
-    ]
+    return Namespace(
+        **{**vars(defaults), **recorded, **{k: getattr(arguments, k) for k in HOW}}
+    ), run.data.tags[STUDY_ID_TAG]
 
 
 def find_study(tracker: StudyTracker, wanted: str) -> Run:
     """The run of a study by its id, or of the one begun last (`latest`). Raises UserError if there is none."""
     known = tracker.studies()
-    found = known if wanted == "latest" else [run for run in known if run.data.tags[STUDY_ID_TAG] == wanted]
+    found = (
+        known
+        if wanted == "latest"
+        else [run for run in known if run.data.tags[STUDY_ID_TAG] == wanted]
+    )
     if found:
         return found[-1]
-    ids = ", ".join(f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG)})" for run in known[-5:])
-    raise UserError(f"there is no study {wanted!r} to resume in this experiment: it has {ids or 'none at all'}")
+    ids = ", ".join(
+        f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG)})" for run in known[-5:]
+    )
+    raise UserError(
+        f"there is no study {wanted!r} to resume in this experiment: it has {ids or 'none at all'}"
+    )
 
 
 def check_same_study(study: Study, recorded_id: str) -> None:
@@ -94,9 +108,13 @@ def trials_to_run(
     return [trial for trial in trials if wanted(trial)]
 
 
-def adopt_finished(trials: Sequence[TrialSpec], runs: Mapping[str, Run], tracker: StudyTracker) -> list[TrialSpec]:
+def adopt_finished(
+    trials: Sequence[TrialSpec], runs: Mapping[str, Run], tracker: StudyTracker
+) -> list[TrialSpec]:
     """Count trials that are finished already, by whichever study, in this one, and return them."""
-    finished = [trial for trial in trials if trial.id in runs and runs[trial.id].info.status == "FINISHED"]
+    finished = [
+        trial for trial in trials if trial.id in runs and runs[trial.id].info.status == "FINISHED"
+    ]
     for trial in finished:
         tags = runs[trial.id].data.tags
         if tags.get(PARENT_TAG) != tracker.parent_run_id:

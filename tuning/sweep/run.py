@@ -84,7 +84,9 @@ class Watcher(tune.Callback):
         """A bar does not travel; over `ray://` none is shown."""
         return {**vars(self), "_bar": None}
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
         """Move the bar."""
         spec: TrialSpec = trial.config["trial"]
         self._seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
@@ -96,7 +98,11 @@ class Watcher(tune.Callback):
         """The trial returned, well or with the cause of its failure, or a scheduler stopped it."""
         spec, result = trial.config["trial"], trial.last_result or {}
         if result.get("failed"):
-            self._tell(partial(self._tracker.finish_trial, spec.id, "FAILED", {ERROR_TAG: result["failed"]}))
+            self._tell(
+                partial(
+                    self._tracker.finish_trial, spec.id, "FAILED", {ERROR_TAG: result["failed"]}
+                )
+            )
         elif result.get("reused"):
             self._tell(partial(self._tracker.adopt, spec.id, spec.name))
         else:
@@ -168,7 +174,9 @@ def run_sweep(
     more.
     """
     session, own_notes = uuid.uuid4().hex[:8], below(storage, f"ray/{study.id}")
-    setting = TrialSetting(target, storage, session, resources.threads, resources.gpus, keep_adapters)
+    setting = TrialSetting(
+        target, storage, session, resources.threads, resources.gpus, keep_adapters
+    )
     watcher = Watcher(tracker, None if keep_checkpoints else storage, total_steps)
     remove_folder(*open_storage(own_notes))
     tuner = tune.Tuner(
@@ -250,9 +258,19 @@ def run_trials(
     search: PointSearch | None,
 ) -> Study:
     """Run those trials of a study that are left to run, if any, under Ray; return it with the trials that it has."""
-    trials = settled_trials(search.trials() if search else study.trials, arguments, storage, tracker)
-    left = [] if search else trials_to_run(trials, tracker.live_runs(), bool(arguments.resume), arguments.retry_failed)
-    say(f"{search.describe() if search else f'{len(left)} of {len(trials)} trials to run'}, {resources.describe()}")
+    trials = settled_trials(
+        search.trials() if search else study.trials, arguments, storage, tracker
+    )
+    left = (
+        []
+        if search
+        else trials_to_run(
+            trials, tracker.live_runs(), bool(arguments.resume), arguments.retry_failed
+        )
+    )
+    say(
+        f"{search.describe() if search else f'{len(left)} of {len(trials)} trials to run'}, {resources.describe()}"
+    )
     if search.is_done() if search else not left:
         return replace(study, trials=trials)
     shared = {key: world.to("cpu") for key, world in worlds.items()}

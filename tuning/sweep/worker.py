@@ -77,7 +77,10 @@ def run_trial(
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
     outcome = train(trial.config, world.data, world.flora, report, keep, state, CHECKPOINT_SECONDS)
-    results = {p: evaluate_generator(outcome.generator, world.data, world.flora, p) for p in ("test", "val", "train")}
+    results = {
+        p: evaluate_generator(outcome.generator, world.data, world.flora, p)
+        for p in ("test", "val", "train")
+    }
     metrics = {
         **{
             f"{name}/{key}": value
@@ -107,7 +110,10 @@ def peak_memory_mb() -> float:
 
 
 def attempt(
-    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+    trial: TrialSpec,
+    world: World,
+    setting: TrialSetting,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
 ) -> dict[str, Any]:
     """Run a trial and say how it went: its final metrics with `finished`, or the cause in `failed`.
 
@@ -130,10 +136,17 @@ def attempt(
 
 
 def run_tracked(
-    trial: TrialSpec, world: World, setting: TrialSetting, on_evaluation: Callable[[int, Mapping[str, float]], Any]
+    trial: TrialSpec,
+    world: World,
+    setting: TrialSetting,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
 ) -> dict[str, float]:
     """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
-    tags = {"llgbm.bank": world.bank.hash, "llgbm.base": world.base.hash, "llgbm.world": trial.world.hash}
+    tags = {
+        "llgbm.bank": world.bank.hash,
+        "llgbm.base": world.base.hash,
+        "llgbm.world": trial.world.hash,
+    }
     tags |= note_tags(trial_note(trial, trial.note))
     tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
@@ -143,7 +156,9 @@ def run_tracked(
         log_datasets(tracker.client, tracker.run_id, [world])
         spare_collector()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
-            return run_trial(trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters)
+            return run_trial(
+                trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters
+            )
     finally:
         tracker.close()
 
@@ -169,7 +184,9 @@ def is_of_the_process(error: Exception) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU or the host had no more memory to give."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def cause_of(error: Exception, setting: TrialSetting) -> str:
@@ -182,11 +199,15 @@ def cause_of(error: Exception, setting: TrialSetting) -> str:
     return f"{kind}{first}"[:500]
 
 
-def ray_trainable(params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting) -> None:
+def ray_trainable(
+    params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting
+) -> None:
     """The function that Ray Tune calls; `params["trial"]` is the trial's spec."""
     from ray import tune
 
     take_share(setting.threads, setting.gpus)
     trial: TrialSpec = params["trial"]
     world = worlds[trial.world.hash].to(pick_device() if setting.gpus else "cpu")
-    tune.report(attempt(trial, world, setting, lambda step, found: tune.report({"step": step, **found})))
+    tune.report(
+        attempt(trial, world, setting, lambda step, found: tune.report({"step": step, **found}))
+    )

@@ -34,9 +34,15 @@ class PastRun:
     @property
     def kind(self) -> Kind:
         """What its time depends on, as `kind_of` has it."""
-        weight, delta = (float(self.params.get(f"lambda_{name}", 0)) > 0 for name in ("weight", "delta"))
+        weight, delta = (
+            float(self.params.get(f"lambda_{name}", 0)) > 0 for name in ("weight", "delta")
+        )
         names = ("model_size", "generator.name", "batch_size", "n_probes", "n_prompts")
-        return (*(self.params.get(name) for name in names), weight, self.params.get("delta_probes") if delta else None)
+        return (
+            *(self.params.get(name) for name in names),
+            weight,
+            self.params.get("delta_probes") if delta else None,
+        )
 
 
 def kind_of(config: TrainingConfig) -> Kind:
@@ -66,12 +72,19 @@ def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[Pas
 def _finished(client: Any, experiment_id: str) -> Iterator[PastRun]:
     token: str | None = None
     while True:
-        page = client.search_runs([experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=token)
+        page = client.search_runs(
+            [experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=token
+        )
         for run in page:
             tags = run.data.tags
             if TRIAL_TAG in tags and SUPERSEDED_TAG not in tags:
                 stopped = tags.get(STOPPED_TAG)
-                yield PastRun(tags[TRIAL_TAG], measured(run), run.data.params, int(stopped) if stopped else None)
+                yield PastRun(
+                    tags[TRIAL_TAG],
+                    measured(run),
+                    run.data.params,
+                    int(stopped) if stopped else None,
+                )
         token = page.token
         if not token:
             return
@@ -87,7 +100,10 @@ class Costs:
     def _by_kind(self) -> dict[Kind, list[tuple[float, float]]]:
         found: dict[Kind, list[tuple[float, float]]] = {}
         for run in self.runs:
-            rate, seconds = run.metrics.get("time/steps_per_second"), run.metrics.get("time/seconds")
+            rate, seconds = (
+                run.metrics.get("time/steps_per_second"),
+                run.metrics.get("time/seconds"),
+            )
             if rate and seconds and run.stopped_at is None:
                 training = int(run.params["steps"]) / rate
                 found.setdefault(run.kind, []).append((1 / rate, max(0.0, seconds - training)))

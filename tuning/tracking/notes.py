@@ -33,15 +33,24 @@ def trial_note(trial: TrialSpec, why: str = "") -> str:
     changes = _changes(config.as_dict(), TrainingConfig(seed=config.seed).as_dict())
     lines = [f"**{trial.name}**, size {trial.world.size}, seed {config.seed}: {_meaning(config)}"]
     lines += [f"Why: {why}"] if why else []
-    lines += ["Changed against the default training:" if changes else "All settings are the default training's."]
-    return "\n\n".join(lines) + "".join(f"\n* `{key}`: {new} (default {old})" for key, new, old in changes)
+    lines += [
+        "Changed against the default training:"
+        if changes
+        else "All settings are the default training's."
+    ]
+    return "\n\n".join(lines) + "".join(
+        f"\n* `{key}`: {new} (default {old})" for key, new, old in changes
+    )
 
 
 def study_note(name: str, trials: Sequence[TrialSpec], why: str = "") -> str:
     """Markdown for the parent run's page: what is compared, on how many seeds, in which worlds."""
     configurations = dict.fromkeys(trial.name for trial in trials)
     seeds = sorted({trial.config.seed for trial in trials})
-    worlds = {f"{trial.world.size} ({len(trial.world.suite.split.test)} held-out tasks)" for trial in trials}
+    worlds = {
+        f"{trial.world.size} ({len(trial.world.suite.split.test)} held-out tasks)"
+        for trial in trials
+    }
     lines = [f"**{name}**: {len(trials)} trials over seeds {', '.join(map(str, seeds))}."]
     lines += [f"Why: {why}"] if why else []
     lines += [f"Worlds: {', '.join(sorted(worlds))}.", "Configurations:"]
@@ -60,11 +69,16 @@ def _meaning(config: TrainingConfig) -> str:
         return terms + "matches the teachers' weights alone."
     probes = f"on {config.delta_probes} probes"
     if not weight:
-        return terms + f"matches the teachers' behaviour alone, {probes}; no teacher weight is looked at."
+        return (
+            terms
+            + f"matches the teachers' behaviour alone, {probes}; no teacher weight is looked at."
+        )
     return terms + f"matches the teachers' weights and their behaviour {probes}."
 
 
-def _changes(new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _changes(
+    new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for key, value in new.items():
         if isinstance(value, Mapping):
@@ -81,7 +95,9 @@ def log_datasets(client: MlflowClient, run_id: str, worlds: Sequence[World]) -> 
     for the parent run before any trial does. Calling again changes nothing. Raises UserError if the store fails.
     """
     with explained(client.tracking_uri):
-        client.log_inputs(run_id, [dataset for world in worlds for dataset in world_datasets(world)])
+        client.log_inputs(
+            run_id, [dataset for world in worlds for dataset in world_datasets(world)]
+        )
 
 
 def world_datasets(world: World) -> list[DatasetInput]:
@@ -89,11 +105,20 @@ def world_datasets(world: World) -> list[DatasetInput]:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     suite, data = world.config.suite, world.data
-    source = {"world": world.config.hash, "base": world.base.hash, "bank": world.bank.hash, "data": data.hash}
+    source = {
+        "world": world.config.hash,
+        "base": world.base.hash,
+        "bank": world.bank.hash,
+        "data": data.hash,
+    }
     found = []
     for part, role in ROLE_OF_PART.items():
         tasks = sorted({data.tasks[row] for row in data.rows[part]})
-        profile = {"tasks": len(tasks), "teachers": len(data.rows[part]), "examples_per_task": data.n_examples}
+        profile = {
+            "tasks": len(tasks),
+            "teachers": len(data.rows[part]),
+            "examples_per_task": data.n_examples,
+        }
         dataset = Dataset(
             name=f"{suite.name}-{world.config.size}-{part}",
             digest=data.hash,
@@ -128,7 +153,10 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
 def describe_facts(world: World) -> str:
     """One line on what was built."""
     facts, split = world.bank.facts, world.config.suite.split
-    known = "base_accuracy" in facts and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
+    known = (
+        "base_accuracy" in facts
+        and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
+    )
     return (
         f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
         f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}"

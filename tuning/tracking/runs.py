@@ -57,7 +57,9 @@ def measured(run: Run) -> dict[str, float]:
     return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
 
 
-def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None) -> list[TrialResult]:
+def read_trials(
+    tracking_uri: str, parent_run_id: str, curve_keys: Collection[str] | None = None
+) -> list[TrialResult]:
     """Read the trials of a study in order of creation, with the curves of `curve_keys` (None: see `read_curves`).
 
     Trials that another study ran and this one needed are among them, under this study's name for them.
@@ -72,7 +74,10 @@ def read_trials(tracking_uri: str, parent_run_id: str, curve_keys: Collection[st
         members = list(find_runs(client, experiment_id, {MEMBER_TAG + parent_run_id: None}))
         runs = {run.info.run_id: run for run in (*own, *members)}
         curves = read_curves(client, list(runs.values()), curve_keys)
-        return [_trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id) for run_id, run in runs.items()]
+        return [
+            _trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id)
+            for run_id, run in runs.items()
+        ]
 
 
 def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> TrialResult:
@@ -100,17 +105,27 @@ def trial_run(client: MlflowClient, experiment_id: str, trial_id: str) -> Run | 
     return next(filter(is_live, find_runs(client, experiment_id, {TRIAL_TAG: trial_id})), None)
 
 
-def find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str | None]) -> Iterator[Run]:
+def find_runs(
+    client: MlflowClient, experiment_id: str, tags: Mapping[str, str | None]
+) -> Iterator[Run]:
     """Runs with these tags, oldest first; None stands for any value."""
-    where = " and ".join(f"tags.`{k}` LIKE '%'" if v is None else f"tags.`{k}` = '{v}'" for k, v in tags.items())
+    where = " and ".join(
+        f"tags.`{k}` LIKE '%'" if v is None else f"tags.`{k}` = '{v}'" for k, v in tags.items()
+    )
     return all_pages(
         lambda token: client.search_runs(
-            [experiment_id], where, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+            [experiment_id],
+            where,
+            max_results=1000,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
         )
     )
 
 
-def open_run(client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]) -> str:
+def open_run(
+    client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
+) -> str:
     if found is None:
         return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
     run_id = found.info.run_id
@@ -170,7 +185,9 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     values = {key: float(value) for key, value in metrics.items()}
     for key, value in values.items():
         if not math.isfinite(value):
-            raise ValueError(f"metric {key!r} is {value} at step {step}: only finite values can be logged")
+            raise ValueError(
+                f"metric {key!r} is {value} at step {step}: only finite values can be logged"
+            )
     return values
 
 
@@ -187,33 +204,47 @@ def find_study(tracking_uri: str, asked: str, experiment: str | None = None) -> 
     with explained(tracking_uri):
         client = connect(tracking_uri)
         runs = parent_runs(client, _experiment_ids(client, experiment, tracking_uri))
-    found = [run for run in runs if asked in ("latest", run.data.tags[STUDY_ID_TAG], run.info.run_id)]
+    found = [
+        run for run in runs if asked in ("latest", run.data.tags[STUDY_ID_TAG], run.info.run_id)
+    ]
     if found:
-        return max(found, key=lambda run: (SUPERSEDED_TAG not in run.data.tags, run.info.start_time))
+        return max(
+            found, key=lambda run: (SUPERSEDED_TAG not in run.data.tags, run.info.start_time)
+        )
     where = f"{shown(tracking_uri)}" + (f", experiment {experiment!r}," if experiment else "")
     raise UserError(f"{where} has no study {asked!r}: it has {_known(runs)}.")
 
 
 def _known(runs: Sequence[Run]) -> str:
     newest = sorted(runs, key=lambda run: -run.info.start_time)
-    named = dict.fromkeys(f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG, '?')})" for run in newest)
+    named = dict.fromkeys(
+        f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG, '?')})" for run in newest
+    )
     more = f" and {len(named) - 10} older ones" if len(named) > 10 else ""
     return ", ".join(list(named)[:10]) + more if named else "none at all"
 
 
 def _experiment_ids(client: MlflowClient, name: str | None, tracking_uri: str) -> list[str]:
-    known = {experiment.name: experiment.experiment_id for experiment in client.search_experiments()}
+    known = {
+        experiment.name: experiment.experiment_id for experiment in client.search_experiments()
+    }
     if name is None:
         return list(known.values())
     if name not in known:
-        raise UserError(f"{shown(tracking_uri)} has no experiment {name!r}: it has {', '.join(sorted(known))}.")
+        raise UserError(
+            f"{shown(tracking_uri)} has no experiment {name!r}: it has {', '.join(sorted(known))}."
+        )
     return [known[name]]
 
 
 def parent_runs(client: MlflowClient, experiment_ids: Sequence[str]) -> list[Run]:
     """The parent runs of all studies in these experiments."""
     where = f"tags.`{STUDY_ID_TAG}` LIKE '%'"
-    runs = [run for one in experiment_ids for run in client.search_runs([one], where, max_results=10_000)]
+    runs = [
+        run
+        for one in experiment_ids
+        for run in client.search_runs([one], where, max_results=10_000)
+    ]
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
@@ -250,7 +281,9 @@ def _runs_by_key(runs: Sequence[Run], keys: Collection[str] | None) -> dict[str,
 
 
 def _curve(points: Iterable[Point]) -> Curve:
-    return sorted({step: value for _, step, _, value in sorted(points, key=lambda point: point[1:3])}.items())
+    return sorted(
+        {step: value for _, step, _, value in sorted(points, key=lambda point: point[1:3])}.items()
+    )
 
 
 def _histories(client: MlflowClient, run_ids: list[str], key: str) -> Mapping[str, list[Point]]:
@@ -268,7 +301,10 @@ def _points(client: MlflowClient, run_ids: list[str], key: str) -> Iterator[Poin
         yield from points
     elif points is None:
         for run_id in run_ids:
-            yield from ((run_id, m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key))
+            yield from (
+                (run_id, m.step, m.timestamp, m.value)
+                for m in client.get_metric_history(run_id, key)
+            )
     else:
         middle = len(run_ids) // 2
         yield from _points(client, run_ids[:middle], key)

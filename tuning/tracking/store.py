@@ -26,7 +26,14 @@ PROBE_SECONDS = 3.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
 # The ones that `llgbm[postgresql]` and `llgbm[mysql]` install; SQLAlchemy's own choice differs between its versions.
 DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
-UNWRITABLE = ("unable to open", "readonly", "read-only", "permission denied", "no such file", "file exists")
+UNWRITABLE = (
+    "unable to open",
+    "readonly",
+    "read-only",
+    "permission denied",
+    "no such file",
+    "file exists",
+)
 ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
 
 
@@ -131,7 +138,9 @@ def usable_uri(tracking_uri: str) -> str:
     if scheme in DATABASE_PORTS:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
         return with_driver(tracking_uri)
-    raise UserError(f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}.")
+    raise UserError(
+        f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}."
+    )
 
 
 def existing_uri(tracking_uri: str) -> str:
@@ -184,7 +193,9 @@ def _probe_socket(uri: str, default_port: int) -> None:
 def sqlite_path(uri: str) -> Path:
     path = uri.partition(":///")[2].partition("?")[0]
     if not path:
-        raise UserError(f"the tracking address {uri!r} names no file: write sqlite:///path/to/mlflow.db.")
+        raise UserError(
+            f"the tracking address {uri!r} names no file: write sqlite:///path/to/mlflow.db."
+        )
     return Path(path).expanduser().resolve()
 
 
@@ -196,7 +207,9 @@ def _probe_sqlite(path: Path) -> None:
             database.execute("CREATE TABLE llgbm_write_probe (x)")
             database.rollback()
     except (OSError, sqlite3.Error) as error:
-        raise UserError(f"the MLflow store {path} cannot be written ({error}): {_remedy(str(error))}.") from error
+        raise UserError(
+            f"the MLflow store {path} cannot be written ({error}): {_remedy(str(error))}."
+        ) from error
 
 
 def _make_database(path: Path) -> None:

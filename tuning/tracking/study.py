@@ -77,7 +77,9 @@ class StudyTracker:
                 artifacts = (folder / "artifacts").as_uri()
                 return cls(client, uri, _experiment_id(client, experiment, artifacts))
 
-    def begin(self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrackingTarget:
+    def begin(
+        self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> TrackingTarget:
         """Create the parent run, or continue the one with this `study_id` and the same parameters.
 
         Raises UserError if the store fails.
@@ -87,7 +89,9 @@ class StudyTracker:
         with explained(self.tracking_uri):
             runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
             same = [run for run in runs if is_live(run) and run.data.params == wanted]
-            run_id = open_run(self.client, self.experiment_id, same[-1] if same else None, study, own)
+            run_id = open_run(
+                self.client, self.experiment_id, same[-1] if same else None, study, own
+            )
             log_params(self.client, run_id, params)
         self.target = TrackingTarget(self.tracking_uri, self.experiment_id, run_id, study)
         return self.target
@@ -103,7 +107,11 @@ class StudyTracker:
         """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
         with explained(self.tracking_uri):
             found = find_runs(self.client, self.experiment_id, {})
-            return {run.data.tags[TRIAL_TAG]: run for run in found if TRIAL_TAG in run.data.tags and is_live(run)}
+            return {
+                run.data.tags[TRIAL_TAG]: run
+                for run in found
+                if TRIAL_TAG in run.data.tags and is_live(run)
+            }
 
     def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
         """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
@@ -142,7 +150,9 @@ class StudyTracker:
         run = trial_run(self.client, self.experiment_id, trial_id)
         return run.info.run_id if run else None
 
-    def finish_trial(self, trial_id: str, status: str, tags: Mapping[str, str] | None = None) -> None:
+    def finish_trial(
+        self, trial_id: str, status: str, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Set how a trial ended, and tags that say why.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
@@ -178,7 +188,9 @@ class StudyTracker:
             self.client.set_terminated(self.parent_run_id, status)
 
     def _kill_running(self) -> None:
-        children = list(find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id}))
+        children = list(
+            find_runs(self.client, self.experiment_id, {PARENT_TAG: self.parent_run_id})
+        )
         for run in children:
             if run.info.status not in FINAL_STATUSES:
                 self.client.set_terminated(run.info.run_id, "KILLED")
@@ -195,7 +207,9 @@ class StudyTracker:
         now, values = _now(), _finite(step, metrics)
         with explained(self.tracking_uri):
             known = self.client.get_run(self.parent_run_id).data.metrics
-            entries = [Metric(key, value, now, step) for key, value in values.items() if key not in known]
+            entries = [
+                Metric(key, value, now, step) for key, value in values.items() if key not in known
+            ]
             for chunk in chunks(entries, METRICS_PER_CALL):
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
@@ -218,7 +232,9 @@ class StudyTracker:
 
 def _check_status(status: str) -> None:
     if status not in FINAL_STATUSES:
-        raise ValueError(f"a run cannot end as {status!r}: expected one of {', '.join(FINAL_STATUSES)}")
+        raise ValueError(
+            f"a run cannot end as {status!r}: expected one of {', '.join(FINAL_STATUSES)}"
+        )
 
 
 @contextmanager

@@ -42,7 +42,12 @@ class TrialTracker:
     """
 
     def __init__(
-        self, client: MlflowClient, tracking_uri: str, run_id: str, logged: Collection[str] = (), attempts: int = 1
+        self,
+        client: MlflowClient,
+        tracking_uri: str,
+        run_id: str,
+        logged: Collection[str] = (),
+        attempts: int = 1,
     ) -> None:
         self.client = client
         self.tracking_uri = tracking_uri
@@ -73,11 +78,19 @@ class TrialTracker:
             found = trial_run(client, target.experiment_id, trial_id)
             attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
-            own = {**key, STUDY_TAG: target.study, CONFIG_TAG: run_name, ATTEMPTS_TAG: str(attempts), **tags}
+            own = {
+                **key,
+                STUDY_TAG: target.study,
+                CONFIG_TAG: run_name,
+                ATTEMPTS_TAG: str(attempts),
+                **tags,
+            }
             shown_name = f"{run_name}, seed {params['seed']}" if "seed" in params else run_name
             run_id = open_run(client, target.experiment_id, found, shown_name, own)
             log_params(client, run_id, params)
-        return cls(client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts)
+        return cls(
+            client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step, sent in batches. Raises ValueError for a value that is not finite."""
@@ -103,7 +116,9 @@ class TrialTracker:
         """Steps at which the run had a value of this key when it was opened."""
         if key not in self._steps:
             with explained(self.tracking_uri):
-                self._steps[key] = {metric.step for metric in self.client.get_metric_history(self.run_id, key)}
+                self._steps[key] = {
+                    metric.step for metric in self.client.get_metric_history(self.run_id, key)
+                }
         return self._steps[key]
 
     def _try_flush(self) -> None:

@@ -21,7 +21,11 @@ from dnd.errors import DndError
 from dnd.files import read_state
 from dnd.tokenizer import LoraTokenizer2D
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG, PROMPTS = "adapter_model.safetensors", "adapter_config.json", "prompts.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG, PROMPTS = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "prompts.json",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,11 @@ class AdapterBank:
 
     @classmethod
     def open(
-        cls, folder: Path, tasks: Sequence[str] = (), data: Path | None = None, part: Part = "prompts"
+        cls,
+        folder: Path,
+        tasks: Sequence[str] = (),
+        data: Path | None = None,
+        part: Part = "prompts",
     ) -> AdapterBank:
         """The adapters of the tasks named, or of all. Texts come from `prompts.json` beside an adapter, or from
         `DATA/TASK_train.json` or `DATA/TASK.json`, in DnD's format.
@@ -52,8 +60,16 @@ class AdapterBank:
         odd = sorted(set(tasks) - by_task.keys())
         if odd:
             raise DndError(f"{folder} has no task {odd[0]!r}; it has: {', '.join(by_task)}")
-        chosen = tuple((p, t) for p in found for t in [p.relative_to(folder).parts[0]] if not tasks or t in tasks)
-        texts = {t: task_texts(by_task[t].parent, t, data, part) for t in dict.fromkeys(t for _, t in chosen)}
+        chosen = tuple(
+            (p, t)
+            for p in found
+            for t in [p.relative_to(folder).parts[0]]
+            if not tasks or t in tasks
+        )
+        texts = {
+            t: task_texts(by_task[t].parent, t, data, part)
+            for t in dict.fromkeys(t for _, t in chosen)
+        }
         return cls(folder, chosen, texts)
 
     def states(self) -> Iterator[dict[str, Tensor]]:
@@ -101,7 +117,11 @@ def read_json(path: Path) -> Any:
 
 
 def task_texts(
-    folder: Path, task: str, data: Path | None = None, part: Part = "prompts", purpose: str = "train"
+    folder: Path,
+    task: str,
+    data: Path | None = None,
+    part: Part = "prompts",
+    purpose: str = "train",
 ) -> tuple[str, ...]:
     """Texts that condition on a task: from a folder of DnD's files, else from `prompts.json` (a list, or a list for
     each purpose) in `folder`. Raises DndError for none."""
@@ -136,13 +156,17 @@ class Samples(Dataset[dict[str, Tensor]]):
     def __post_init__(self) -> None:
         short = [task for task, texts in self.bank.texts.items() if len(texts) < self.n_prompts]
         if short:
-            raise DndError(f"{short[0]} has {len(self.bank.texts[short[0]])} prompts, {self.n_prompts} are needed")
+            raise DndError(
+                f"{short[0]} has {len(self.bank.texts[short[0]])} prompts, {self.n_prompts} are needed"
+            )
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         epoch, place = divmod(position, len(self.bank.adapters))
         index = _order(len(self.bank.adapters), self.seed, epoch)[place]
         texts = self.bank.texts[self.bank.adapters[index][1]]
-        drawn = torch.randperm(len(texts), generator=_stream(self.seed, 1, position))[: self.n_prompts]
+        drawn = torch.randperm(len(texts), generator=_stream(self.seed, 1, position))[
+            : self.n_prompts
+        ]
         encoded = encode_texts(self.text_tokenizer, [texts[i] for i in drawn], self.length)
         return {**encoded, "tokens": self.tokenizer.tokenize(self.bank.read(index))}
 

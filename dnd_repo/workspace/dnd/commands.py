@@ -40,16 +40,32 @@ def feature_shape(text: str) -> tuple[int, int, int]:
 
 def common_options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--smoke", action="store_true", help="toy settings on LLGBM's embedded bank")
-    parser.add_argument("--cache", type=Path, default=Path(".llgbm"), help="where the embedded bank is kept")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="TASK_train.json and TASK.json in DnD's format")
+    parser.add_argument(
+        "--smoke", action="store_true", help="toy settings on LLGBM's embedded bank"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".llgbm"), help="where the embedded bank is kept"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="TASK_train.json and TASK.json in DnD's format"
+    )
     parser.add_argument("--encoder", help="folder or hub id of the frozen encoder of prompts")
-    parser.add_argument("--layer", type=int, help="take the output of this block of the encoder (default: the last)")
+    parser.add_argument(
+        "--layer", type=int, help="take the output of this block of the encoder (default: the last)"
+    )
     parser.add_argument("--part", help="what to condition on: prompts, prompts+answers or answers")
     parser.add_argument("--n-prompts", type=int, help="prompts of a condition")
     parser.add_argument("--max-length", type=int, help="tokens read of a prompt")
-    parser.add_argument("--length", type=int, help="length that prompts are shortened to before the decoder")
-    parser.add_argument("--features", type=feature_shape, nargs="*", metavar="NxLxC", help="shapes inside the decoder")
+    parser.add_argument(
+        "--length", type=int, help="length that prompts are shortened to before the decoder"
+    )
+    parser.add_argument(
+        "--features",
+        type=feature_shape,
+        nargs="*",
+        metavar="NxLxC",
+        help="shapes inside the decoder",
+    )
     parser.add_argument("--kernel-size", type=int)
     parser.add_argument("--token-size", type=int, nargs=2, metavar=("H", "W"))
     return parser
@@ -58,12 +74,24 @@ def common_options(description: str) -> argparse.ArgumentParser:
 def training_parser(bank: str, out: str) -> argparse.ArgumentParser:
     """The options of a training script."""
     parser = common_options("Train a generator of LoRA weights on a bank of adapters.")
-    parser.add_argument("--bank", type=Path, default=Path(bank), help=f"folder of TASK/TASK_i/ (default: {bank})")
-    parser.add_argument("--tasks", nargs="*", metavar="TASK", help="train on these tasks of the bank alone")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"where checkpoints go (default: {out})")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("--dry-run", action="store_true", help="check bank and settings, say what would be trained")
-    parser.add_argument("--criterion-weight", metavar="FILE", help="importance weights (default: from the bank)")
+    parser.add_argument(
+        "--bank", type=Path, default=Path(bank), help=f"folder of TASK/TASK_i/ (default: {bank})"
+    )
+    parser.add_argument(
+        "--tasks", nargs="*", metavar="TASK", help="train on these tasks of the bank alone"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help=f"where checkpoints go (default: {out})"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check bank and settings, say what would be trained"
+    )
+    parser.add_argument(
+        "--criterion-weight", metavar="FILE", help="importance weights (default: from the bank)"
+    )
     for name in ("steps", "batch-size", "warmup-steps", "save-every", "workers", "seed"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("learning-rate", "weight-decay"):
@@ -72,7 +100,11 @@ def training_parser(bank: str, out: str) -> argparse.ArgumentParser:
 
 
 def train_command(
-    defaults: TrainSettings, bank: str, out: str, tasks: Sequence[str] = (), arguments: Sequence[str] | None = None
+    defaults: TrainSettings,
+    bank: str,
+    out: str,
+    tasks: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
 ) -> Trained | None:
     """A training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
     parsed = training_parser(bank, out).parse_args(arguments)
@@ -86,27 +118,64 @@ def train_command(
     say(f"{len(found.adapters)} adapters of {len(found.texts)} tasks in {parsed.bank}")
     if parsed.dry_run:
         return None
-    trained = train(settings, found, parsed.out, parsed.resume, lambda step, loss: say(f"step {step}: {loss:.6f}"))
+    trained = train(
+        settings,
+        found,
+        parsed.out,
+        parsed.resume,
+        lambda step, loss: say(f"step {step}: {loss:.6f}"),
+    )
     losses = {"first": trained.losses[0], "last": trained.losses[-1]}
     if is_first_process():
-        print(json.dumps({"checkpoint": str(trained.checkpoint), "steps": len(trained.losses), "loss": losses}))
+        print(
+            json.dumps(
+                {
+                    "checkpoint": str(trained.checkpoint),
+                    "steps": len(trained.losses),
+                    "loss": losses,
+                }
+            )
+        )
     return trained
 
 
 def generation_parser(checkpoint: str, out: str, task: str) -> argparse.ArgumentParser:
     """The options of a generation script."""
-    parser = common_options("Write PEFT adapters from prompts of a task that no adapter was trained on.")
-    parser.add_argument("--checkpoint", type=Path, default=Path(checkpoint), help="a training's --out, or a .pth file")
-    parser.add_argument("--like", type=Path, metavar="DIR", help="for a .pth file: an adapter like those it writes")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", help="folder with a prompts.json of the task")
-    parser.add_argument("--task", default=task, help=f"the task whose prompts are read from --data (default: {task})")
-    parser.add_argument("--count", type=int, default=1, help="adapters, each from another draw of prompts")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"where adapters go (default: {out})")
+    parser = common_options(
+        "Write PEFT adapters from prompts of a task that no adapter was trained on."
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=Path(checkpoint),
+        help="a training's --out, or a .pth file",
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="DIR", help="for a .pth file: an adapter like those it writes"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="DIR", help="folder with a prompts.json of the task"
+    )
+    parser.add_argument(
+        "--task",
+        default=task,
+        help=f"the task whose prompts are read from --data (default: {task})",
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, help="adapters, each from another draw of prompts"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help=f"where adapters go (default: {out})"
+    )
     return parser
 
 
 def generate_command(
-    defaults: TrainSettings, checkpoint: str, out: str, task: str, arguments: Sequence[str] | None = None
+    defaults: TrainSettings,
+    checkpoint: str,
+    out: str,
+    task: str,
+    arguments: Sequence[str] | None = None,
 ) -> list[str]:
     """A generation script: returns the folders written. Raises DndError for a user's mistake."""
     parsed = generation_parser(checkpoint, out, task).parse_args(arguments)
@@ -117,9 +186,13 @@ def generate_command(
     if parsed.smoke:
         parsed.prompts = next(embedded_bank(parsed.cache)[0].glob("*/*/prompts.json")).parent
     if (parsed.data is None) == (parsed.prompts is None):
-        raise DndError("prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke")
+        raise DndError(
+            "prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke"
+        )
     writer = load_writer(defaults, parsed)
-    texts = task_texts(parsed.prompts or Path(), parsed.task, parsed.data, writer.settings.part, "evaluation")
+    texts = task_texts(
+        parsed.prompts or Path(), parsed.task, parsed.data, writer.settings.part, "evaluation"
+    )
     for index, target in enumerate(folders):
         writer.write(texts, target, seed=index)
     print(json.dumps({"adapters": [str(target) for target in folders]}))
@@ -133,14 +206,18 @@ def load_writer(defaults: TrainSettings, parsed: argparse.Namespace) -> AdapterW
         return AdapterWriter.load(parsed.checkpoint, replace(defaults, **given), parsed.like)
     odd = sorted({*given, *(["like"] if parsed.like else [])})
     if odd:
-        raise DndError(f"{', '.join(odd)} stand in the settings of {parsed.checkpoint}: leave these options out")
+        raise DndError(
+            f"{', '.join(odd)} stand in the settings of {parsed.checkpoint}: leave these options out"
+        )
     return AdapterWriter.load(parsed.checkpoint)
 
 
 def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     """The settings that options were given for."""
     given = {name: getattr(parsed, name, None) for name in TrainSettings.__dataclass_fields__}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return {
+        name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None
+    }
 
 
 def exit_status(command: Callable[[], object]) -> int:

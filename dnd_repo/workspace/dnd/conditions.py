@@ -21,7 +21,9 @@ def condition_texts(examples: Sequence[Mapping[str, str]], part: Part = "prompts
     Raises DndError for an unknown part, for no examples, and for one that lacks what is asked for.
     """
     if part not in ("prompts", "prompts+answers", "answers"):
-        raise DndError(f"unknown part {part!r} of an example; there are: prompts, prompts+answers, answers")
+        raise DndError(
+            f"unknown part {part!r} of an example; there are: prompts, prompts+answers, answers"
+        )
     needed = {"prompts": ("prompt",), "answers": ("response",)}.get(part, ("prompt", "response"))
     texts = ["\n".join(example.get(key, "") for key in needed) for example in examples]
     if not texts or not all(example.get(key) for example in examples for key in needed):
@@ -33,7 +35,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str,
     """`input_ids` and `attention_mask`, [N, L] each, cut and padded to `length` tokens."""
     if not texts:
         raise DndError("no text to encode: a condition needs at least one prompt")
-    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    encoded = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -50,7 +54,9 @@ class TokenFeatures(nn.Module):
         self.encoder: nn.Module = encoder.get_encoder() if config.is_encoder_decoder else encoder  # type: ignore[operator]
         n_layers = int(config.num_hidden_layers)
         if layer is not None and not -n_layers <= layer < n_layers:
-            raise DndError(f"layer {layer} asked for, the encoder has {n_layers}: choose one from 0 to {n_layers - 1}")
+            raise DndError(
+                f"layer {layer} asked for, the encoder has {n_layers}: choose one from 0 to {n_layers - 1}"
+            )
         self.block = None if layer is None else layer % n_layers
         self.window = window
 
@@ -58,11 +64,17 @@ class TokenFeatures(nn.Module):
         """Raises DndError for ids that are not [B, N, L] and for a length that windows do not divide."""
         ids_BNL = tokens["input_ids"]
         if ids_BNL.ndim != 3 or tokens["attention_mask"].shape != ids_BNL.shape:
-            raise DndError(f"token ids have shape {tuple(ids_BNL.shape)}; ids and mask of shape [B, N, L] are needed")
+            raise DndError(
+                f"token ids have shape {tuple(ids_BNL.shape)}; ids and mask of shape [B, N, L] are needed"
+            )
         width = min(self.window, ids_BNL.shape[2])
         if ids_BNL.shape[2] % width:
-            raise DndError(f"texts of {ids_BNL.shape[2]} tokens are no whole number of windows of {width}")
-        hidden = self._hidden(ids_BNL.reshape(-1, width), tokens["attention_mask"].reshape(-1, width))
+            raise DndError(
+                f"texts of {ids_BNL.shape[2]} tokens are no whole number of windows of {width}"
+            )
+        hidden = self._hidden(
+            ids_BNL.reshape(-1, width), tokens["attention_mask"].reshape(-1, width)
+        )
         return hidden.reshape(*ids_BNL.shape, -1)
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -85,5 +97,7 @@ def _blocks(encoder: nn.Module) -> nn.ModuleList:
     """The transformer blocks: the longest list of modules."""
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise DndError(f"{type(encoder).__name__} has no list of blocks to take a layer from: leave the layer out")
+        raise DndError(
+            f"{type(encoder).__name__} has no list of blocks to take a layer from: leave the layer out"
+        )
     return max(lists, key=len)

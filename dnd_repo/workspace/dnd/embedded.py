@@ -17,7 +17,9 @@ def embedded_bank(cache: Path) -> tuple[Path, Path, tuple[str, ...]]:
         from llgbm.teachers.build import build_bank
         from llgbm.world import WorldConfig, build_base, smoke_world
     except ImportError as error:
-        raise DndError("--smoke needs LLGBM: install the project at the repository's root, or name a --bank") from error
+        raise DndError(
+            "--smoke needs LLGBM: install the project at the repository's root, or name a --bank"
+        ) from error
     config = smoke_world(WorldConfig())
     try:
         base = build_base(cache, config, "cpu")

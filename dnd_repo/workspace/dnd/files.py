@@ -21,7 +21,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     found = _read_safetensors(path) if path.suffix == ".safetensors" else read_plain_pickle(path)
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise DndError(f"{path} holds no state dict of tensors: name a checkpoint that maps parameter names to tensors")
+        raise DndError(
+            f"{path} holds no state dict of tensors: name a checkpoint that maps parameter names to tensors"
+        )
     return found
 
 
@@ -31,7 +33,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise DndError(f"{path} does not exist: name a checkpoint file") from error
     except (SafetensorError, OSError) as error:
-        raise DndError(f"{path} is torn or no safetensors file ({error}): make or fetch it again") from error
+        raise DndError(
+            f"{path} is torn or no safetensors file ({error}): make or fetch it again"
+        ) from error
 
 
 def read_plain_pickle(path: Path) -> Any:
@@ -40,7 +44,9 @@ def read_plain_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DndError(f"{path} does not exist: name a checkpoint file") from error
-    except Exception as error:  # torch and the archive reader raise a dozen kinds for a foreign file
+    except (
+        Exception
+    ) as error:  # torch and the archive reader raise a dozen kinds for a foreign file
         raise DndError(
             f"{path} is torn, or holds objects or code besides tensors; nothing in it was run: "
             "save only the state dict, or convert it to safetensors"

@@ -41,7 +41,9 @@ class AdapterWriter:
     adapter_config: Mapping[str, Any]
 
     @classmethod
-    def load(cls, source: Path, settings: TrainSettings | None = None, like: Path | None = None) -> AdapterWriter:
+    def load(
+        cls, source: Path, settings: TrainSettings | None = None, like: Path | None = None
+    ) -> AdapterWriter:
         """From the folder of a training; or from a bare `.pth` or safetensors file, with the `settings` that it was
         trained with and the folder of an adapter `like` those it writes.
 
@@ -59,19 +61,33 @@ class AdapterWriter:
         model = make_model(used, tokenizer, shaped, encoder, torch.ones(tokenizer.n_tokens(shaped)))
         load_checkpoint(model, weights)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device).eval(), used, tokenizer, text_tokenizer, shaped, described["adapter_config"])
+        return cls(
+            model.to(device).eval(),
+            used,
+            tokenizer,
+            text_tokenizer,
+            shaped,
+            described["adapter_config"],
+        )
 
     def generate(self, texts: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
         """One adapter from N of these texts, drawn by the seed. Raises DndError for too few."""
         needed = self.settings.n_prompts
         if len(texts) < needed:
-            raise DndError(f"{len(texts)} prompts given, this model reads {needed}: give at least as many")
+            raise DndError(
+                f"{len(texts)} prompts given, this model reads {needed}: give at least as many"
+            )
         drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:needed]
-        encoded = encode_texts(self.text_tokenizer, [texts[i] for i in drawn], self.settings.max_length)
+        encoded = encode_texts(
+            self.text_tokenizer, [texts[i] for i in drawn], self.settings.max_length
+        )
         device = self.model.criterion_weight.device
         with torch.no_grad():
             tokens_BTHW = self.model.generate({k: v[None].to(device) for k, v in encoded.items()})
-        return {k: v.contiguous() for k, v in self.tokenizer.detokenize(self.like, tokens_BTHW[0].cpu()).items()}
+        return {
+            k: v.contiguous()
+            for k, v in self.tokenizer.detokenize(self.like, tokens_BTHW[0].cpu()).items()
+        }
 
     def write(self, texts: Sequence[str], folder: Path, seed: int = 0) -> None:
         """Write one adapter as a PEFT folder, whole or not at all.
@@ -82,7 +98,9 @@ class AdapterWriter:
         state = self.generate(texts, seed)
         with output.writing() as stage:
             save_file(state, stage / ADAPTER_WEIGHTS, {"format": "pt"})
-            (stage / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True))
+            (stage / ADAPTER_CONFIG).write_text(
+                json.dumps(self.adapter_config, indent=2, sort_keys=True)
+            )
 
 
 def adapter_output(folder: Path) -> Output:
@@ -90,8 +108,14 @@ def adapter_output(folder: Path) -> Output:
     return Output(folder, ADAPTER_PATTERNS)
 
 
-def describe_file(source: Path, settings: TrainSettings | None, like: Path | None) -> dict[str, Any]:
+def describe_file(
+    source: Path, settings: TrainSettings | None, like: Path | None
+) -> dict[str, Any]:
     """What the folder of a training would say of a bare checkpoint."""
     if settings is None or like is None:
-        raise DndError(f"{source} is a file without settings: name with --like the folder of an adapter like it writes")
-    return describe(settings, read_adapter(like / ADAPTER_WEIGHTS), read_json(like / ADAPTER_CONFIG))
+        raise DndError(
+            f"{source} is a file without settings: name with --like the folder of an adapter like it writes"
+        )
+    return describe(
+        settings, read_adapter(like / ADAPTER_WEIGHTS), read_json(like / ADAPTER_CONFIG)
+    )

@@ -13,7 +13,9 @@ from dnd.files import read_plain_pickle
 from dnd.tokenizer.tokenizer import LoraTokenizer2D
 
 
-def importance_weights(adapters: Iterable[Mapping[str, Tensor]], tokenizer: LoraTokenizer2D) -> Tensor:
+def importance_weights(
+    adapters: Iterable[Mapping[str, Tensor]], tokenizer: LoraTokenizer2D
+) -> Tensor:
     """[T]: the mean over a token of its values' deviation across the bank, over the mean of all values' deviation.
 
     One pass (Welford 1962): only one adapter is in memory at a time, and the bank may be a generator. Padding counts
@@ -25,7 +27,9 @@ def importance_weights(adapters: Iterable[Mapping[str, Tensor]], tokenizer: Lora
         if count == 1:
             mean, squares = torch.zeros_like(tokens), torch.zeros_like(tokens)
         if tokens.shape != mean.shape:
-            raise DndError(f"adapter {count} has {len(tokens)} tokens, the first one {len(mean)}: one bank, one shape")
+            raise DndError(
+                f"adapter {count} has {len(tokens)} tokens, the first one {len(mean)}: one bank, one shape"
+            )
         step = tokens - mean
         mean.add_(step, alpha=1 / count)
         squares.addcmul_(step, tokens - mean)
@@ -34,7 +38,9 @@ def importance_weights(adapters: Iterable[Mapping[str, Tensor]], tokenizer: Lora
     deviation = (squares / count).clamp_min(0).sqrt()
     overall = deviation.nanmean(dtype=torch.float64)
     if not overall > 0:
-        raise DndError("all adapters of the bank are alike: importance weights need adapters that differ")
+        raise DndError(
+            "all adapters of the bank are alike: importance weights need adapters that differ"
+        )
     return (deviation.nanmean((-2, -1), dtype=torch.float64) / overall).float()
 
 
@@ -48,7 +54,11 @@ def load_importance(path: str | Path, n_tokens: int | None = None) -> Tensor:
         raise DndError(f"{path} holds no vector of importance weights: name a file with one tensor")
     weight_T = found.flatten().float()
     if not weight_T.isfinite().all() or weight_T.min() < 0 or not weight_T.any():
-        raise DndError(f"{path} holds importance weights that are negative, not finite or all zero: compute them again")
+        raise DndError(
+            f"{path} holds importance weights that are negative, not finite or all zero: compute them again"
+        )
     if n_tokens is not None and len(weight_T) != n_tokens:
-        raise DndError(f"{path} holds {len(weight_T)} importance weights, {n_tokens} tokens need one each")
+        raise DndError(
+            f"{path} holds {len(weight_T)} importance weights, {n_tokens} tokens need one each"
+        )
     return weight_T

@@ -43,7 +43,13 @@ PROBE_BYTES = 1 << 16
 # Room for the names of files inside an output, in the longest path that the system takes.
 INNER_BYTES = 128
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-WINDOWS_NAMES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
+WINDOWS_NAMES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10)),
+}
 REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -103,7 +109,9 @@ class Output:
             os.fsencode(text)
             return Path(text).expanduser()
         except UnicodeError as error:
-            raise self.error(f"the output's name {text!r} is no text: name another folder") from error
+            raise self.error(
+                f"the output's name {text!r} is no text: name another folder"
+            ) from error
         except RuntimeError as error:
             raise self.error(f"{text} names no known user: name another folder") from error
 
@@ -120,13 +128,17 @@ class Output:
         with disk_errors(self.path, self.error):
             for link in (self.path, *self.path.parents):
                 if link.is_symlink() and not os.path.exists(link):
-                    raise self.error(f"{link} is a link to something that is not there: name another folder")
+                    raise self.error(
+                        f"{link} is a link to something that is not there: name another folder"
+                    )
             there, missing = self._parted()
             if not there.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
             longest = max((len(os.fsencode(name)) for name in missing), default=0)
             length = len(os.fsencode(self.folder)) + INNER_BYTES
-            if longest > os.pathconf(there, "PC_NAME_MAX") or length > os.pathconf(there, "PC_PATH_MAX"):
+            if longest > os.pathconf(there, "PC_NAME_MAX") or length > os.pathconf(
+                there, "PC_PATH_MAX"
+            ):
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(self.path))
             probe_disk(there)
             if not missing:
@@ -147,7 +159,9 @@ class Output:
     def _refuse_foreign(self) -> None:
         """Raise `error` for a file of others with a name that is written."""
         own = own_files(self.folder)
-        foreign = sorted(name for name in os.listdir(self.folder) if self._is_written(name) and name not in own)
+        foreign = sorted(
+            name for name in os.listdir(self.folder) if self._is_written(name) and name not in own
+        )
         if foreign:
             raise self.error(
                 f"{self.path} holds {foreign[0]!r}, which this program did not write (or which was changed since): "
@@ -187,14 +201,20 @@ class Output:
         folder = self.folder
         if not folder.is_dir():
             return False
-        return is_current(folder) or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+        return (
+            is_current(folder)
+            or os.path.ismount(folder)
+            or not os.access(folder.parent, os.W_OK | os.X_OK)
+        )
 
     def _publish(self, stage: Path) -> None:
         new = stage / "new"
         names = sorted(path.name for path in new.iterdir())
         odd = [name for name in names if not self._is_written(name)]
         if odd or not names:
-            raise ValueError(f"an output of {', '.join(self.patterns)} was filled with {odd or 'nothing'}")
+            raise ValueError(
+                f"an output of {', '.join(self.patterns)} was filled with {odd or 'nothing'}"
+            )
         write_record(new, {name: [digest_of(new / name)] for name in names})
         flush_tree(new)
         if not os.path.lexists(self.folder):
@@ -234,7 +254,9 @@ class Output:
     def _swap(self, stage: Path) -> None:
         folder, new, old = self.folder, stage / "new", stage / "old"
         before, after = read_record(folder), read_record(new)
-        going = [name for name in own_files(folder) if not is_among(folder / name, after.get(name, []))]
+        going = [
+            name for name in own_files(folder) if not is_among(folder / name, after.get(name, []))
+        ]
         coming = [name for name in after if not is_among(folder / name, after[name])]
         both = {name: [*before.get(name, []), *after.get(name, [])] for name in (*before, *after)}
         old.mkdir()
@@ -303,7 +325,10 @@ def read_record(folder: Path) -> dict[str, list[str]]:
 def _record(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        files = {str(name): [str(digest) for digest in digests] for name, digests in found["files"].items()}
+        files = {
+            str(name): [str(digest) for digest in digests]
+            for name, digests in found["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     inside = {name: digests for name, digests in files.items() if Path(name).name == name}
@@ -312,7 +337,11 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def write_record(folder: Path, files: dict[str, list[str]], unfinished: str | None = None) -> None:
     """Record own files, whole or not at all; `unfinished` names the stage of files that are on their way."""
-    content = {"version": VERSION, "files": files, **({"unfinished": unfinished} if unfinished else {})}
+    content = {
+        "version": VERSION,
+        "files": files,
+        **({"unfinished": unfinished} if unfinished else {}),
+    }
     aside = folder / f"{STAGE}record"
     with aside.open("w", encoding="utf-8") as stream:
         json.dump(content, stream, indent=1)
@@ -323,7 +352,9 @@ def write_record(folder: Path, files: dict[str, list[str]], unfinished: str | No
 
 def own_files(folder: Path) -> set[str]:
     """The files in a folder that are still as this program wrote them."""
-    return {name for name, digests in read_record(folder).items() if is_among(folder / name, digests)}
+    return {
+        name for name, digests in read_record(folder).items() if is_among(folder / name, digests)
+    }
 
 
 @contextmanager
@@ -408,7 +439,9 @@ def exchange(one: Path, other: Path) -> bool:
     """Let two folders change names in one step; False where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
-    return rename is not None and rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+    return (
+        rename is not None and rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+    )
 
 
 def make_folders(folder: Path) -> list[Path]:

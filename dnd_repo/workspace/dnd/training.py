@@ -138,10 +138,17 @@ class Run:
         weight_T = self._importance(self.tokenizer.n_tokens(like))
         self.plain = make_model(settings, self.tokenizer, like, encoder, weight_T)
         self.samples = Samples(
-            self.bank, self.tokenizer, text_tokenizer, settings.n_prompts, settings.max_length, settings.seed
+            self.bank,
+            self.tokenizer,
+            text_tokenizer,
+            settings.n_prompts,
+            settings.max_length,
+            settings.seed,
         )
         trained = [p for p in self.plain.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         # Not given to Accelerate, which would step it once a process: it counts the same steps on every rank.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -150,7 +157,11 @@ class Run:
         """Read, or computed by the first process from the bank and sent to the others."""
         if self.settings.criterion_weight is not None:
             return load_importance(self.settings.criterion_weight, n_tokens)
-        own = importance_weights(self.bank.states(), self.tokenizer) if self.accelerator.is_main_process else None
+        own = (
+            importance_weights(self.bank.states(), self.tokenizer)
+            if self.accelerator.is_main_process
+            else None
+        )
         weight_T = torch.ones(n_tokens) if own is None else own
         return broadcast(weight_T.to(self.accelerator.device)).cpu()
 
@@ -185,9 +196,15 @@ class Run:
     def save(self, folder: Path) -> None:
         """Write `checkpoint-STEP`, whole or not at all; those before it are then removed."""
         with Output(folder / f"checkpoint-{self.step:06d}", CHECKPOINT_PATTERNS).writing() as stage:
-            save_file({k: v.contiguous() for k, v in trained_state(self.plain).items()}, stage / MODEL_FILE)
+            save_file(
+                {k: v.contiguous() for k, v in trained_state(self.plain).items()},
+                stage / MODEL_FILE,
+            )
             (stage / SETTINGS_FILE).write_text(json.dumps(self.described, indent=1))
-            trainer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+            trainer = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            }
             torch.save({**trainer, "step": self.step, "losses": self.losses}, stage / TRAINER_FILE)
         for older in checkpoints_in(folder)[:-1]:
             Output(older, CHECKPOINT_PATTERNS).remove()
@@ -205,7 +222,9 @@ class Run:
         self.step, self.losses = state["step"], state["losses"]
 
 
-def describe(settings: TrainSettings, like: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    settings: TrainSettings, like: Mapping[str, Tensor], adapter_config: Mapping[str, Any]
+) -> dict[str, Any]:
     """What stands beside a checkpoint, enough to generate from it without the bank."""
     shapes = {key: list(tensor.shape) for key, tensor in like.items()}
     return {"settings": asdict(settings), "shapes": shapes, "adapter_config": dict(adapter_config)}
@@ -214,7 +233,11 @@ def describe(settings: TrainSettings, like: Mapping[str, Tensor], adapter_config
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a training in the order of their steps; folders of the same name by others do not count."""
     names = (MODEL_FILE, SETTINGS_FILE, TRAINER_FILE)
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d{6,}", path.name)
+    ]
     return sorted((p for p in found if all((p / name).is_file() for name in names)), key=step_of)
 
 
@@ -241,7 +264,9 @@ def newest_checkpoint(folder: Path) -> Path:
     """Return the last checkpoint that a training left. Raises DndError for none."""
     found = checkpoints_in(folder)
     if not found:
-        raise DndError(f"{folder} holds no checkpoint: train first, or name the folder that a training wrote")
+        raise DndError(
+            f"{folder} holds no checkpoint: train first, or name the folder that a training wrote"
+        )
     return found[-1]
 
 
@@ -252,7 +277,9 @@ def load_encoder(name: str) -> tuple[Any, nn.Module]:
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DndError(f"no encoder can be loaded from {name!r}: name a folder or a hub id with --encoder") from error
+        raise DndError(
+            f"no encoder can be loaded from {name!r}: name a folder or a hub id with --encoder"
+        ) from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer, model.float().eval()
 
@@ -276,7 +303,9 @@ def make_model(
     }
     if first[1] == settings.max_length:
         return HyperConvDecoderModel(config, weight_T, extractor)
-    return HyperConvDecoderModel_SuperLarge(config, weight_T, settings.max_length, first[1], extractor)
+    return HyperConvDecoderModel_SuperLarge(
+        config, weight_T, settings.max_length, first[1], extractor
+    )
 
 
 def refuse_different_weights(accelerator: Accelerator, model: HyperConvDecoderModel) -> None:
@@ -286,4 +315,6 @@ def refuse_different_weights(accelerator: Accelerator, model: HyperConvDecoderMo
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=accelerator.device)
     if accelerator.gather(own).unique().numel() != 1:
-        raise DndError("the processes hold different weights: they did not see the same gradients; start them again")
+        raise DndError(
+            "the processes hold different weights: they did not see the same gradients; start them again"
+        )

@@ -22,7 +22,9 @@ CONDITION_MODULE = "condition_module."
 class HyperConvDecoder(nn.Module):
     """Prompt features [B, N, L, C] to tokens [B, T, H, W]; `features` lists (N, L, C) from the input on."""
 
-    def __init__(self, features: Sequence[Sequence[int]], condition_dim: Sequence[int], kernel_size: int) -> None:
+    def __init__(
+        self, features: Sequence[Sequence[int]], condition_dim: Sequence[int], kernel_size: int
+    ) -> None:
         super().__init__()
         shapes = [_as_features(f) for f in features]
         if len(shapes) < 2 or tuple(condition_dim) != shapes[0]:
@@ -71,7 +73,11 @@ def weighted_token_mse(
     error = torch.where(kept, tokens_BTHW - target_BTHW.nan_to_num(), 0).square()
     loss = (error * weight_T.view(1, -1, 1, 1)).sum() / kept.sum()
     if not loss.isfinite():
-        cause = "the prediction holds NaN or infinite values" if kept.any() else "the target is nothing but padding"
+        cause = (
+            "the prediction holds NaN or infinite values"
+            if kept.any()
+            else "the target is nothing but padding"
+        )
         raise DndError(f"the token loss is {loss.item()}: {cause}")
     return loss
 
@@ -86,7 +92,10 @@ class HyperConvDecoderModel(nn.Module):
     criterion_weight: Tensor
 
     def __init__(
-        self, config: Mapping[str, Any], criterion_weight: Tensor, condition_module: nn.Module | None = None
+        self,
+        config: Mapping[str, Any],
+        criterion_weight: Tensor,
+        condition_module: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = HyperConvDecoder(**config)
@@ -95,7 +104,9 @@ class HyperConvDecoderModel(nn.Module):
                 f"{criterion_weight.numel()} importance weights for {self.model.token_dim[0]} tokens: one a token is "
                 "needed; are they of another model size?"
             )
-        self.register_buffer("criterion_weight", criterion_weight.detach().clone().float().view(1, -1, 1, 1))
+        self.register_buffer(
+            "criterion_weight", criterion_weight.detach().clone().float().view(1, -1, 1, 1)
+        )
         self.condition_module = (condition_module or nn.Identity()).requires_grad_(False)
 
     def extract_condition(self, condition: Any) -> Tensor:
@@ -109,7 +120,9 @@ class HyperConvDecoderModel(nn.Module):
 
     def forward(self, condition: Any, target_BTHW: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss against teacher tokens. Raises DndError as `weighted_token_mse` does."""
-        return weighted_token_mse(self.generate(condition), target_BTHW, self.criterion_weight, mask)
+        return weighted_token_mse(
+            self.generate(condition), target_BTHW, self.criterion_weight, mask
+        )
 
 
 HyperConvDecoderModel_FullCond = HyperConvDecoderModel
@@ -143,13 +156,19 @@ class HyperConvDecoderModel_SuperLarge(HyperConvDecoderModel):
                 f"the prompts have a length of {features_BNLC.shape[2]}, {self.down_proj.in_features} is needed: "
                 "pad or cut them to it"
             )
-        short_BNCL = self.gate_proj(nn.functional.silu(self.down_proj(features_BNLC.transpose(2, 3))))
+        short_BNCL = self.gate_proj(
+            nn.functional.silu(self.down_proj(features_BNLC.transpose(2, 3)))
+        )
         return self.model(short_BNCL.transpose(2, 3))
 
 
 def trained_state(model: HyperConvDecoderModel) -> dict[str, Tensor]:
     """What a checkpoint holds: everything but the frozen extractor, on the CPU."""
-    return {k: v.detach().cpu() for k, v in model.state_dict().items() if not k.startswith(CONDITION_MODULE)}
+    return {
+        k: v.detach().cpu()
+        for k, v in model.state_dict().items()
+        if not k.startswith(CONDITION_MODULE)
+    }
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

@@ -58,7 +58,9 @@ class HyperConvBlock(nn.Module):
 
     def __init__(self, features: Sequence[Features], kernel_size: int) -> None:
         super().__init__()
-        self.module_list = nn.ModuleList(HyperConvLayer(i, o, kernel_size) for i, o in pairwise(features))
+        self.module_list = nn.ModuleList(
+            HyperConvLayer(i, o, kernel_size) for i, o in pairwise(features)
+        )
 
     def forward(self, x_BNLC: Tensor) -> Tensor:
         for layer in self.module_list:

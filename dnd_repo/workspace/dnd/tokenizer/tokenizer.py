@@ -43,12 +43,18 @@ class LoraTokenizer2D:
 
     usual_token_size: tuple[int, int] | None = None
 
-    def __init__(self, token_size: Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, token_size: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         size = token_size if token_size is not None else self.usual_token_size
         if size is None or len(size) != 2 or min(size) <= SCALE:
-            raise DndError(f"the token size is {size}; it must be (height, width), each above {SCALE}")
+            raise DndError(
+                f"the token size is {size}; it must be (height, width), each above {SCALE}"
+            )
         if dtype not in (torch.float32, torch.bfloat16):
-            raise DndError(f"tokens cannot be stored as {dtype}: use torch.float32 or torch.bfloat16")
+            raise DndError(
+                f"tokens cannot be stored as {dtype}: use torch.float32 or torch.bfloat16"
+            )
         self.height, self.width, self.dtype = int(size[0]), int(size[1]), dtype
 
     @property
@@ -76,7 +82,9 @@ class LoraTokenizer2D:
     def _count(self, key: str, rank: int, width: int) -> int:
         rows, columns = self.height - SCALE, self.width - SCALE
         if rank > rows:
-            raise DndError(f"{key} has rank {rank}, a token of height {self.height} holds {rows}: use {rank + SCALE}")
+            raise DndError(
+                f"{key} has rank {rank}, a token of height {self.height} holds {rows}: use {rank + SCALE}"
+            )
         if width > columns and width % columns:
             raise DndError(
                 f"{key} has width {width}, which chunks of {columns} (token width {self.width} - {SCALE}) do not "
@@ -93,12 +101,21 @@ class LoraTokenizer2D:
         pieces = self.plan(state)
         lead = state[pieces[0].key].shape[:-2]
         rows, columns = self.height - SCALE, self.width - SCALE
-        body = state[pieces[0].key].new_zeros((*lead, self._total(pieces), rows, columns), dtype=torch.float32)
+        body = state[pieces[0].key].new_zeros(
+            (*lead, self._total(pieces), rows, columns), dtype=torch.float32
+        )
         for piece in pieces:
-            place = body[..., piece.start : piece.start + piece.n_tokens, : piece.rank, : min(piece.width, columns)]
+            place = body[
+                ...,
+                piece.start : piece.start + piece.n_tokens,
+                : piece.rank,
+                : min(piece.width, columns),
+            ]
             place.copy_(_cut(state[piece.key], piece))
         if not body.sum().isfinite():
-            raise DndError(f"the adapter holds NaN or infinite values in {_first_odd(state)}: train it again")
+            raise DndError(
+                f"the adapter holds NaN or infinite values in {_first_odd(state)}: train it again"
+            )
         return self._standardise(body, pieces).to(self.dtype)
 
     def _total(self, pieces: Sequence[Piece]) -> int:
@@ -110,7 +127,9 @@ class LoraTokenizer2D:
         size = (~padding).sum((-2, -1)).double()
         mean = body.sum((-2, -1), dtype=torch.float64) / size
         centred = (body - mean[..., None, None].float()).masked_fill_(padding, 0.0)
-        deviation = (centred.square().sum((-2, -1), dtype=torch.float64) / (size - 1).clamp_min(1)).sqrt()
+        deviation = (
+            centred.square().sum((-2, -1), dtype=torch.float64) / (size - 1).clamp_min(1)
+        ).sqrt()
         scales = torch.stack([8 * mean, (0.9 * deviation + 0.1).log() + 1.6], -1).to(self.dtype)
         if self.dtype != torch.float32:
             mean, deviation = _as_read(scales, mean, deviation)
@@ -145,10 +164,14 @@ class LoraTokenizer2D:
         pieces = self.plan(like)
         needed = (self._total(pieces), self.height, self.width)
         if tuple(tokens.shape[-3:]) != needed:
-            raise DndError(f"the tokens have shape {tuple(tokens.shape)}, this adapter needs [..., *{needed}]")
+            raise DndError(
+                f"the tokens have shape {tuple(tokens.shape)}, this adapter needs [..., *{needed}]"
+            )
         tokens = tokens.float()
         mean, deviation = self._read_scales(tokens)
-        values = tokens[..., :-SCALE, :-SCALE].masked_fill(self._padding(pieces).to(tokens.device), 0.0)
+        values = tokens[..., :-SCALE, :-SCALE].masked_fill(
+            self._padding(pieces).to(tokens.device), 0.0
+        )
         body = values * deviation[..., None, None] + mean[..., None, None]
         return OrderedDict((p.key, _join(body, p)) for p in sorted(pieces, key=_position_in(like)))
 
@@ -157,7 +180,11 @@ class LoraTokenizer2D:
         columns = tokens[..., :, -SCALE:].double().nanmean(-2)
         # At an odd width the columns, written last, break the turns of the rows at their end: it is left out there.
         whole = self.width - (SCALE + 1) * (self.width % SCALE)
-        rows = tokens[..., -SCALE:, :whole].double().unflatten(-1, (-1, SCALE)).nanmean((-3, -2)) if whole else columns
+        rows = (
+            tokens[..., -SCALE:, :whole].double().unflatten(-1, (-1, SCALE)).nanmean((-3, -2))
+            if whole
+            else columns
+        )
         mean, deviation = _from_scales((rows + columns) / 2)
         return mean.float(), deviation.float()
 
@@ -168,11 +195,15 @@ def ordered_keys(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     for key, tensor in state.items():
         match = _KEY.match(key)
         if match is None or tensor.ndim < 2:
-            raise DndError(f"{key!r} is no matrix of a LoRA: expected '….lora_A.weight' and '….lora_B.weight'")
+            raise DndError(
+                f"{key!r} is no matrix of a LoRA: expected '….lora_A.weight' and '….lora_B.weight'"
+            )
         modules.setdefault(match["module"], {})[match["side"]] = key
     alone = [module for module, sides in modules.items() if len(sides) != 2]
     if alone or not modules:
-        raise DndError(f"{alone[0] if alone else 'the adapter'} lacks lora_A or lora_B: each module needs one of both")
+        raise DndError(
+            f"{alone[0] if alone else 'the adapter'} lacks lora_A or lora_B: each module needs one of both"
+        )
     if len(modules) * 2 != len(state):
         raise DndError("a module stands twice in the adapter: name one adapter's weights alone")
     return [(sides[side], side) for sides in modules.values() for side in "AB"]
@@ -181,21 +212,31 @@ def ordered_keys(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 def default_token_size(state: Mapping[str, Tensor], least: int = 16) -> tuple[int, int]:
     """A token size for adapters of these shapes: the rank, and the widest chunk that divides every matrix (or, where
     that is below `least`, the widest matrix), each plus 2."""
-    sized = [state[key].shape[-2:] if side == "A" else state[key].shape[-2:][::-1] for key, side in ordered_keys(state)]
+    sized = [
+        state[key].shape[-2:] if side == "A" else state[key].shape[-2:][::-1]
+        for key, side in ordered_keys(state)
+    ]
     widths = [width for _, width in sized]
     common = math.gcd(*widths)
-    return max(rank for rank, _ in sized) + SCALE, (common if common >= least else max(widths)) + SCALE
+    return max(rank for rank, _ in sized) + SCALE, (
+        common if common >= least else max(widths)
+    ) + SCALE
 
 
 def _refuse_mixed_rank(pieces: Sequence[Piece]) -> None:
     ranks = sorted({p.rank for p in pieces})
     if len(ranks) > 1:
         odd = next(p.key for p in pieces if p.rank != pieces[0].rank)
-        raise DndError(f"the adapter mixes the ranks {ranks}, such as in {odd}: all modules must have one rank")
+        raise DndError(
+            f"the adapter mixes the ranks {ranks}, such as in {odd}: all modules must have one rank"
+        )
 
 
 def _first_odd(state: Mapping[str, Tensor]) -> str:
-    return next((key for key, tensor in state.items() if not tensor.isfinite().all()), "the sum of its values")
+    return next(
+        (key for key, tensor in state.items() if not tensor.isfinite().all()),
+        "the sum of its values",
+    )
 
 
 def _from_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

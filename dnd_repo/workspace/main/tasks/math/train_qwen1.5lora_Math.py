@@ -6,4 +6,6 @@ from dnd.commands import exit_status, train_command
 from dnd.recipes import MATH
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: train_command(MATH, "data/math1.5B", "checkpoints/qwen1.5lora__Math")))
+    sys.exit(
+        exit_status(lambda: train_command(MATH, "data/math1.5B", "checkpoints/qwen1.5lora__Math"))
+    )
