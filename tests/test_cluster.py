@@ -20,17 +20,19 @@ from tqdm import tqdm
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig
-from tuning.search.queue import TrialOrder
+from tuning.search.queue import ListQueue
 from tuning.studies import Study
+from tuning.studies.options import Options
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Node, check_resources, memory_fraction, start_ray
+from tuning.sweep.run import Job
 from tuning.sweep.worker import (
-    HOPELESS_STARTS,
+    MAX_RESTARTS,
     TrialSetting,
     attempt,
     cause_of,
-    check_hope,
+    check_restarts,
     is_of_the_process,
 )
 from tuning.tracking.runs import read_trials
@@ -80,7 +82,7 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
 ) -> None:
     import ray
 
-    from tuning.sweep import run as sweep
+    from tuning.sweep import ray_tune as sweep
 
     (tmp_path / "there").mkdir()
     specs = tuple(trial(seed) for seed in range(4))
@@ -96,11 +98,10 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
     resources = check_resources(0.25, 0.25, None, [Node(1, 1)])
     try:
         start_ray(resources)
-        searcher, storage = sweep.ListSearcher(TrialOrder(specs, 4)), str(tmp_path / "state")
+        storage = str(tmp_path / "state")
         TrialCheckpoints(storage, specs[0].id).write({"step": 1})
-        sweep.run_sweep(
-            Study("s", specs), {}, tracker.target, tracker, resources, searcher, storage=storage
-        )
+        job = Job(Study("s", specs), Options(), {}, tracker, storage, resources)
+        sweep.run_sweep(job, ListQueue(specs, specs, 4))
     finally:
         ray.shutdown()
     found = {
@@ -153,7 +154,7 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
 ) -> None:
     from ray import cloudpickle
 
-    from tuning.sweep.run import Watcher
+    from tuning.sweep.ray_tune import Watcher
 
     assert tracker.target is not None
     TrialTracker.open(tracker.target, trial(0).id, "multitask", {}, {})
@@ -168,7 +169,7 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
 
 
 def test_a_death_is_told_in_one_line(tmp_path: Path) -> None:
-    from tuning.sweep.run import death_of
+    from tuning.sweep.ray_tune import death_of
 
     file = tmp_path / "error.txt"
     assert death_of(SimpleNamespace(error_file=None)) == "no cause known"
@@ -198,19 +199,19 @@ def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyT
     def start(session: str = "first") -> TrialTracker:
         assert tracker.target is not None
         run = TrialTracker.open(tracker.target, "t", "multitask", {}, {})
-        check_hope(run, checkpoints, session)
+        check_restarts(run, checkpoints, session)
         return run
 
-    for _ in range(HOPELESS_STARTS):
+    for _ in range(MAX_RESTARTS):
         start()
     tracker.tag_trial("t", {"llgbm.last_death": "killed by the test"})
     with pytest.raises(
-        UserError, match=rf"died {HOPELESS_STARTS} times in a row .*killed by the test"
+        UserError, match=rf"died {MAX_RESTARTS} times in a row .*killed by the test"
     ):
         start()
     start("second")
     checkpoints.write({"step": 5})
-    assert start().attempts == HOPELESS_STARTS + 3
+    assert start().attempts == MAX_RESTARTS + 3
 
 
 def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(

@@ -12,7 +12,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.dry_run import Plan, describe_cost, duration
 from tuning.run_ablation import main
-from tuning.search.points import PointSearch, open_search, optuna_url
+from tuning.search.points import PointQueue, open_search, optuna_url
 from tuning.studies import STUDIES, Study, StudyOptions, phase_4_5
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.costs import Costs, PastRun, kind_of, past_runs
@@ -149,7 +149,7 @@ def test_a_search_shows_what_is_drawn_and_costs_what_is_not(
     monkeypatch.chdir(tmp_path)
     study: Study = STUDIES["optuna_lambda"](StudyOptions())
     assert study.space is not None
-    search = PointSearch(study.space, open_search(study, optuna_url(None, tmp_path)), 3)
+    search = PointQueue(study.space, open_search(study, optuna_url(None, tmp_path)), 3)
     first: TrialSpec | None = search.ask()
     assert first is not None
     before = folder_hash(tmp_path)

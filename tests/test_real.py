@@ -55,7 +55,7 @@ def bank(tiny_base: Base, folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def worlds(*arguments: str) -> tuple[WorldConfig, ...]:
-    return own_worlds(parse_arguments(list(arguments)))
+    return own_worlds(parse_arguments(arguments).study)
 
 
 def data_arguments(folder: Path) -> list[str]:

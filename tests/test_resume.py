@@ -6,7 +6,6 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import (
     KEPT,
     TrialCheckpoints,
-    below,
+    join,
     open_storage,
     study_lock,
     trial_lock,
@@ -36,7 +35,7 @@ from tuning.sweep.resume import (
     begin_anew,
     check_same_study,
     find_study,
-    recorded_arguments,
+    recorded_options,
     trials_to_run,
 )
 from tuning.tracking.runs import read_trials
@@ -141,9 +140,10 @@ def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
 def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> None:
     tracker = begun(root, SMOKE, '{"smoke": true, "seeds": [0]}')
     begun(root, Study("later", (trial(0),)))
-    given = Namespace(**{**vars(parse_arguments([])), "resume": SMOKE.id, "max_concurrent": 1})
-    arguments, recorded = recorded_arguments(given, parse_arguments([]), tracker)
-    assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
+    given = parse_arguments(["--resume", SMOKE.id, "--max-concurrent", "1"])
+    options, recorded = recorded_options(given, tracker)
+    assert (options.study.smoke, options.study.seeds) == (True, (0,))
+    assert options.run.max_concurrent == 1
     assert recorded == SMOKE.id
     assert find_study(tracker, "latest").info.run_name == "later"
     with pytest.raises(
@@ -253,7 +253,7 @@ def test_two_processes_never_hold_one_trial_or_study(
 _HALF_MADE = """
 import os, sys
 from pathlib import Path
-from tuning.tracking import StudyTracker
+from tuning.tracking.study import StudyTracker
 os.replace = lambda *names: os._exit(9)
 StudyTracker.open(None, Path(sys.argv[1]), "ablation")
 """
@@ -276,9 +276,9 @@ def test_an_unknown_kind_of_store_is_refused() -> None:
 
 
 def test_the_settings_of_an_object_store_stay_at_the_end_of_its_address() -> None:
-    assert below("/a/what?/", "ray/x") == "/a/what?/ray/x"
-    assert below("s3://bucket/folder", "ray/x") == "s3://bucket/folder/ray/x"
-    asked = below("s3://bucket/folder/?region=us-east-1&scheme=http", "ray/x")
+    assert join("/a/what?/", "ray/x") == "/a/what?/ray/x"
+    assert join("s3://bucket/folder", "ray/x") == "s3://bucket/folder/ray/x"
+    asked = join("s3://bucket/folder/?region=us-east-1&scheme=http", "ray/x")
     assert asked == "s3://bucket/folder/ray/x?region=us-east-1&scheme=http"
     assert open_storage(asked)[1] == "bucket/folder/ray/x"
 

@@ -1,7 +1,7 @@
-"""What a Ray Tune worker runs: one trial, from shared tensors to artifacts. Ray is the few lines at the end.
+"""Run one trial in a Ray Tune worker: train, evaluate, log. Ray is used in the last function only.
 
-A trial goes on from its newest checkpoint, whoever began it. An error that would come again is caught and told to the
-driver, which marks the trial FAILED; only a worker that dies is started again by Ray.
+A trial continues from its newest checkpoint. An error that would come again is caught and reported to the driver, which
+marks the trial FAILED; Ray restarts only workers that die.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tuning.tracking.runs import DEATH_TAG, TrackingTarget
 from tuning.tracking.trial import TrialTracker, finished_metrics
 
 CHECKPOINT_SECONDS = 300.0
-HOPELESS_STARTS = 10
+MAX_RESTARTS = 10
 STARTS_TAG = "llgbm.starts"
 
 
 @dataclass(frozen=True)
 class TrialSetting:
-    """What every trial of one sweep is given beside its own spec: where it reports, where its state is kept, its share.
+    """The setting that all trials of a sweep share: where to report, where to keep state, and a trial's share.
 
-    `session` names the driver's present life.
+    `session` names the driver's process.
     """
 
     target: TrackingTarget
@@ -59,9 +59,9 @@ def run_trial(
 ) -> dict[str, float]:
     """Train from the newest checkpoint, evaluate and log one trial; return its final metrics.
 
-    They are logged at the step after the last, since they are of the best generator, not of the last.
-    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known. The adapters that it generates
-    are among its artifacts if `keep_adapters` says so.
+    Final metrics are logged at the step after the last, since they are of the best generator, not of the last.
+    `on_evaluation(step, metrics)` is called at each validation. `keep_adapters` adds the generated adapters to the
+    artifacts.
     """
 
     def report(step: int, metrics: Mapping[str, float]) -> bool:
@@ -102,7 +102,7 @@ def run_trial(
 
 
 def peak_memory_mb() -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process, in MB."""
+    """Return the peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,10 +115,10 @@ def attempt(
     setting: TrialSetting,
     on_evaluation: Callable[[int, Mapping[str, float]], Any],
 ) -> dict[str, Any]:
-    """Run a trial and say how it went: its final metrics with `finished`, or the cause in `failed`.
+    """Run a trial; return its final metrics with `finished`, or the cause in `failed`.
 
-    A trial that is finished already is not run: its metrics come with `reused`. Raises only what a new process may
-    mend.
+    A trial that is finished already is not run: its metrics come with `reused`. Raises only errors that a new process
+    may not have.
     """
     try:
         with trial_lock(setting.storage, trial.id):
@@ -141,7 +141,7 @@ def run_tracked(
     setting: TrialSetting,
     on_evaluation: Callable[[int, Mapping[str, float]], Any],
 ) -> dict[str, float]:
-    """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
+    """Open the trial's run and run the trial. Metrics measured until an error or a stop are sent."""
     tags = {
         "llgbm.bank": world.bank.hash,
         "llgbm.base": world.base.hash,
@@ -152,7 +152,7 @@ def run_tracked(
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
     try:
         tracker.show_first("heldout/accuracy")
-        check_hope(tracker, checkpoints, setting.session)
+        check_restarts(tracker, checkpoints, setting.session)
         log_datasets(tracker.client, tracker.run_id, [world])
         spare_collector()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
@@ -163,12 +163,12 @@ def run_tracked(
         tracker.close()
 
 
-def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
-    """Count the starts from one checkpoint in the life of one driver; raise UserError when they lead nowhere."""
+def check_restarts(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
+    """Raise UserError after `MAX_RESTARTS` starts from the same checkpoint under one driver."""
     place = f"{session} {checkpoints.newest_name()}"
     tag = tracker.tag(STARTS_TAG)
     starts = 1 + (int(tag.rpartition(" ")[2]) if tag.startswith(f"{place} ") else 0)
-    if starts > HOPELESS_STARTS:
+    if starts > MAX_RESTARTS:
         cause = tracker.tag(DEATH_TAG) or "no cause known"
         raise UserError(
             f"its worker died {starts - 1} times in a row without reaching another checkpoint ({cause}): look for what "
@@ -178,19 +178,19 @@ def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: st
 
 
 def is_of_the_process(error: Exception) -> bool:
-    """Whether only this process is broken, as after a CUDA error that is not about memory: a new one may do better."""
+    """Return True for an error of this process alone, such as a CUDA error that is not about memory."""
     return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU or the host had no more memory to give."""
+    """Return True if a GPU or the host ran out of memory."""
     return isinstance(
         error, torch.OutOfMemoryError | MemoryError
     ) or "can't allocate memory" in str(error)
 
 
 def cause_of(error: Exception, setting: TrialSetting) -> str:
-    """One sentence on why a trial failed."""
+    """Say in one sentence why a trial failed."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
     if is_out_of_memory(error):
         share = f"{setting.gpus:g} of a GPU" if setting.gpus else "its share of the host"
@@ -202,7 +202,7 @@ def cause_of(error: Exception, setting: TrialSetting) -> str:
 def ray_trainable(
     params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting
 ) -> None:
-    """The function that Ray Tune calls; `params["trial"]` is the trial's spec."""
+    """Run the trial `params["trial"]`, as Ray Tune calls it."""
     from ray import tune
 
     take_share(setting.threads, setting.gpus)
