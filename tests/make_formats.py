@@ -33,7 +33,7 @@ from formats import (
     TOPICS,
     shown_numbers,
 )
-from made_datasets import rows, write_rows
+from helpers import rows, write_rows
 from safetensors.torch import save_file
 
 from llgbm.evaluation.baselines import known_baselines

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("llgbm", "tuning", "dnd_repo/workspace", "benchmarks")
 KNOWN = set((Path(__file__).parent / "torch_2_5.txt").read_text().split())
 

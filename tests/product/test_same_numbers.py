@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from made_study import make_study
 
 
@@ -32,7 +32,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> dict[
     return {name: tracker.tracking_uri for name, tracker in trackers.items()}
 
 
-def test_equal_stores_have_the_same_numbers(same_numbers: ModuleType, stores: dict[str, str]) -> None:
+def test_equal_stores_have_the_same_numbers(
+    same_numbers: ModuleType, stores: dict[str, str]
+) -> None:
     base, here = (same_numbers.read_store(stores[name]) for name in ("base", "here"))
     assert list(same_numbers.compare(base, here, with_ids=True)) == []
     assert set(base) == {"made", "multitask, seed 0 nano", "weight-only, seed 0 nano"}
@@ -42,7 +44,9 @@ def test_equal_stores_have_the_same_numbers(same_numbers: ModuleType, stores: di
     assert "baseline/ridge/accuracy" in base["made"].metrics
 
 
-def test_the_smallest_change_is_named_by_its_first_step(same_numbers: ModuleType, stores: dict[str, str]) -> None:
+def test_the_smallest_change_is_named_by_its_first_step(
+    same_numbers: ModuleType, stores: dict[str, str]
+) -> None:
     base, here = (same_numbers.read_store(stores[name]) for name in ("base", "changed"))
     found = list(same_numbers.compare(base, here, with_ids=True))
     assert {d.run for d in found} == {"multitask, seed 0 nano"}
@@ -51,21 +55,31 @@ def test_the_smallest_change_is_named_by_its_first_step(same_numbers: ModuleType
         ("heldout/accuracy", "30"),
         ("train/accuracy", "30"),
     }
-    assert all(d.base != d.here and math.isclose(float(d.base), float(d.here), rel_tol=1e-9) for d in found)
+    assert all(
+        d.base != d.here and math.isclose(float(d.base), float(d.here), rel_tol=1e-9) for d in found
+    )
     assert "heldout/accuracy" in same_numbers.table(found)
 
 
 def test_ids_runs_metrics_and_steps_are_compared(same_numbers: ModuleType) -> None:
     def record(trial_id: str = "a", **metrics: dict[int, float]) -> object:
-        curves = {key: {step: value.hex() for step, value in curve.items()} for key, curve in metrics.items()}
+        curves = {
+            key: {step: value.hex() for step, value in curve.items()}
+            for key, curve in metrics.items()
+        }
         return same_numbers.RunRecord(trial_id, curves)
 
     def found(base: dict, here: dict, with_ids: bool = True) -> list[tuple[str, ...]]:
-        return [(d.run, d.what, d.step, d.base, d.here) for d in same_numbers.compare(base, here, with_ids)]
+        return [
+            (d.run, d.what, d.step, d.base, d.here)
+            for d in same_numbers.compare(base, here, with_ids)
+        ]
 
     one = {"t": record(loss={1: 0.5, 2: math.nan})}
     assert found(one, {"t": record(loss={1: 0.5, 2: math.nan})}) == []
-    assert found(one, {"t": record("b", loss={1: 0.5, 2: math.nan})}) == [("t", "trial id", "-", "a", "b")]
+    assert found(one, {"t": record("b", loss={1: 0.5, 2: math.nan})}) == [
+        ("t", "trial id", "-", "a", "b")
+    ]
     assert found(one, {"t": record("b", loss={1: 0.5, 2: math.nan})}, with_ids=False) == []
     assert found(one, {"t": record(loss={1: 0.5})}) == [("t", "loss", "2", "nan", "missing")]
     assert found(one, {"t": record(other={1: 0.5})}) == [
@@ -73,7 +87,9 @@ def test_ids_runs_metrics_and_steps_are_compared(same_numbers: ModuleType) -> No
         ("t", "other", "-", "missing", "there"),
     ]
     assert found(one, {}) == [("t", "run", "-", "there", "missing")]
-    assert found({"t": record(loss={1: 0.0})}, {"t": record(loss={1: -0.0})}) == [("t", "loss", "1", "0.0", "-0.0")]
+    assert found({"t": record(loss={1: 0.0})}, {"t": record(loss={1: -0.0})}) == [
+        ("t", "loss", "1", "0.0", "-0.0")
+    ]
 
 
 def test_what_cannot_be_compared_ends_with_status_2(
@@ -93,4 +109,8 @@ def test_a_sweep_that_fails_is_told_in_its_own_words(
     with pytest.raises(SystemExit) as ended:
         same_numbers.run_side(ROOT, tmp_path / "side", ["--steps", "0"])
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and f"the sweep of {ROOT} ended with status 2" in said and "steps is 0" in said
+    assert (
+        ended.value.code == 2
+        and f"the sweep of {ROOT} ended with status 2" in said
+        and "steps is 0" in said
+    )
