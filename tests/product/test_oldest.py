@@ -1,4 +1,4 @@
-"""Names of torch that are used must exist in torch 2.5: `tests/data/torch_2_5.txt` lists those looked up in its sources.
+"""Names of torch that are used exist in torch 2.5: `tests/data/torch_2_5.txt` lists those looked up in its sources.
 
 A name that is not listed yet is looked up in a wheel of torch 2.5 (its `.py` and `.pyi` files), then added.
 """

@@ -73,11 +73,9 @@ def test_links_point_at_files() -> None:
 
 def map_of(package: str) -> dict[str, str]:
     """Entries of a package in the README's tree: name to its line."""
-    block = next(
-        b for b in re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S) if package in b
-    )
-    start = block.index(f"{package}/ ")
-    lines = itertools.takewhile(str.strip, block[start:].splitlines()[1:])
+    block = README.partition("## Where things are")[2].split("```")[1]
+    start = block.index(f"\n{package}/ ")
+    lines = itertools.takewhile(str.strip, block[start + 1 :].splitlines()[1:])
     parsed = [re.match(r"[├└]── (\S+)\s+(.*)", line) for line in lines]
     return {found[1]: found[2] for found in parsed if found}
 
