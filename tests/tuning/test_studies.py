@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ from tuning.studies import (
 from tuning.studies.from_file import make_study
 from tuning.studies.options import StudyArguments
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies.md"
+DOCS = ROOT / "docs" / "studies.md"
 
 
 def study(*arguments: str) -> Study:
