@@ -11,7 +11,7 @@ from llgbm.models.load import SIZES
 from llgbm.runtime import UserError
 from tuning.studies import STUDIES, Study, StudyOptions
 from tuning.studies.from_file import make_study, whole_name
-from tuning.studies.own_world import add_real_arguments, own_worlds
+from tuning.studies.own_world import add_world_arguments, custom_worlds
 from tuning.studies.spec import SAMPLERS, VAL_METRICS
 from tuning.sweep.artifacts import KEEP_ARTIFACTS
 
@@ -28,7 +28,7 @@ def parse_arguments(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _add_study(parser.add_argument_group("what is run"))
-    add_real_arguments(parser)
+    add_world_arguments(parser)
     _add_search(
         parser.add_argument_group("search (how a study's trials are chosen, and stopped early)")
     )
@@ -227,7 +227,7 @@ def _options(arguments: argparse.Namespace) -> StudyOptions:
     def several(values: list | None) -> tuple | None:
         return None if values is None else tuple(values)
 
-    worlds = own_worlds(arguments)
+    worlds = custom_worlds(arguments)
     return StudyOptions(
         model_sizes=tuple(world.size for world in worlds) or several(arguments.model_size),
         own_worlds=worlds,

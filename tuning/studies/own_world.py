@@ -22,7 +22,7 @@ ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_pe
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
-def add_real_arguments(parser: argparse.ArgumentParser) -> None:
+def add_world_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a base model and of datasets in files."""
     base = parser.add_argument_group("a base model of your own (default: the embedded one)")
     base.add_argument(
@@ -78,7 +78,7 @@ def add_real_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
+def custom_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
     """A world for each base that the arguments name; none where everything is the embedded one.
 
     Raises UserError for options that do not go together and for what cannot be found.
@@ -150,7 +150,7 @@ def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> Wor
     )
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
-    return fitted(
+    return clamp_examples(
         WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank)
     )
 
@@ -175,7 +175,7 @@ def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
     )
 
 
-def fitted(world: WorldConfig) -> WorldConfig:
+def clamp_examples(world: WorldConfig) -> WorldConfig:
     """The world with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
     prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
     if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:

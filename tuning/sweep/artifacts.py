@@ -18,7 +18,7 @@ from llgbm.training import Outcome
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.runs import TrialResult
-from tuning.tracking.store import explained
+from tuning.tracking.store import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,7 +58,7 @@ def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartR
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
     """The `best` finished trials of each size by a metric; those that never reported it do not count."""
-    done = [r for r in results if r.whole and metric in r.metrics]
+    done = [r for r in results if r.is_complete and metric in r.metrics]
     sizes = dict.fromkeys(r.params.get("model_size", "") for r in done)
     ranked = sorted(done, key=lambda r: -r.metrics[metric])
     return [
@@ -76,7 +76,7 @@ def keep_best_adapters(
     `worlds` by trial id. A second call writes the same files again. Raises UserError if the store fails.
     """
     for result in results:
-        with explained(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+        with store_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
             _generate_adapters(client, worlds[result.trial_id], result.run_id, Path(folder))
             client.log_artifacts(result.run_id, str(Path(folder) / "adapters"), "adapters")
 
