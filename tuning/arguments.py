@@ -22,7 +22,7 @@ from tuning.studies.options import (
     StudyArguments,
     read_options,
 )
-from tuning.studies.own_world import own_worlds
+from tuning.studies.own_world import custom_worlds
 from tuning.studies.spec import SAMPLERS
 
 PARTS = (StudyArguments, RunOptions, StoreOptions)
@@ -82,7 +82,7 @@ def study_of(options: Options) -> Study:
 
 
 def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
-    worlds = own_worlds(arguments, download)
+    worlds = custom_worlds(arguments, download)
     return StudyOptions(
         model_sizes=tuple(world.size for world in worlds) or arguments.model_size,
         own_worlds=worlds,

@@ -17,7 +17,12 @@ from llgbm.lora.adapters import load_adapter
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
-from tuning.sweep.artifacts import best_trials, bundle_facts, keep_best_adapters
+from tuning.sweep.artifacts import (
+    best_trials,
+    bundle_facts,
+    keep_best_adapters,
+    write_trial_adapters,
+)
 from tuning.tracking import notes as run_notes
 from tuning.tracking.runs import TrialResult, read_trials
 from tuning.tracking.study import StudyTracker
@@ -164,7 +169,7 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
         part: evaluate_generator(generator, world.data, world.flora, part)
         for part in ("val", "test")
     }
-    run_notes.write_trial_adapters(tmp_path / "own", world, results)
+    write_trial_adapters(tmp_path / "own", world, results)
     saved = Path(study.client.download_artifacts(trial.run_id, "adapters", str(tmp_path)))
     own = sorted(
         path.relative_to(tmp_path / "own/adapters")

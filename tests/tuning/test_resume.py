@@ -133,7 +133,7 @@ def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
     ran(tracker, trial(0), "FINISHED")
     tracker.finish_trial(trial(0).id, "FINISHED", {"llgbm.stopped_at_step": "40"})
     (result,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.whole
+    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.is_complete
     assert not trials_to_run([trial(0)], tracker.live_runs(), resume=True, retry_failed=False)
 
 

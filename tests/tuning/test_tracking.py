@@ -23,7 +23,7 @@ from helpers import free_port, mlflow_server, serving
 from llgbm.runtime import UserError
 from tuning.registry import fetch_bundle, register_generator
 from tuning.tracking.runs import TrackingTarget, read_trials
-from tuning.tracking.store import connect, local_tracking_uri, shown
+from tuning.tracking.store import connect, local_tracking_uri, redact
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_metrics
 
@@ -408,8 +408,8 @@ def test_a_relative_database_is_the_same_everywhere(
 
 
 def test_addresses_are_shown_without_secrets() -> None:
-    assert shown("https://me:secret@host:5000/x") == "https://host:5000/x"
-    assert shown("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    assert redact("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert redact("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
 
 
 _OPEN = """

@@ -267,7 +267,7 @@ def register_best(
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        done = [r for r in results if r.whole and specs[r.trial_id].world.size == size]
+        done = [r for r in results if r.is_complete and specs[r.trial_id].world.size == size]
         if done:
             best = max(done, key=lambda r: r.metrics[metric])
             spec = specs[best.trial_id]

@@ -15,11 +15,11 @@ from llgbm.runtime import UserError
 from tuning.tracking.store import (
     all_pages,
     connect,
-    explained,
     local_tracking_uri,
     quiet_mlflow,
-    shown,
+    redact,
     sqlite_path,
+    store_errors,
     usable_uri,
 )
 
@@ -58,7 +58,7 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
             f"there is no MLflow store at {uri}: give the address of the one you registered in."
         )
     uri = usable_uri(uri)
-    with explained(uri):
+    with store_errors(uri):
         yield connect(uri)
 
 
@@ -132,7 +132,7 @@ def existing_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     versions = versions_of(client, name)
     if not versions:
         known = ", ".join(model.name for model in all_models(client)) or "none at all"
-        raise UserError(f"{shown(client.tracking_uri)} has no model {name!r}: it has {known}.")
+        raise UserError(f"{redact(client.tracking_uri)} has no model {name!r}: it has {known}.")
     return versions
 
 

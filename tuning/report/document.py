@@ -75,7 +75,7 @@ def summary(record: StudyRecord) -> str:
 
 
 def _origin(record: StudyRecord) -> str:
-    whole = sum(trial.whole for trial in record.trials)
+    whole = sum(trial.is_complete for trial in record.trials)
     parts = [f"{whole} of {count(len(record.trials), 'trial')} counted"]
     parts += [f"study id `{record.study_id}`"] * bool(record.study_id)
     parts += [f"MLflow run `{record.run_id}`"] * bool(record.run_id)
@@ -181,7 +181,7 @@ def _write_csv(path: Path, record: StudyRecord) -> None:
         writer.writerow([*head, *params, *metrics])
         for t in record.trials:
             seed = "" if t.seed is None else t.seed
-            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.whole), t.run_id]
+            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.is_complete), t.run_id]
             values = [repr(t.metrics[key]) if key in t.metrics else "" for key in metrics]
             writer.writerow([*row, *(t.params.get(key, "") for key in params), *values])
 

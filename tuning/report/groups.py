@@ -128,13 +128,13 @@ def group_trials(
     `by_task` is the held-out accuracy of every task by run id, where it was kept.
     """
     sizes = list(dict.fromkeys(size_of(trial) for trial in trials))
-    keys = dict.fromkeys((size_of(trial), trial.config) for trial in trials if trial.whole)
+    keys = dict.fromkeys((size_of(trial), trial.config) for trial in trials if trial.is_complete)
     return [
         Group(
             config,
             size,
             f"{config} ({size})" if len(sizes) > 1 else config,
-            tuple(t for t in trials if t.whole and (size_of(t), t.config) == (size, config)),
+            tuple(t for t in trials if t.is_complete and (size_of(t), t.config) == (size, config)),
             by_task or {},
         )
         for size, config in sorted(keys, key=lambda key: sizes.index(key[0]))
@@ -241,7 +241,7 @@ def number(value: float | None) -> str:
 
 def repeated_seeds(trials: Sequence[TrialResult]) -> list[str]:
     """Configurations that hold more than one whole trial of a seed."""
-    counts = Counter((t.config, size_of(t), t.seed) for t in trials if t.whole)
+    counts = Counter((t.config, size_of(t), t.seed) for t in trials if t.is_complete)
     return sorted({config for (config, _, _), count in counts.items() if count > 1})
 
 

@@ -27,7 +27,7 @@ from tuning.report.groups import (
 )
 from tuning.report.plots import CURVES, DeltaMap
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
-from tuning.tracking.store import connect, explained
+from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
@@ -72,11 +72,13 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     Raises UserError if the store fails, has no such run, or a trial's artifact is damaged.
     """
     trials = tuple(read_trials(tracking_uri, parent_run_id, tuple(CURVES)))
-    with explained(tracking_uri), tempfile.TemporaryDirectory() as folder:
+    with store_errors(tracking_uri), tempfile.TemporaryDirectory() as folder:
         client = connect(tracking_uri)
         parent = client.get_run(parent_run_id)
         store = _Artifacts(client, Path(folder))
-        by_task = {trial.run_id: store.accuracy_by_task(trial) for trial in trials if trial.whole}
+        by_task = {
+            trial.run_id: store.accuracy_by_task(trial) for trial in trials if trial.is_complete
+        }
         by_task = {run_id: values for run_id, values in by_task.items() if values}
         deltas = [
             found for trial in _mapped(group_trials(trials)) if (found := store.delta_map(trial))

@@ -189,7 +189,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _numbers_by_task_missing(record: StudyRecord) -> list[str]:
-    whole = [trial for trial in record.trials if trial.whole]
+    whole = [trial for trial in record.trials if trial.is_complete]
     without = [trial for trial in whole if trial.run_id not in record.by_task]
     if not without:
         return []

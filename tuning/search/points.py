@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llgbm.runtime import UserError, stream_seed
 from tuning.search.queue import Result
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.tracking.store import shown, sqlite_path
+from tuning.tracking.store import redact, sqlite_path
 
 logger = logging.getLogger("tuning.search")
 Answer = TypeVar("Answer")
@@ -48,7 +48,7 @@ def explained_storage(url: str) -> Iterator[None]:
     except STORAGE_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the Optuna storage {shown(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
+            f"the Optuna storage {redact(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
             "sqlite:///path/optuna.db say"
         ) from error
 
@@ -90,7 +90,7 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
     try:
         return optuna.storages.get_storage(url)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the Optuna storage {shown(url)} cannot be opened ({error})") from error
+        raise UserError(f"the Optuna storage {redact(url)} cannot be opened ({error})") from error
 
 
 def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:

@@ -22,7 +22,7 @@ ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_pe
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
-def own_worlds(arguments: StudyArguments, download: bool = True) -> tuple[WorldConfig, ...]:
+def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[WorldConfig, ...]:
     """A world for each base that the arguments name; none where everything is the embedded one.
 
     Raises UserError for options that do not go together and for what cannot be found.
@@ -94,7 +94,7 @@ def _world(
     source = BaseSource.find(name, arguments.dtype, download=download)
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
-    return fitted(
+    return clamp_examples(
         WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank)
     )
 
@@ -119,7 +119,7 @@ def _teachers(arguments: StudyArguments, published: Any) -> TeacherConfig:
     )
 
 
-def fitted(world: WorldConfig) -> WorldConfig:
+def clamp_examples(world: WorldConfig) -> WorldConfig:
     """The world with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
     prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
     if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:

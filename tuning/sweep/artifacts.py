@@ -17,7 +17,7 @@ from llgbm.training import Outcome
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.runs import TrialResult
-from tuning.tracking.store import explained
+from tuning.tracking.store import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +46,7 @@ def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartR
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
     """Return the `best` finished trials of each size by a metric; trials without the metric do not count."""
-    done = [result for result in results if result.whole and metric in result.metrics]
+    done = [result for result in results if result.is_complete and metric in result.metrics]
     by_size: dict[str, list[TrialResult]] = {
         result.params.get("model_size", ""): [] for result in done
     }
@@ -63,7 +63,7 @@ def keep_best_adapters(
     `worlds` by trial id. A second call writes the same files. Raises UserError if the store fails.
     """
     for result in results:
-        with explained(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+        with store_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
             _generate_adapters(client, worlds[result.trial_id], result.run_id, Path(folder))
             client.log_artifacts(result.run_id, str(Path(folder) / "adapters"), "adapters")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llgbm.training import TrainingConfig
 from tuning.tracking.runs import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG, measured
-from tuning.tracking.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
+from tuning.tracking.store import connect, local_tracking_uri, sqlite_path, store_errors, usable_uri
 
 Kind = tuple[Any, ...]
 
@@ -63,7 +63,7 @@ def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[Pas
             return []
     else:
         uri = usable_uri(uri)
-    with explained(uri):
+    with store_errors(uri):
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
         return [] if found is None else list(_finished(client, found.experiment_id))

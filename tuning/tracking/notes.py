@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.store import explained
+from tuning.tracking.store import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,7 +94,7 @@ def log_datasets(client: MlflowClient, run_id: str, worlds: Sequence[World]) -> 
     MLflow creates a data set on first sight and two processes that do so at once collide, so the driver calls this
     for the parent run before any trial does. Calling again changes nothing. Raises UserError if the store fails.
     """
-    with explained(client.tracking_uri):
+    with store_errors(client.tracking_uri):
         client.log_inputs(
             run_id, [dataset for world in worlds for dataset in world_datasets(world)]
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
-from tuning.tracking.store import all_pages, connect, explained, quiet_mlflow, shown
+from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +47,7 @@ class TrialResult:
     superseded: bool = False
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it was trained to its end and evaluated: neither failed nor stopped early nor obsolete."""
         return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
@@ -67,7 +67,7 @@ def read_trials(
     Raises UserError if the store fails or has no such run.
     """
     quiet_mlflow()
-    with explained(tracking_uri):
+    with store_errors(tracking_uri):
         client = connect(tracking_uri)
         experiment_id = client.get_run(parent_run_id).info.experiment_id
         own = list(find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
@@ -181,7 +181,7 @@ class TrackingTarget:
     study: str
 
 
-def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+def check_finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     values = {key: float(value) for key, value in metrics.items()}
     for key, value in values.items():
         if not math.isfinite(value):
@@ -191,7 +191,7 @@ def _finite(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def _now() -> int:
+def now_ms() -> int:
     return int(time.time() * 1000)
 
 
@@ -201,7 +201,7 @@ def find_study(tracking_uri: str, asked: str, experiment: str | None = None) -> 
     Of several runs of one study the newest that was not begun anew counts. Raises UserError if the store fails, or has
     no such experiment or study.
     """
-    with explained(tracking_uri):
+    with store_errors(tracking_uri):
         client = connect(tracking_uri)
         runs = parent_runs(client, _experiment_ids(client, experiment, tracking_uri))
     found = [
@@ -211,7 +211,7 @@ def find_study(tracking_uri: str, asked: str, experiment: str | None = None) -> 
         return max(
             found, key=lambda run: (SUPERSEDED_TAG not in run.data.tags, run.info.start_time)
         )
-    where = f"{shown(tracking_uri)}" + (f", experiment {experiment!r}," if experiment else "")
+    where = f"{redact(tracking_uri)}" + (f", experiment {experiment!r}," if experiment else "")
     raise UserError(f"{where} has no study {asked!r}: it has {_known(runs)}.")
 
 
@@ -232,7 +232,7 @@ def _experiment_ids(client: MlflowClient, name: str | None, tracking_uri: str) -
         return list(known.values())
     if name not in known:
         raise UserError(
-            f"{shown(tracking_uri)} has no experiment {name!r}: it has {', '.join(sorted(known))}."
+            f"{redact(tracking_uri)} has no experiment {name!r}: it has {', '.join(sorted(known))}."
         )
     return [known[name]]
 

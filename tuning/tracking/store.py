@@ -71,7 +71,7 @@ def local_tracking_uri(root: Path) -> str:
     return f"sqlite:///{Path(root).resolve()}/mlruns/mlflow.db"
 
 
-def shown(tracking_uri: str) -> str:
+def redact(tracking_uri: str) -> str:
     """The address without its user name and password, for messages."""
     parts = urlsplit(tracking_uri)
     if "@" not in parts.netloc:
@@ -80,7 +80,7 @@ def shown(tracking_uri: str) -> str:
 
 
 @contextmanager
-def explained(tracking_uri: str) -> Iterator[None]:
+def store_errors(tracking_uri: str) -> Iterator[None]:
     """Turn what MLflow, the database and the disk raise in the block into a UserError of one sentence."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -89,7 +89,7 @@ def explained(tracking_uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise UserError(
-            f"the MLflow store {shown(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
+            f"the MLflow store {redact(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
         ) from error
 
 
@@ -168,12 +168,12 @@ def _probe_http(uri: str) -> None:
         code = requests.get(f"{uri}/health", timeout=PROBE_SECONDS, verify=verify).status_code
     except requests.exceptions.RequestException as error:
         raise UserError(
-            f"no MLflow server answers at {shown(uri)} ({type(error).__name__}): start one with `mlflow "
+            f"no MLflow server answers at {redact(uri)} ({type(error).__name__}): start one with `mlflow "
             "server`, correct the address, or leave it out to use the local store."
         ) from error
     if code == 404 or code >= 500:
         raise UserError(
-            f"the server at {shown(uri)} answers /health with HTTP {code}, so it is no working MLflow "
+            f"the server at {redact(uri)} answers /health with HTTP {code}, so it is no working MLflow "
             "server: correct the address, or leave it out to use the local store."
         )
 
@@ -212,7 +212,7 @@ def _probe_sqlite(path: Path) -> None:
         ) from error
 
 
-def _make_database(path: Path) -> None:
+def make_database(path: Path) -> None:
     """Make a new SQLite store aside and name it when it is whole: MLflow cannot go on with a half-made one."""
     if path.exists() and path.stat().st_size:
         return
@@ -222,7 +222,7 @@ def _make_database(path: Path) -> None:
     os.replace(aside, path)
 
 
-def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         return client.create_experiment(name, artifact_location=artifacts)

@@ -20,24 +20,24 @@ from tuning.tracking.runs import (
     SUPERSEDED_TAG,
     TRIAL_TAG,
     TrackingTarget,
-    _finite,
-    _now,
+    check_finite,
     chunks,
     find_runs,
     flat_params,
     is_live,
     log_params,
+    now_ms,
     open_run,
     trial_run,
 )
 from tuning.tracking.store import (
-    _experiment_id,
-    _make_database,
     connect,
-    explained,
     local_tracking_uri,
+    make_database,
+    open_experiment,
     quiet_mlflow,
     sqlite_path,
+    store_errors,
     usable_uri,
 )
 
@@ -65,17 +65,17 @@ class StudyTracker:
         """
         quiet_mlflow()
         uri = usable_uri(tracking_uri or local_tracking_uri(root))
-        with explained(uri):
+        with store_errors(uri):
             if not uri.startswith("sqlite"):
                 client = connect(uri)
-                return cls(client, uri, _experiment_id(client, experiment, None))
+                return cls(client, uri, open_experiment(client, experiment, None))
             path = sqlite_path(uri)
             folder = path.parent
             with FileLock(folder / ".mlflow.lock", timeout=60):
-                _make_database(path)
+                make_database(path)
                 client = connect(uri)
                 artifacts = (folder / "artifacts").as_uri()
-                return cls(client, uri, _experiment_id(client, experiment, artifacts))
+                return cls(client, uri, open_experiment(client, experiment, artifacts))
 
     def begin(
         self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -86,7 +86,7 @@ class StudyTracker:
         """
         own = {STUDY_TAG: study, STUDY_ID_TAG: study_id, **tags}
         wanted = dict(flat_params(params))
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
             same = [run for run in runs if is_live(run) and run.data.params == wanted]
             run_id = open_run(
@@ -98,14 +98,14 @@ class StudyTracker:
 
     def studies(self, study_id: str | None = None) -> list[Run]:
         """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             wanted = {STUDY_ID_TAG: study_id} if study_id else {}
             found = find_runs(self.client, self.experiment_id, wanted)
             return [run for run in found if STUDY_ID_TAG in run.data.tags and is_live(run)]
 
     def live_runs(self) -> dict[str, Run]:
         """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             found = find_runs(self.client, self.experiment_id, {})
             return {
                 run.data.tags[TRIAL_TAG]: run
@@ -124,16 +124,16 @@ class StudyTracker:
             for trial_id, run in self.live_runs().items()
             if trial_id in trial_ids or run.data.tags.get(PARENT_TAG) in old
         ]
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             for run_id in (*old, *trials):
-                self.client.set_tag(run_id, SUPERSEDED_TAG, str(_now()))
+                self.client.set_tag(run_id, SUPERSEDED_TAG, str(now_ms()))
 
     def adopt(self, trial_id: str, config: str) -> None:
         """Make the run of a trial that another study finished count in this one too, as configuration `config`.
 
         Raises UserError if the store fails.
         """
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             run = trial_run(self.client, self.experiment_id, trial_id)
             if run is not None and run.data.tags.get(PARENT_TAG) != self.parent_run_id:
                 self.client.set_tag(run.info.run_id, MEMBER_TAG + self.parent_run_id, config)
@@ -162,7 +162,7 @@ class StudyTracker:
         if run_id is None:
             logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
             return
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.set_terminated(run_id, status)
 
     def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
@@ -170,7 +170,7 @@ class StudyTracker:
 
         Raises UserError if the store fails.
         """
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             run_id = self.child_run_id(trial_id)
             for key, value in tags.items() if run_id else ():
                 self.client.set_tag(str(run_id), key, value)
@@ -182,7 +182,7 @@ class StudyTracker:
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             if status != "FINISHED":
                 self._kill_running()
             self.client.set_terminated(self.parent_run_id, status)
@@ -197,15 +197,15 @@ class StudyTracker:
 
     def metrics(self) -> dict[str, float]:
         """Figures of the whole study so far. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             return dict(self.client.get_run(self.parent_run_id).data.metrics)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log figures of the whole study, each once: what it has already stays. Raises ValueError if not finite."""
         from mlflow.entities import Metric
 
-        now, values = _now(), _finite(step, metrics)
-        with explained(self.tracking_uri):
+        now, values = now_ms(), check_finite(step, metrics)
+        with store_errors(self.tracking_uri):
             known = self.client.get_run(self.parent_run_id).data.metrics
             entries = [
                 Metric(key, value, now, step) for key, value in values.items() if key not in known
@@ -215,17 +215,17 @@ class StudyTracker:
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
         """Keep a folder among the artifacts of the study. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.log_artifacts(self.parent_run_id, str(folder), artifact_path)
 
     def download_artifacts(self, run_id: str, path: str, folder: Path | str) -> str:
         """Copy an artifact of a run into a folder and name the copy. Raises UserError if there is none."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             return self.client.download_artifacts(run_id, path, str(folder))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the study. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             for key, value in tags.items():
                 self.client.set_tag(self.parent_run_id, key, value)
 

@@ -17,14 +17,14 @@ from tuning.tracking.runs import (
     STUDY_TAG,
     TRIAL_TAG,
     TrackingTarget,
-    _finite,
-    _now,
+    check_finite,
     log_params,
     measured,
+    now_ms,
     open_run,
     trial_run,
 )
-from tuning.tracking.store import connect, explained, quiet_mlflow
+from tuning.tracking.store import connect, quiet_mlflow, store_errors
 from tuning.tracking.study import logger
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class TrialTracker:
         Raises UserError if the store fails or the trial was begun with another value of a parameter.
         """
         quiet_mlflow()
-        with explained(target.tracking_uri):
+        with store_errors(target.tracking_uri):
             client = connect(target.tracking_uri)
             found = trial_run(client, target.experiment_id, trial_id)
             attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
@@ -96,7 +96,7 @@ class TrialTracker:
         """Take the metrics of a step, sent in batches. Raises ValueError for a value that is not finite."""
         from mlflow.entities import Metric
 
-        now, values = _now(), _finite(step, metrics)
+        now, values = now_ms(), check_finite(step, metrics)
         fresh = (key for key in values if not (key in self._logged and step in self._steps_of(key)))
         self._buffer.extend(Metric(key, values[key], now, step) for key in fresh)
         full = len(self._buffer) >= FLUSH_ENTRIES and not self._failing
@@ -109,13 +109,13 @@ class TrialTracker:
         Raises UserError if the store fails.
         """
         if key not in self._logged:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 self.client.log_metric(self.run_id, key, math.nan, step=0)
 
     def _steps_of(self, key: str) -> set[int]:
         """Steps at which the run had a value of this key when it was opened."""
         if key not in self._steps:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 self._steps[key] = {
                     metric.step for metric in self.client.get_metric_history(self.run_id, key)
                 }
@@ -132,7 +132,7 @@ class TrialTracker:
     def flush(self) -> None:
         """Send what is buffered. Raises UserError if the store fails, and then drops nothing."""
         try:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 while self._buffer:
                     self.client.log_batch(self.run_id, metrics=self._buffer[:METRICS_PER_CALL])
                     del self._buffer[:METRICS_PER_CALL]
@@ -141,7 +141,7 @@ class TrialTracker:
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
         """Keep a folder among the artifacts of the trial. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def is_flushed(self) -> bool:
@@ -151,12 +151,12 @@ class TrialTracker:
 
     def tag(self, key: str) -> str:
         """A tag of the run, empty if it has none such. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             return self.client.get_run(self.run_id).data.tags.get(key, "")
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.set_tag(self.run_id, key, value)
 
     def close(self) -> None:
@@ -170,6 +170,6 @@ def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] 
     Raises UserError if the store fails.
     """
     quiet_mlflow()
-    with explained(target.tracking_uri):
+    with store_errors(target.tracking_uri):
         run = trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
     return measured(run) if run and run.info.status == "FINISHED" else None
