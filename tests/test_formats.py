@@ -31,7 +31,7 @@ from llgbm.generator import GENERATORS
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora import LoraBatch
 from llgbm.models.load import load_base
-from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.teachers.bank import Bank, BankSource
 from llgbm.teachers.build import build_bank
 from llgbm.world import World, gather_data, make_flora
 from tuning.arguments import parse_arguments, study_of
@@ -74,7 +74,7 @@ def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
 
 
 def test_a_bank_lists_and_loads() -> None:
-    bank = open_bank(Path("bank"), load_base(BASE))
+    bank = Bank.open(Path("bank"), load_base(BASE))
     assert dict(bank.adapters) == {f"{topic}_0": topic for topic in TOPICS[:3]}
     assert (bank.spec.rank, bank.spec.alpha) == (1, 2.0)
     files = [

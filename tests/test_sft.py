@@ -17,7 +17,7 @@ from llgbm.models.load import Base
 from llgbm.runtime import UserError
 from llgbm.tasks.suite import Split
 from llgbm.tasks.synthetic import SyntheticSuite
-from llgbm.teachers.bank import Bank, open_bank, read_manifest, show_bank
+from llgbm.teachers.bank import Bank, read_manifest, show_bank
 from llgbm.teachers.build import make_bank
 from llgbm.teachers.peft import PeftRun
 from llgbm.teachers.train import SFTConfig, TeacherConfig
@@ -114,7 +114,7 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
     assert len(bank.trajectories().of("copy-plain")) == 2
     assert set(bank.facts) == {"teacher_accuracy", "worst_teacher_accuracy", "base_accuracy"}
     assert show_bank(bank.folder)["torn"] == [] and show_bank(bank.folder)["finished"]
-    assert open_bank(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
+    assert Bank.open(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
 
 
 def test_the_base_is_as_it_was(banks: dict[str, Bank], tiny_base: Base) -> None:
@@ -198,7 +198,7 @@ def test_a_torn_adapter_is_made_again_and_no_other(
     weights.write_bytes(weights.read_bytes()[:-50])
     assert show_bank(folder)["torn"] == ["copy-plain_0"]
     with pytest.raises(UserError, match="copy-plain_0"):
-        open_bank(folder, tiny_base)
+        Bank.open(folder, tiny_base)
     steps = count_steps(monkeypatch)
     bank = bank_of(tiny_base, folder, TWO_EACH)
     assert set(steps) == {"copy-plain"}
