@@ -58,11 +58,11 @@ def test_it_learns_its_mixture_and_is_found_again(
 
 def test_it_is_a_baseline_for_every_task(world: World) -> None:
     rows = list(world.data.rows["test"])
-    flat_AV = multitask_lora(world.data, world.flora, rows)
+    flat_AV = multitask_lora(world.data, world.lora_model, rows)
     assert flat_AV.shape == (len(rows), world.bank.spec.n_values) and torch.equal(
         flat_AV[0], flat_AV[-1]
     )
-    assert "multitask_lora" in evaluate_baselines(world.data, world.flora)
+    assert "multitask_lora" in evaluate_baselines(world.data, world.lora_model)
 
 
 def test_baselines_are_measured_once(
@@ -70,7 +70,7 @@ def test_baselines_are_measured_once(
 ) -> None:
     measured = {
         name: dict(result.metrics)
-        for name, result in evaluate_baselines(world.data, world.flora).items()
+        for name, result in evaluate_baselines(world.data, world.lora_model).items()
     }
     assert known_baselines(tmp_path, world) == measured
     monkeypatch.setattr(
