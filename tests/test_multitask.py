@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llgbm.evaluation.baselines import evaluate_baselines, known_baselines, multitask_lora
+from llgbm.evaluation.baselines import (
+    evaluate_baselines,
+    from_metrics,
+    known_baselines,
+    multitask_lora,
+    to_metrics,
+)
 from llgbm.evaluation.metrics import mean_by_task
 from llgbm.lora import LoraBatch
 from llgbm.models.scoring import adapter_losses, encode_examples
@@ -81,3 +87,10 @@ def test_baselines_are_measured_once(
 
 def test_several_teachers_of_a_task_are_averaged() -> None:
     assert mean_by_task(["b", "a", "b"], torch.tensor([0.0, 0.5, 1.0])) == {"b": 0.5, "a": 0.5}
+
+
+@pytest.mark.parametrize("size", ["", "nano", "base-my_nano"])
+def test_metrics_of_baselines_are_read_back_as_they_were(size: str) -> None:
+    baselines = {"mean_adapter": {"accuracy": 0.25}, "ridge_": {"accuracy": 0.5, "cosine": 0.1}}
+    logged = {**to_metrics(baselines, size), "world/nano/base_accuracy": 0.0, "baseline/odd": 1.0}
+    assert from_metrics(logged, ["nano", "base-my_nano"]) == {size: baselines}

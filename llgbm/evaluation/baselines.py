@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from llgbm.runtime import content_hash
 from llgbm.world import VERSIONS, World
 
 VERSION = 1
+PREFIX = "baseline"
 RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
@@ -36,6 +37,40 @@ def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
         (folder / "metrics.json").write_text(json.dumps(found, indent=1))
 
     return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
+
+
+def to_metrics(baselines: Mapping[str, Mapping[str, float]], size: str = "") -> dict[str, float]:
+    """Name the numbers of baselines as metrics: `baseline/<name>/<number>`, or `baseline/<name>_<size>/<number>`.
+
+    A study of several model sizes names the size. `from_metrics` is the inverse.
+    """
+    suffix = f"_{size}" if size else ""
+    return {
+        f"{PREFIX}/{name}{suffix}/{number}": value
+        for name, numbers in baselines.items()
+        for number, value in numbers.items()
+    }
+
+
+def from_metrics(
+    metrics: Mapping[str, float], sizes: Iterable[str] = ()
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Read the baselines among metrics, by size, name and number; other metrics are passed over.
+
+    The size is "" where `to_metrics` was given none. `sizes` are those of the study.
+    """
+    # The longest first: a size may end in the name of another.
+    suffixes = {f"_{size}": size for size in sorted(sizes, key=len, reverse=True)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for metric, value in metrics.items():
+        prefix, *rest = metric.split("/")
+        if prefix != PREFIX or len(rest) != 2:
+            continue
+        slug, number = rest
+        suffix = next(filter(slug.endswith, suffixes), "")
+        by_name = found.setdefault(suffixes.get(suffix, ""), {})
+        by_name.setdefault(slug.removesuffix(suffix), {})[number] = value
+    return found
 
 
 def evaluate_baselines(
