@@ -50,9 +50,9 @@ def plain(options: argparse.Namespace) -> list[float]:
     found = []
     for trial in study.trials[options.part]:
         started = time.perf_counter()
-        outcome = train(trial.config, world.data, world.flora)
+        outcome = train(trial.config, world.data, world.lora_model)
         for part in ("test", "val", "train"):
-            evaluate_generator(outcome.generator, world.data, world.flora, part)
+            evaluate_generator(outcome.generator, world.data, world.lora_model, part)
         found.append(time.perf_counter() - started)
     return found
 

@@ -68,10 +68,10 @@ def make_base(size: PublishedSize, device: str, dtype: torch.dtype) -> Functiona
 
 
 def make_data(
-    flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: str
+    lora_model: FunctionalLoRA, n: int, probes: int, tokens: int, device: str
 ) -> ExperimentData:
     """Made-up teachers, each a task of its own, with probes read at the last two tokens."""
-    hidden, vocabulary = flora.model.config.hidden_size, flora.model.config.vocab_size
+    hidden, vocabulary = lora_model.model.config.hidden_size, lora_model.model.config.vocab_size
     ids = torch.randint(vocabulary, (n, probes, tokens))
     positions = torch.tensor([tokens - 2, tokens - 1]).expand(n, probes, 2).contiguous()
     encoded = EncodedProbes(ids, positions, torch.ones_like(positions, dtype=torch.bool))
@@ -83,8 +83,8 @@ def make_data(
         tasks=names,
         families=names,
         rows={"train": tuple(range(n)), "val": (), "test": ()},
-        values_AV=0.01 * torch.randn(n, flora.spec.n_values),
-        multitask_V=torch.zeros(flora.spec.n_values),
+        values_AV=0.01 * torch.randn(n, lora_model.spec.n_values),
+        multitask_V=torch.zeros(lora_model.spec.n_values),
         conditions=ConditionPools(
             torch.randn(n, 32, CONDITION), torch.randn(n, 16, CONDITION), torch.randn(4, CONDITION)
         ),
@@ -124,7 +124,7 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(device)
-    flora = make_base(size, device, DTYPES[arguments.dtype])
+    lora_model = make_base(size, device, DTYPES[arguments.dtype])
     adapters = arguments.adapters or ADAPTERS[name]
     config = TrainingConfig(
         model_size=name,
@@ -135,9 +135,13 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
         probe_chunk=arguments.probe_chunk,
     )
     n = max(arguments.bank, adapters)
-    data = make_data(flora, n, arguments.probes, arguments.tokens, device)
-    seconds = statistics.median(time_steps(Trial(config, data, flora), arguments.steps, device))
-    estimate = estimate_trial(config, flora.model, flora.spec, n, CONDITION, arguments.tokens)
+    data = make_data(lora_model, n, arguments.probes, arguments.tokens, device)
+    seconds = statistics.median(
+        time_steps(Trial(config, data, lora_model), arguments.steps, device)
+    )
+    estimate = estimate_trial(
+        config, lora_model.model, lora_model.spec, n, CONDITION, arguments.tokens
+    )
     return {
         "size": name,
         "layers": size.layers,
