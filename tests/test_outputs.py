@@ -412,6 +412,25 @@ def test_a_full_disk_is_said_before_the_work(user: Path, commands: Any, capsys: 
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_disk_that_fills_while_a_library_writes_is_one_sentence(user: Path, library: str) -> None:
+    folder, big = user / "small", {"a": torch.zeros(100_000)}
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(DndError, match="the disk is full"), Output(folder / "out", ("big",)).writing() as stage:
+            if library == "safetensors":
+                save_file(big, stage / "big")
+            with (stage / "big").open("wb") as stream:
+                torch.save(big, stream)
+        assert tree(folder) == {}
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 KILLED = """
 import sys, torch
 from llgbm.lora import save_adapter, load_adapter
