@@ -182,7 +182,11 @@ def mean_delta(
 
 
 def accuracy_per_adapter(
-    lora_model: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
+    lora_model: FunctionalLoRA,
+    batch: LoraBatch,
+    data: ExperimentData,
+    rows: list[int],
+    chunk: int = 24,
 ) -> Tensor:
     """Return the exact-match accuracy [A] of adapters on the evaluation examples of the tasks at `rows`."""
     texts = data.examples_of(rows)

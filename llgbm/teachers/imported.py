@@ -241,7 +241,8 @@ def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
         found = {"train": found[:known], "evaluation": found[known:]}
     if not isinstance(found, dict) or not all(_are_prompts(found.get(p)) for p in PURPOSES):
         raise UserError(
-            f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name task {external.task!r} "
+            f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name "
+            f"task {external.task!r} "
             'in --prompts, as {"train": [...], "evaluation": [...]} or one list of at least three'
         )
     if both := set(found["train"]) & set(found["evaluation"]):
