@@ -683,12 +683,12 @@ def test_a_refused_command_leaves_no_half_bank(
 def test_a_bank_keeps_the_adapters_of_a_training_that_stops(
     tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
 ) -> None:
-    bank = BankFolder(tmp_path / "new" / "bank", tiny_base, tiny_spec, {})
+    bank = BankWriter(tmp_path / "new" / "bank", tiny_base, tiny_spec, {})
     with pytest.raises(KeyboardInterrupt), bank.opened():
         raise KeyboardInterrupt
     assert not (tmp_path / "new").exists()
     with pytest.raises(KeyboardInterrupt), bank.opened():
-        bank.add("one_0", "one", tiny_adapters.to_state_dicts()[0], PROMPTS, {})
+        bank.add([NewAdapter("one_0", "one", tiny_adapters.to_state_dicts()[0], PROMPTS)])
         raise KeyboardInterrupt
     assert bank.missing(["one_0", "one_1"]) == ["one_1"]
 
