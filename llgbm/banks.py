@@ -71,9 +71,9 @@ class BankFolder:
     def opened(self, keep_half: bool = True) -> Iterator[None]:
         """Keep other programs from writing here meanwhile, and start or check the manifest.
 
-        A bank that is started here and fails with no adapter in it is taken away again, and with `keep_half` off one
-        with adapters too. Raises UserError for a folder that holds a bank of other settings, or that another program
-        writes to.
+        A bank that is started here and refused before anything is in it (an adapter, a state to go on from) is taken
+        away again; with `keep_half` off, whatever stopped it. Raises UserError for a folder that holds a bank of other
+        settings, or that another program writes to.
         """
         address = check_bank_address(self.folder)
         with disk_errors(address.path):
@@ -84,8 +84,9 @@ class BankFolder:
                     try:
                         self._start_or_check()
                         yield
-                    except BaseException:
-                        if is_new and not (keep_half and self.adapters):
+                    except BaseException as error:
+                        is_empty = not set(os.listdir(self.folder)) - {MANIFEST, *EMPTY}
+                        if is_new and (not keep_half or (is_empty and isinstance(error, UserError))):
                             self._take_away()
                         raise
             except Timeout as error:
