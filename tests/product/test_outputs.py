@@ -108,7 +108,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     old=st.none() | OWN,
@@ -161,6 +161,28 @@ def test_old_or_new_is_whole_at_every_point_of_a_change_of_several_files(
         if lived:
             break
     assert lived and ends == sorted(ends) and not ends[0] and len(ends) > 20
+
+
+@pytest.mark.parametrize("same", ["key", ""])
+def test_what_a_kill_left_is_undone_even_by_commands_that_are_killed(
+    tmp_path: Path, same: str
+) -> None:
+    folder, others = tmp_path / "out", {"thesis.tex": b"mine"}
+    old = {"a": "1", "b": "1", "key": "1"}
+    new = {**{"a": "2", "b": "2", "key": "2"}, **({same: "1"} if same else {})}
+    for at in (30, 32, 34, 36):
+        for again in range(2, 12, 3):
+            prepare(folder, old, others)
+            for point in (at, again):
+                assert not killed_write(folder, point, folder, new, tmp_path)
+                found = own_of(folder)
+                assert found in (old, new) or "key" not in found
+            Output(folder, PATTERNS)
+            assert (
+                own_of(folder) in (old, new)
+                and others_of(folder) == others
+                and not leftovers(folder)
+            )
 
 
 def test_only_own_files_are_replaced(tmp_path: Path) -> None:
@@ -537,7 +559,7 @@ while True:
 def test_kill_9_of_a_program_that_writes_again_and_again(tmp_path: Path) -> None:
     """The two adapters differ in weights and config: a mix would be seen."""
     folder = tmp_path / "adapter"
-    for delay in (0.05, 0.11, 0.23, 0.31):
+    for delay in (0.07, 0.23):
         command = [sys.executable, "-c", KILLED, str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -684,8 +706,8 @@ def test_a_bank_keeps_the_adapters_of_a_training_that_stops(
     tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
 ) -> None:
     bank = BankWriter(tmp_path / "new" / "bank", tiny_base, tiny_spec, {})
-    with pytest.raises(KeyboardInterrupt), bank.opened():
-        raise KeyboardInterrupt
+    with pytest.raises(UserError), bank.opened():
+        raise UserError("one run needs more memory than there is")
     assert not (tmp_path / "new").exists()
     with pytest.raises(KeyboardInterrupt), bank.opened():
         bank.add([NewAdapter("one_0", "one", tiny_adapters.to_state_dicts()[0], PROMPTS)])
