@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import LoraGenerator
-from llgbm.lora.adapters import LoraBatch, delta_w_error, delta_w_inner
+from llgbm.lora.adapters import LoraBatch
+from llgbm.lora.geometry import delta_w_error, delta_w_inner
 from llgbm.models import scoring
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
