@@ -22,7 +22,7 @@ from tuning.studies.options import Options
 from tuning.studies.spec import Study
 from tuning.sweep.artifacts import best_trials, keep_best_adapters
 from tuning.sweep.asha import rungs
-from tuning.sweep.checkpoints import study_lock
+from tuning.sweep.checkpoints import check_storage
 from tuning.sweep.cluster import choose_resources, terminate_as_interrupt
 from tuning.sweep.resume import (
     ARGUMENTS_TAG,
@@ -32,6 +32,7 @@ from tuning.sweep.resume import (
 )
 from tuning.sweep.run import Job, open_store, run_trials
 from tuning.tracking.notes import describe_facts, log_datasets, study_params, study_tags
+from tuning.tracking.ownership import check_not_run, own_study, reap
 from tuning.tracking.runs import TrialResult, read_trials
 from tuning.tracking.study import status_on_exit
 
@@ -51,10 +52,12 @@ def run(options: Options) -> int:
     if options.run.is_preview:
         show_preview(study, options, resources)
         return 0
-    tracker, storage = open_store(options), options.stores.storage
-    with study_lock(storage, study.id):
-        worlds = build_worlds(study, options)
-        return run_study(Job(study, options, worlds, tracker, storage, resources))
+    check_storage(options.stores.storage)
+    tracker = open_store(options)
+    reap(tracker.tracking_uri, tracker.experiment_id)
+    check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
+    worlds = build_worlds(study, options)
+    return run_study(Job(study, options, worlds, tracker, options.stores.storage, resources))
 
 
 def recorded_study(options: Options) -> tuple[Options, Study]:
@@ -77,16 +80,18 @@ def run_study(job: Job) -> int:
     """Run what is left of a study, register the best generator and report; return the exit status."""
     study, tracker, worlds = job.study, job.tracker, job.worlds
     if job.options.run.fresh:
-        begin_anew(study, tracker, job.storage)
+        tracker.supersede_study(study.id)
     tags = {
         ARGUMENTS_TAG: json.dumps(job.options.study.record()),
         "llgbm.resources": job.resources.describe(),
     }
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
-    with status_on_exit(tracker):
+    with own_study(tracker, study.id) as ownership, status_on_exit(tracker):
+        if job.options.run.fresh:
+            begin_anew(study, tracker, job.storage, ownership)
         log_baselines(tracker, worlds, job.options.stores.cache_folder)
         log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
-        study = run_trials(job)
+        study = run_trials(job, ownership)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
         keep_adapters(job, study, results)
         registered = register_best(study, worlds, results, tracker, study.metric)

@@ -35,6 +35,7 @@ from tuning.sweep.worker import (
     check_restarts,
     is_of_the_process,
 )
+from tuning.tracking.ownership import Ownership, own_study
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
@@ -101,7 +102,8 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
         storage = str(tmp_path / "state")
         TrialCheckpoints(storage, specs[0].id).write({"step": 1})
         job = Job(Study("s", specs), Options(), {}, tracker, storage, resources)
-        sweep.run_sweep(job, ListQueue(specs, specs, 4))
+        with own_study(tracker, "id") as ownership:
+            sweep.run_sweep(job, ListQueue(specs, specs, 4), ownership)
     finally:
         ray.shutdown()
     found = {
@@ -158,7 +160,9 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
 
     assert tracker.target is not None
     TrialTracker.open(tracker.target, trial(0).id, "multitask", {}, {})
-    watcher = Watcher(tracker, str(tmp_path), 10)
+    ownership = Ownership(tracker.tracking_uri, tracker.experiment_id, tracker.parent_run_id)
+    assert ownership.take(trial(0).id)
+    watcher = Watcher(tracker, ownership, str(tmp_path), 10)
     watcher._bar = tqdm(total=10, file=sys.__stderr__)
     watcher = cloudpickle.loads(cloudpickle.dumps(watcher))
     there = SimpleNamespace(config={"trial": trial(0)}, last_result={"step": 7, "finished": True})

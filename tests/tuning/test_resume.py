@@ -26,7 +26,6 @@ from tuning.sweep.checkpoints import (
     TrialCheckpoints,
     join,
     open_storage,
-    study_lock,
     trial_lock,
 )
 from tuning.sweep.resume import (
@@ -38,6 +37,7 @@ from tuning.sweep.resume import (
     recorded_options,
     trials_to_run,
 )
+from tuning.tracking.ownership import own_study
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker, finished_metrics
@@ -121,9 +121,12 @@ def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> Non
     old, parent = ran(tracker, trial(0), "FINISHED"), tracker.parent_run_id
     checkpoints = TrialCheckpoints(str(root), trial(0).id)
     checkpoints.write({"step": 3})
-    begin_anew(study, tracker, str(root))
-    assert checkpoints.newest() is None and not tracker.live_runs()
+    tracker.supersede_study(study.id)
+    assert not tracker.live_runs()
     tracker = begun(root, study)
+    with own_study(tracker, study.id) as ownership:
+        begin_anew(study, tracker, str(root), ownership)
+    assert checkpoints.newest() is None
     assert tracker.parent_run_id != parent and ran(tracker, trial(0), "FINISHED") != old
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
 
@@ -226,12 +229,12 @@ def _hold(
     held: multiprocessing.synchronize.Event,
     release: multiprocessing.synchronize.Event,
 ) -> None:
-    with trial_lock(storage, "t"), study_lock(storage, "s"):
+    with trial_lock(storage, "t"):
         held.set()
         release.wait(60)
 
 
-def test_two_processes_never_hold_one_trial_or_study(
+def test_two_processes_never_hold_one_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = multiprocessing.get_context("fork")
@@ -242,11 +245,9 @@ def test_two_processes_never_hold_one_trial_or_study(
     monkeypatch.setattr("tuning.sweep.checkpoints.LOCK_SECONDS", 0.1)
     with pytest.raises(UserError, match="trial t is being run"), trial_lock(str(tmp_path), "t"):
         pass
-    with pytest.raises(UserError, match="study s is being run"), study_lock(str(tmp_path), "s"):
-        pass
     other.kill()
     other.join()
-    with trial_lock(str(tmp_path), "t"), study_lock(str(tmp_path), "s"):
+    with trial_lock(str(tmp_path), "t"):
         pass
 
 

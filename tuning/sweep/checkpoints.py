@@ -1,4 +1,4 @@
-"""Write and read checkpoints of trials in a folder or an object store, and lock trials and studies.
+"""Write and read checkpoints of trials in a folder or an object store, and lock trials.
 
 `<storage>/<trial id>/step_00000100.pt` is one file: a SHA-256, then the training state as torch writes it. A file whose
 hash does not agree is torn; the one before it is used.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,17 @@ def open_storage(storage: str) -> tuple[FileSystem, str]:
             "pyarrow knows, such as s3://bucket/folder"
         ) from error
     return files, path
+
+
+def check_storage(storage: str) -> None:
+    """Raise UserError unless trials can keep their state there; a folder is made and written to."""
+    from pyarrow import fs
+
+    files, root = open_storage(storage)
+    if isinstance(files, fs.LocalFileSystem):
+        with disk_errors(Path(root)):
+            Path(root).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
 
 
 def join(storage: str, path: str) -> str:
@@ -122,27 +134,6 @@ def trial_lock(storage: str, trial_id: str) -> Iterator[None]:
 
     Object stores have no locks; there nothing is locked. Raises UserError if the lock is not free within two minutes.
     """
-    with _lock(
-        storage,
-        trial_id,
-        LOCK_SECONDS,
-        f"trial {trial_id} is being run by another process: wait for its end",
-    ):
-        yield
-
-
-@contextmanager
-def study_lock(storage: str, study_id: str) -> Iterator[None]:
-    """Lock a study. Raises UserError at once if another driver runs it."""
-    message = (
-        f"study {study_id} is being run by another process: wait for its end, or stop it first"
-    )
-    with _lock(storage, f"study-{study_id}", 0.0, message):
-        yield
-
-
-@contextmanager
-def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[None]:
     from pyarrow import fs
 
     files, root = open_storage(storage)
@@ -152,11 +143,13 @@ def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[Non
     folder = Path(root) / "locks"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock", timeout=seconds)
+    lock = FileLock(folder / f"{trial_id}.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(message) from error
+        raise UserError(
+            f"trial {trial_id} is being run by another process: wait for its end"
+        ) from error
     try:
         yield
     finally:

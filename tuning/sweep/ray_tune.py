@@ -19,7 +19,8 @@ from tuning.studies.spec import TrialSpec
 from tuning.sweep.asha import make_scheduler
 from tuning.sweep.checkpoints import TrialCheckpoints, join, open_storage, remove_folder
 from tuning.sweep.run import Job
-from tuning.sweep.worker import TrialSetting, ray_trainable
+from tuning.sweep.worker import RUN_ID, TrialSetting, ray_trainable
+from tuning.tracking.ownership import Ownership
 from tuning.tracking.runs import DEATH_TAG, ERROR_TAG, STOPPED_TAG
 from tuning.tracking.study import StudyTracker
 
@@ -69,13 +70,16 @@ class QueueSearcher(Searcher):
 class Watcher(tune.Callback):
     """Update the progress bar and set final run statuses. Updates that MLflow rejects are queued and retried.
 
-    Checkpoints of finished trials below `storage` are deleted, if one is given.
+    A trial that ended is released, and its checkpoints below `storage` are deleted if one is given and it finished.
     """
 
-    def __init__(self, tracker: StudyTracker, storage: str | None, total_steps: int) -> None:
-        self._tracker, self._storage = tracker, storage
+    def __init__(
+        self, tracker: StudyTracker, ownership: Ownership, storage: str | None, total_steps: int
+    ) -> None:
+        self._tracker, self._ownership, self._storage = tracker, ownership, storage
         self._bar = progress_bar("trials", total_steps)
         self._seen: dict[str, int] = {}
+        self._run_ids: dict[str, str] = {}
         self._pending: list[Callable[[], object]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,9 +89,11 @@ class Watcher(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
-        """Move the bar."""
+        """Move the bar, and remember the run that the worker writes to."""
         spec: TrialSpec = trial.config["trial"]
         self._seen[spec.id] = min(int(result.get("step", 0)), spec.config.steps)
+        if RUN_ID in result:
+            self._run_ids[spec.id] = result[RUN_ID]
         if self._bar is not None:
             self._bar.n = sum(self._seen.values())
             self._bar.refresh()
@@ -96,15 +102,13 @@ class Watcher(tune.Callback):
         """Set the status of a trial that returned, or that a scheduler stopped."""
         spec, result = trial.config["trial"], trial.last_result or {}
         if result.get("failed"):
-            tags = {ERROR_TAG: result["failed"]}
-            self._update(partial(self._tracker.finish_trial, spec.id, "FAILED", tags))
+            self._end(spec, "FAILED", {ERROR_TAG: result["failed"]})
         elif result.get("reused"):
-            self._update(partial(self._tracker.adopt, spec.id, spec.name))
+            self._update(partial(self._adopt, spec))
         elif result.get("finished"):
-            self._update(partial(self._finish, spec.id, {}))
+            self._end(spec, "FINISHED", {})
         else:
-            tags = {STOPPED_TAG: str(result.get("step", 0))}
-            self._update(partial(self._finish, spec.id, tags))
+            self._end(spec, "FINISHED", {STOPPED_TAG: str(result.get("step", 0))})
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Record why the worker of a trial died; Ray starts it again."""
@@ -115,13 +119,22 @@ class Watcher(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Set the status of a trial that Ray gave up."""
         tags = {ERROR_TAG: "its worker died and could not be started again"}
-        spec = trial.config["trial"]
-        self._update(partial(self._tracker.finish_trial, spec.id, "FAILED", tags))
+        self._end(trial.config["trial"], "FAILED", tags)
 
-    def _finish(self, trial_id: str, tags: Mapping[str, str]) -> None:
-        self._tracker.finish_trial(trial_id, "FINISHED", tags)
-        if self._storage:
+    def _end(self, spec: TrialSpec, status: str, tags: Mapping[str, str]) -> None:
+        self._update(partial(self._finish, spec.id, status, tags, self._run_ids.get(spec.id)))
+
+    def _finish(
+        self, trial_id: str, status: str, tags: Mapping[str, str], run_id: str | None
+    ) -> None:
+        self._tracker.finish_trial(trial_id, status, tags, run_id)
+        if self._storage and status == "FINISHED":
             TrialCheckpoints(self._storage, trial_id).remove()
+        self._ownership.release(trial_id)
+
+    def _adopt(self, spec: TrialSpec) -> None:
+        self._tracker.adopt(spec.id, spec.name)
+        self._ownership.release(spec.id)
 
     def _update(self, update: Callable[[], object]) -> None:
         self._pending.append(update)
@@ -152,7 +165,7 @@ def death_of(trial: Any) -> str:
     return told[:500] or "no cause known"
 
 
-def run_sweep(job: Job, queue: TrialQueue) -> None:
+def run_sweep(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
     """Run the trials of a queue until it is done; the worlds of the job lie on the CPU.
 
     The driver sets the final status of each run. A worker that dies is started again, on another machine if its own is
@@ -161,7 +174,7 @@ def run_sweep(job: Job, queue: TrialQueue) -> None:
     session, stores = uuid.uuid4().hex[:8], job.options.stores
     ray_folder = join(job.storage, f"ray/{job.study.id}")
     checkpoints = None if stores.keep_checkpoints else job.storage
-    watcher = Watcher(job.tracker, checkpoints, queue.steps_left())
+    watcher = Watcher(job.tracker, ownership, checkpoints, queue.steps_left())
     remove_folder(*open_storage(ray_folder))
     tuner = tune.Tuner(
         _trainable(job, session),

@@ -14,6 +14,7 @@ from llgbm.runtime import UserError
 from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
+from tuning.tracking.ownership import Ownership
 from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG
 from tuning.tracking.study import StudyTracker
 
@@ -62,12 +63,19 @@ def check_same_study(study: Study, recorded_id: str) -> None:
         )
 
 
-def begin_anew(study: Study, tracker: StudyTracker, storage: str) -> None:
-    """Mark the runs of a study as obsolete and delete its checkpoints."""
-    ids = [trial.id for trial in study.trials]
-    tracker.supersede(study.id, ids)
-    for trial_id in ids:
-        TrialCheckpoints(storage, trial_id).remove()
+def begin_anew(study: Study, tracker: StudyTracker, storage: str, ownership: Ownership) -> None:
+    """Mark the runs of a study's trials as obsolete and delete their checkpoints.
+
+    A trial that another driver holds is left alone: it is being run at this moment.
+    """
+    runs = tracker.live_runs()
+    for trial in study.trials:
+        if not ownership.take(trial.id):
+            continue
+        if trial.id in runs:
+            tracker.supersede([runs[trial.id].info.run_id])
+        TrialCheckpoints(storage, trial.id).remove()
+        ownership.release(trial.id)
 
 
 def trials_to_run(

@@ -14,7 +14,9 @@ from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
 from tuning.sweep.resume import adopt_finished, trials_to_run
+from tuning.sweep.shared import SharedQueue
 from tuning.tracking.costs import Costs, PastRun, last_results, past_runs
+from tuning.tracking.ownership import Ownership
 from tuning.tracking.study import StudyTracker
 
 
@@ -69,25 +71,25 @@ def _open_points(job: Job, past: list[PastRun]) -> TrialQueue:
     return points
 
 
-def run_trials(job: Job) -> Study:
+def run_trials(job: Job, ownership: Ownership) -> Study:
     """Run the trials of a study that are left to run; return the study with all its trials."""
-    queue = open_queue(job)
+    queue = SharedQueue(open_queue(job), ownership)
     settle_finished(job, queue.trials())
     say(f"{queue.describe()}, {job.resources.describe()}")
     if not queue.is_done():
-        _run_queue(job, queue)
+        _run_queue(job, queue, ownership)
         say(queue.describe())
         settle_finished(job, queue.trials())
     return replace(job.study, trials=queue.trials())
 
 
-def _run_queue(job: Job, queue: TrialQueue) -> None:
+def _run_queue(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
     shared = {key: world.to("cpu") for key, world in job.worlds.items()}
     start_ray(job.resources, sum(world.n_bytes for world in shared.values()))
     # Ray takes two seconds to import, and reads its settings then: `start_ray` makes them first.
     from tuning.sweep.ray_tune import run_sweep
 
-    run_sweep(replace(job, worlds=shared), queue)
+    run_sweep(replace(job, worlds=shared), queue, ownership)
     leave_ray()
 
 

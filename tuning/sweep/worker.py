@@ -32,6 +32,7 @@ from tuning.tracking.trial import TrialTracker, finished_metrics
 CHECKPOINT_SECONDS = 300.0
 MAX_RESTARTS = 10
 STARTS_TAG = "llgbm.starts"
+RUN_ID = "run_id"
 
 
 @dataclass(frozen=True)
@@ -115,42 +116,54 @@ def attempt(
     trial: TrialSpec,
     world: World,
     setting: TrialSetting,
-    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+    on_evaluation: Callable[[int, Mapping[str, Any]], Any],
 ) -> dict[str, Any]:
     """Run a trial; return its final metrics with `finished`, or the cause in `failed`.
 
     A trial that is finished already is not run: its metrics come with `reused`. Raises only errors that a new process
     may not have.
     """
+    run: dict[str, Any] = {}
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        on_evaluation(step, {**metrics, **run})
+
     try:
         with trial_lock(setting.storage, trial.id):
             known = finished_metrics(setting.target, trial.id)
             if known is not None:
                 return {"step": trial.config.steps, "finished": True, "reused": True, **known}
-            metrics = run_tracked(trial, world, setting, on_evaluation)
-        return {"step": trial.config.steps, "finished": True, **metrics}
+            tracker = open_tracker(trial, world, setting)
+            run[RUN_ID] = tracker.run_id
+            metrics = run_tracked(trial, world, tracker, setting, report)
+        return {"step": trial.config.steps, "finished": True, **metrics, **run}
     except Exception as error:
         if is_of_the_process(error):
             raise
-        return {"step": 0, "failed": cause_of(error, setting)}
+        return {"step": 0, "failed": cause_of(error, setting), **run}
     finally:
         release_device_memory()
 
 
-def run_tracked(
-    trial: TrialSpec,
-    world: World,
-    setting: TrialSetting,
-    on_evaluation: Callable[[int, Mapping[str, float]], Any],
-) -> dict[str, float]:
-    """Open the trial's run and run the trial. Metrics measured until an error or a stop are sent."""
+def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> TrialTracker:
+    """Open the run of a trial, with its origin and its note."""
     tags = {
         "llgbm.bank": world.bank.hash,
         "llgbm.base": world.base.hash,
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+
+
+def run_tracked(
+    trial: TrialSpec,
+    world: World,
+    tracker: TrialTracker,
+    setting: TrialSetting,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+) -> dict[str, float]:
+    """Run a trial whose run is open. Metrics measured until an error or a stop are sent."""
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
     try:
         tracker.show_first("heldout/accuracy")

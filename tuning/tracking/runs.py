@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
@@ -74,10 +74,14 @@ def read_trials(
         members = list(find_runs(client, experiment_id, {MEMBER_TAG + parent_run_id: None}))
         runs = {run.info.run_id: run for run in (*own, *members)}
         curves = read_curves(client, list(runs.values()), curve_keys)
-        return [
-            _trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id)
-            for run_id, run in runs.items()
-        ]
+    # Obsolete in this study is only a run that has a newer one here.
+    by_age = sorted(runs.values(), key=lambda run: (is_live(run), run.info.start_time))
+    newest = {run.data.tags.get(TRIAL_TAG, ""): run.info.run_id for run in by_age}
+    results = [
+        _trial_result(run, curves[run_id], MEMBER_TAG + parent_run_id)
+        for run_id, run in runs.items()
+    ]
+    return [replace(one, superseded=newest[one.trial_id] != one.run_id) for one in results]
 
 
 def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> TrialResult:
@@ -93,7 +97,6 @@ def _trial_result(run: Run, curves: Mapping[str, Curve], member_tag: str) -> Tri
         params=dict(data.params),
         run_id=run.info.run_id,
         stopped_at=int(data.tags[STOPPED_TAG]) if data.tags.get(STOPPED_TAG) else None,
-        superseded=not is_live(run),
     )
 
 

@@ -113,19 +113,20 @@ class StudyTracker:
                 if TRIAL_TAG in run.data.tags and is_live(run)
             }
 
-    def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
-        """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
+    def supersede_study(self, study_id: str) -> None:
+        """Mark a study's own runs as obsolete, so that it starts anew under new ones.
 
         Raises UserError if the store fails.
         """
         old = [run.info.run_id for run in self.studies(study_id)]
-        trials = [
-            run.info.run_id
-            for trial_id, run in self.live_runs().items()
-            if trial_id in trial_ids or run.data.tags.get(PARENT_TAG) in old
-        ]
+        live = self.live_runs().values()
+        trials = [run.info.run_id for run in live if run.data.tags.get(PARENT_TAG) in old]
+        self.supersede([*old, *trials])
+
+    def supersede(self, run_ids: Collection[str]) -> None:
+        """Mark runs as obsolete. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
-            for run_id in (*old, *trials):
+            for run_id in run_ids:
                 self.client.set_tag(run_id, SUPERSEDED_TAG, str(now_ms()))
 
     def adopt(self, trial_id: str, config: str) -> None:
@@ -151,27 +152,33 @@ class StudyTracker:
         return run.info.run_id if run else None
 
     def finish_trial(
-        self, trial_id: str, status: str, tags: Mapping[str, str] | None = None
+        self,
+        trial_id: str,
+        status: str,
+        tags: Mapping[str, str] | None = None,
+        run_id: str | None = None,
     ) -> None:
-        """Set how a trial ended, and tags that say why.
+        """Set how a trial ended, and tags that say why; `run_id` is its run, if that is known.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
-        run_id = self.tag_trial(trial_id, tags or {})
+        run_id = self.tag_trial(trial_id, tags or {}, run_id)
         if run_id is None:
             logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
             return
         with store_errors(self.tracking_uri):
             self.client.set_terminated(run_id, status)
 
-    def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
-        """Set tags of the run of a trial and return its id, None if there is no run.
+    def tag_trial(
+        self, trial_id: str, tags: Mapping[str, str], run_id: str | None = None
+    ) -> str | None:
+        """Set tags of the run of a trial and return its id, None if there is no run; `run_id` if that is known.
 
         Raises UserError if the store fails.
         """
         with store_errors(self.tracking_uri):
-            run_id = self.child_run_id(trial_id)
+            run_id = run_id or self.child_run_id(trial_id)
             for key, value in tags.items() if run_id else ():
                 self.client.set_tag(str(run_id), key, value)
             return run_id
