@@ -24,8 +24,9 @@ from tuning.report import (
     write_report,
 )
 from tuning.report.__main__ import main
+from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import group_trials
-from tuning.report.plots import DeltaMap, plot_heat_map
+from tuning.report.plots import plot_heat_map
 from tuning.tracking.runs import TrialResult
 from tuning.tracking.study import StudyTracker
 

@@ -35,7 +35,6 @@ from tuning.sweep.resume import (
     adopt_finished,
     begin_anew,
     check_same_study,
-    find_study,
     recorded_arguments,
     trials_to_run,
 )
@@ -145,11 +144,11 @@ def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> No
     arguments, recorded = recorded_arguments(given, parse_arguments([]), tracker)
     assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
     assert recorded == SMOKE.id
-    assert find_study(tracker, "latest").info.run_name == "later"
+    assert tracker.find_study("latest").info.run_name == "later"
     with pytest.raises(
-        UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"
+        UserError, match=f"no study 'x': it has .* \\(later\\), {SMOKE.id} \\(phase_4_5\\)"
     ):
-        find_study(tracker, "x")
+        tracker.find_study("x")
 
 
 def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from llgbm.estimate import TrialEstimate, WorldSketch, human
 from llgbm.world import describe_world
 from tuning.search.points import count_states, drawn_trials, find_search
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.costs import Costs, PastRun, kind_of
+from tuning.tracking.costs import Costs, kind_of
+from tuning.tracking.runs import TrialResult
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     study: Study
     trials: tuple[TrialSpec, ...]
     undrawn: int
-    runs: Sequence[PastRun]
+    runs: Sequence[TrialResult]
 
     @cached_property
     def finished(self) -> frozenset[str]:
@@ -46,7 +47,7 @@ def _middle(study: Study) -> dict[str, float]:
 def show_plan(
     study: Study,
     cache: Path,
-    runs: Sequence[PastRun],
+    runs: Sequence[TrialResult],
     concurrent: int,
     optuna_url: str,
     n_points: int,
@@ -96,7 +97,7 @@ def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     )
 
 
-def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points: int) -> Plan:
+def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_points: int) -> Plan:
     """Print what is searched and what Optuna has of it; the plan of its trials."""
     space = study.space
     assert space is not None

@@ -15,9 +15,11 @@ import numpy as np
 from llgbm.evaluation.baselines import known_baselines
 from llgbm.runtime import UserError
 from llgbm.world import World
+from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import (
     CHOOSING,
     AccuracyByTask,
+    Baselines,
     Comparison,
     Group,
     compare,
@@ -25,7 +27,7 @@ from tuning.report.groups import (
     ranked,
     size_of,
 )
-from tuning.report.plots import CURVES, DeltaMap
+from tuning.report.plots import CURVES
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
 from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
@@ -33,7 +35,6 @@ from tuning.tracking.study import StudyTracker
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Baselines = Mapping[str, Mapping[str, float]]
 MAPS_PER_SIZE = 4
 PER_TASK = "per_task.json"
 DELTAS = "deltas"

@@ -8,6 +8,7 @@ from tuning.report.groups import (
     MAIN,
     REFERENCE,
     SEEDS_FOR_SPREAD,
+    Baselines,
     Cell,
     Comparison,
     Group,
@@ -17,7 +18,7 @@ from tuning.report.groups import (
     repeated_seeds,
     size_of,
 )
-from tuning.report.record import Baselines, StudyRecord
+from tuning.report.record import StudyRecord
 from tuning.significance import p_text
 from tuning.tracking.runs import TrialResult
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
-from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG
+from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
@@ -48,29 +48,11 @@ def recorded_arguments(
         raise UserError(
             f"--resume takes the study as it was begun: leave {option} out, or leave out --resume"
         )
-    run = find_study(tracker, arguments.resume)
+    run = tracker.find_study(arguments.resume)
     recorded = json.loads(run.data.tags.get(ARGUMENTS_TAG, "{}"))
     return Namespace(
         **{**vars(defaults), **recorded, **{k: getattr(arguments, k) for k in HOW}}
     ), run.data.tags[STUDY_ID_TAG]
-
-
-def find_study(tracker: StudyTracker, wanted: str) -> Run:
-    """The run of a study by its id, or of the one begun last (`latest`). Raises UserError if there is none."""
-    known = tracker.studies()
-    found = (
-        known
-        if wanted == "latest"
-        else [run for run in known if run.data.tags[STUDY_ID_TAG] == wanted]
-    )
-    if found:
-        return found[-1]
-    ids = ", ".join(
-        f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG)})" for run in known[-5:]
-    )
-    raise UserError(
-        f"there is no study {wanted!r} to resume in this experiment: it has {ids or 'none at all'}"
-    )
 
 
 def check_same_study(study: Study, recorded_id: str) -> None:
