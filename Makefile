@@ -51,10 +51,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # The oldest libraries that pyproject.toml allows, but for torch, which stays the one of constraints.txt: wheels of 2.5
-# cannot be had for every Python that is allowed. tests/test_oldest.py holds the code to the names that torch 2.5 has.
+# cannot be had for every Python that is allowed. tests/product/test_oldest.py holds the code to the names that torch 2.5 has.
 OLDEST := .venv-oldest
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,lora functional memory cost delta losses generator training teachers \
-	sft bank world cache probes suites oldest dnd_conditions dnd_decoder dnd_tokenizer))
+CORE_TESTS := tests/llgbm tests/dnd tests/product/test_oldest.py
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -c tests/oldest.ini --rootdir . $(CORE_TESTS)

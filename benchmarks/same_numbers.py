@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -130,7 +131,7 @@ def read_store(tracking_uri: str) -> Records:
     return found
 
 
-def read_curve(client, run_id: str, key: str) -> Curve:
+def read_curve(client: Any, run_id: str, key: str) -> Curve:
     """Return the values of a metric by step, written so that equal text means equal bits."""
     return {
         metric.step: float(metric.value).hex() for metric in client.get_metric_history(run_id, key)

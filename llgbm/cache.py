@@ -95,11 +95,15 @@ def hash_files(paths: list[Path], length: int = 16) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write a file of JSON, whole or not at all."""
     stage = path.with_name(f".{path.name}.writing")
-    with stage.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stage, path)
+    try:
+        with stage.open("w") as stream:
+            json.dump(content, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(stage, path)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
 
 
 def publish_folder(stage: Path, final: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from dnd import output
@@ -44,4 +44,6 @@ def output_path(text: str) -> Path:
     """Read an option that names an output; an empty one (a variable that was not set) is refused."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: name a folder")
-    return Path(text).expanduser() if text.startswith("~") else Path(text)
+    with suppress(RuntimeError):  # no such user: refused when the output is checked
+        return Path(text).expanduser()
+    return Path(text)

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from filelock import FileLock
+from helpers import ROOT
 
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.models.load import Base, ModelSize, load_base
@@ -26,8 +27,6 @@ from tuning.tracking.store import connect, local_tracking_uri
 from tuning.tracking.study import StudyTracker
 
 pytest.register_assert_rewrite("contracts")
-ROOT = Path(__file__).parents[1]
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from servers import free_port
+from helpers import free_port
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 MYSQL = shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")

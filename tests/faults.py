@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from helpers import ROOT, free_port, serving
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from servers import free_port, serving
 
-ROOT = Path(__file__).parents[1]
 # Ray kills workers when the whole machine is short of memory, gives a busy machine up,
 # and lets workers wait for other programs (nice 15); here only the test kills, and time counts.
 UNDISTURBED = {

@@ -16,12 +16,11 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from held import TABLES, compare_or_write
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 TABLE = TABLES / "signatures.json"
 OURS = ("llgbm", "tuning", "dnd")
 # By module of the package `llgbm`. People who asked for this project import these.

@@ -3,7 +3,8 @@
     python tests/make_formats.py
 
 The examples stay as they are when code changes: they stand for what users made with an earlier version. Run this only
-to add a format, and `python tests/held_ids.py --write` after it, since the ids of the examples change with them.
+to add a format; then `git add -f tests/data/formats`, since weights are ignored elsewhere, and
+`python tests/held_ids.py --write`, since the ids of the examples change with them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from formats import (
     TOPICS,
     shown_numbers,
 )
-from made_datasets import rows, write_rows
+from helpers import rows, write_rows
 from safetensors.torch import save_file
 
 from llgbm.evaluation.baselines import known_baselines

@@ -168,8 +168,9 @@ def _is_unfinished(path: Path) -> bool:
 
 def _task_of(folder: Path, root: Path, source: str) -> str:
     """In the layout `{task}/{task}_{idx}` the task; else the folder's (or the hub repository's) own name."""
-    if folder != root and folder.name.rpartition("_")[0] == folder.parent.name:
-        return check_name(folder.parent.name, "the task")
+    above = folder.resolve().parent.name
+    if folder != root and above and folder.name.rpartition("_")[0] == above:
+        return check_name(above, "the task")
     name = (source if folder == root else folder.name).rstrip("/").rsplit("/", 1)[-1]
     if name in ("", ".", ".."):
         raise UserError(

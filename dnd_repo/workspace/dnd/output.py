@@ -68,14 +68,17 @@ REASONS = {
 
 
 @contextmanager
-def disk_errors(folder: Path, error: type[Exception] = DndError) -> Iterator[None]:
-    """Turn what a full or unwritable disk raises into an `error` that names the folder."""
+def disk_errors(
+    folder: Path, error: type[Exception] = DndError, every: bool = False
+) -> Iterator[None]:
+    """Turn what a full or unwritable disk raises into an `error` that names the folder; `every`: whatever it raises."""
     try:
         yield
     except OSError as raised:
-        if raised.errno not in REASONS:
+        if raised.errno not in REASONS and not every:
             raise
-        raise error(f"cannot write under {folder}: {REASONS[raised.errno]}") from raised
+        reason = REASONS.get(raised.errno or 0, f"{raised.strerror or raised}: name another folder")
+        raise error(f"cannot write under {folder}: {reason}") from raised
 
 
 def check_name(name: str, what: str, error: type[Exception] = DndError) -> str:
@@ -125,7 +128,7 @@ class Output:
 
     def check(self) -> None:
         """Raise `error` where the folder could not be written, or a file of others bears a name that is written."""
-        with disk_errors(self.path, self.error):
+        with disk_errors(self.path, self.error, every=True):
             for link in (self.path, *self.path.parents):
                 if link.is_symlink() and not os.path.exists(link):
                     raise self.error(
@@ -263,7 +266,7 @@ class Output:
         write_record(old, before)
         flush_tree(old)
         try:
-            write_record(folder, both, unfinished=stage.name)
+            write_record(folder, both, stage, finished=False)
             if going == coming and len(coming) == 1:
                 keep_copy(folder / going[0], old / going[0])
                 os.replace(new / coming[0], folder / coming[0])
@@ -273,7 +276,7 @@ class Output:
                 for name in sorted(coming, key=self._is_key):
                     os.rename(new / name, folder / name)
             flush(folder)
-            write_record(folder, after)
+            write_record(folder, after, stage)
         except BaseException:
             undo(folder, stage)
             raise
@@ -335,14 +338,16 @@ def _record(folder: Path) -> dict[str, Any]:
     return {"files": inside, "unfinished": found.get("unfinished")}
 
 
-def write_record(folder: Path, files: dict[str, list[str]], unfinished: str | None = None) -> None:
-    """Record own files, whole or not at all; `unfinished` names the stage of files that are on their way."""
+def write_record(
+    folder: Path, files: dict[str, list[str]], stage: Path | None = None, finished: bool = True
+) -> None:
+    """Record own files, whole or not at all, by way of a stage; while not `finished`, the record names the stage."""
     content = {
         "version": VERSION,
         "files": files,
-        **({"unfinished": unfinished} if unfinished else {}),
+        **({} if finished or stage is None else {"unfinished": stage.name}),
     }
-    aside = folder / f"{STAGE}record"
+    aside = (stage or folder) / f"{RECORD}.new"
     with aside.open("w", encoding="utf-8") as stream:
         json.dump(content, stream, indent=1)
         stream.flush()
@@ -367,7 +372,8 @@ def staged(parent: Path) -> Iterator[Path]:
             (stage / "new").mkdir()
             yield stage
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        for _ in range(2):  # an error in between is no reason to leave it
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -380,9 +386,6 @@ def clear_leftovers(folder: Path) -> None:
                 if alone:
                     undo(folder, stage)
                     shutil.rmtree(stage, ignore_errors=True)
-    with locked(folder, wait=False) as alone:
-        if alone:
-            (folder / f"{STAGE}record").unlink(missing_ok=True)
 
 
 def undo(folder: Path, stage: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -9,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -68,3 +69,27 @@ def test_every_command_and_every_python_example_runs(finished: tuple[Path, str])
 def test_links_point_at_files() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def map_of(package: str) -> dict[str, str]:
+    """Entries of a package in the README's tree: name to its line."""
+    block = README.partition("## Where things are")[2].split("```")[1]
+    start = block.index(f"\n{package}/ ")
+    lines = itertools.takewhile(str.strip, block[start + 1 :].splitlines()[1:])
+    parsed = [re.match(r"[├└]── (\S+)\s+(.*)", line) for line in lines]
+    return {found[1]: found[2] for found in parsed if found}
+
+
+def sources(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")}
+
+
+@pytest.mark.parametrize("package", ["llgbm", "tuning"])
+def test_the_map_names_every_file_and_folder(package: str) -> None:
+    root, entries = ROOT / package, map_of(package)
+    folders = {f"{path.name}/" for path in root.iterdir() if (path / "__init__.py").is_file()}
+    files = {path.name for path in root.glob("*.py") if path.name != "__init__.py"}
+    assert set(entries) == folders | files
+    for folder in folders:
+        named = set(re.findall(r"\w+", entries[folder]))
+        assert sources(root / folder) <= named, f"{package}/{folder}"

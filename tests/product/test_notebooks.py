@@ -8,10 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import ROOT
 
 from llgbm.world import World
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 RENDERED = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -24,6 +24,7 @@ from formats import (
     restore_store,
     shown_numbers,
 )
+from helpers import ROOT
 from safetensors.torch import load_file
 
 from llgbm.evaluation.baselines import known_baselines
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in a copy of the fixtures: a reader may write, and paths in them are relative."""
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
-    shutil.copy(Path(__file__).with_name("tiny_study.py"), tmp_path / "study.py")
+    shutil.copy(ROOT / "tests" / "tiny_study.py", tmp_path / "study.py")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from dnd.bank import AdapterBank, Samples, positions, read_adapter
 from dnd.commands import exit_status, generate_command, train_command
 from dnd.conditions import encode_texts
@@ -20,6 +19,7 @@ from dnd.errors import DndError
 from dnd.generation import AdapterWriter
 from dnd.tokenizer import LoraTokenizer2D
 from dnd.training import TrainSettings, newest_checkpoint, train
+from helpers import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor

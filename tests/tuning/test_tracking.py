@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import free_port, mlflow_server, serving
+from helpers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
 from tuning.registry import fetch_bundle, register_generator

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
 from dnd.errors import DndError
 from dnd.model.decoderonly import (
     HyperConvDecoder,
@@ -18,6 +17,7 @@ from dnd.model.decoderonly import (
     trained_state,
     weighted_token_mse,
 )
+from helpers import SHARED
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
     "runtime output probes cache losses client tasks lora models delta teachers functional generator dataset world "

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ from tuning.studies import (
 )
 from tuning.studies.from_file import make_study
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies.md"
+DOCS = ROOT / "docs" / "studies.md"
 
 
 def study(*arguments: str) -> Study:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from contracts import WIDTH, GeneratorContract, make_spec, random_statistics
+from helpers import SHARED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraSpec
 from llgbm.runtime import UserError
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
+GOLDENS = SHARED / "goldens"
 
 
 class TestGenerators(GeneratorContract):

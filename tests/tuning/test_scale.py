@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from databases import DATABASES, missing
-from servers import mlflow_server, serving
+from helpers import mlflow_server, serving
 
 from tuning.tracking import curves as history
 from tuning.tracking.runs import TrackingTarget, read_trials

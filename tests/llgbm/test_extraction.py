@@ -7,7 +7,7 @@ import string
 
 import pytest
 from answer_cases import CHOICE, DIALOGUE, DIGITS, METALS, NUMBER, NUMBERED, PAIR, TRUTH
-from conftest import SHARED
+from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

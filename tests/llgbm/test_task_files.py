@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED
+from helpers import SHARED, SYSTEM, rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_datasets import SYSTEM, rows, write_rows
 
 from llgbm.models.encoding import chat_prompt, encode_pairs
 from llgbm.runtime import UserError

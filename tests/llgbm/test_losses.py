@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from contracts import Loss, LossContract, make_spec, random_pair
+from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,7 +19,7 @@ from llgbm.losses import DELTA_LOSSES, DeltaOnlyLoss, MultiTaskLoss, delta_loss,
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "goldens" / "losses.safetensors"
+GOLDEN = SHARED / "goldens" / "losses.safetensors"
 NAN = float("nan")
 
 

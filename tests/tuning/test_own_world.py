@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_datasets import rows, write_rows
+from helpers import rows, write_rows
 
 from llgbm.models.load import SIZES, Base, BaseSource
 from llgbm.runtime import UserError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from helpers import ROOT, SHARED
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 

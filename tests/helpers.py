@@ -1,8 +1,13 @@
-"""Real servers for tests: started on a free port of 127.0.0.1, waited for, stopped."""
+"""What tests share: places, free ports, real servers, rows of data sets.
+
+Servers start on a free port of 127.0.0.1, are waited for and stopped.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,10 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import requests
 
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
 SECONDS = 240
+SYSTEM = "Answer by a single [ans]."
 
 
 def free_port() -> int:
@@ -37,7 +46,7 @@ def serving(
             command, stdout=stream, stderr=stream, env={**(env or os.environ), "PATH": path}
         )
         try:
-            _wait_for(process, f"{url}/{health}", log)
+            wait_for(process, f"{url}/{health}", log)
             yield url
         finally:
             process.terminate()
@@ -56,7 +65,7 @@ def mlflow_server(python: str, backend: str, folder: Path) -> list[str]:
     ]
 
 
-def _wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
+def wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -65,3 +74,20 @@ def _wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
         except requests.exceptions.RequestException:
             time.sleep(0.5)
     raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")
+
+
+def rows(topic: str, count: int, start: int = 0) -> list[dict[str, str]]:
+    """Multiple-choice rows in the shape of the real ones."""
+    rng = random.Random(f"{topic} {start}")
+    return [
+        {
+            "prompt": f"What follows {topic} number {i}?\nA: {topic} {i + 1}\nB: {topic} {i + 2}\nC: nothing\nD: {i}",
+            "response": f"[{rng.choice('ABCD')}]",
+            "system": SYSTEM,
+        }
+        for i in range(start, start + count)
+    ]
+
+
+def write_rows(folder: Path, name: str, content: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""No name of torch is used that torch 2.5 lacks: `tests/torch_2_5.txt` lists those that were looked up in its sources.
+"""Names of torch that are used exist in torch 2.5: `tests/data/torch_2_5.txt` lists those looked up in its sources.
 
 A name that is not listed yet is looked up in a wheel of torch 2.5 (its `.py` and `.pyi` files), then added.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("llgbm", "tuning", "dnd_repo/workspace", "benchmarks")
-KNOWN = set((Path(__file__).parent / "torch_2_5.txt").read_text().split())
+KNOWN = set((ROOT / "tests" / "data" / "torch_2_5.txt").read_text().split())
 
 
 def torch_names(tree: ast.AST) -> Iterator[str]:
@@ -53,7 +52,9 @@ def test_names_of_torch_are_those_of_2_5(folder: str) -> None:
     assert files
     used = {name: file for file in files for name in torch_names(ast.parse(file.read_text()))}
     new = {name: str(file.relative_to(ROOT)) for name, file in used.items() if name not in KNOWN}
-    assert not new, "look these up in a wheel of torch 2.5, then add them to tests/torch_2_5.txt"
+    assert not new, (
+        "look these up in a wheel of torch 2.5, then add them to tests/data/torch_2_5.txt"
+    )
 
 
 @pytest.mark.parametrize(

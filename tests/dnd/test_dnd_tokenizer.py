@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
 from dnd.errors import DndError
 from dnd.importance import importance_weights, load_importance
 from dnd.tokenizer.register import (
@@ -18,6 +17,7 @@ from dnd.tokenizer.register import (
     Qwen2515LoRA_Tokenizer2D,
 )
 from dnd.tokenizer.tokenizer import LoraTokenizer2D, default_token_size
+from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

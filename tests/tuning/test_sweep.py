@@ -13,13 +13,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.numpy import load_file
 
 from llgbm.world import World
 
-ROOT = Path(__file__).parents[1]
 METRICS = (
     *("accuracy", "delta_cosine", "delta_norm_ratio", "delta_w_error"),
     *("accuracy_shuffled_prompts", "nearest_teacher_distance"),

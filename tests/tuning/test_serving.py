@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from helpers import free_port, serving
 from peft import PeftModel
 from safetensors.torch import load_file, save
-from servers import free_port, serving
 from transformers import AutoModelForCausalLM
 
 from llgbm.client import fetch_adapter
@@ -222,7 +222,8 @@ def test_an_address_that_serves_nothing_is_refused(address: str, tmp_path: Path)
 
 
 def test_the_client_needs_neither_torch_nor_mlflow() -> None:
-    code = "import sys, llgbm.client; print([m for m in ('torch', 'mlflow', 'peft', 'safetensors') if m in sys.modules])"
+    unwanted = ("torch", "mlflow", "peft", "safetensors")
+    code = f"import sys, llgbm.client; print([m for m in {unwanted} if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
 from dnd.tokenizer.register import Qwen2505LoRA_Tokenizer2D, Qwen2515LoRA_Tokenizer2D
 from dnd.tokenizer.tokenizer import LoraTokenizer2D
+from helpers import ROOT, SHARED
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from llgbm.lora import LoraBatch, LoraSpec
@@ -150,7 +150,7 @@ def test_a_model_that_is_nowhere_says_what_to_fetch(download: bool) -> None:
 
 
 def test_offline_is_respected_and_a_missing_model_fails_in_one_line(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "tuning" / "run_ablation.py"
+    script = ROOT / "tuning" / "run_ablation.py"
     done = subprocess.run(
         [sys.executable, str(script), "--model-size", "qwen2.5-0.5b", "--dry-run"],
         cwd=tmp_path,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from llgbm.__main__ import main as package_main
 from llgbm.generator.bundle import GeneratorBundle
@@ -22,8 +23,6 @@ from llgbm.teachers.bank import Bank
 from llgbm.training import TrainingConfig, Trial
 from llgbm.world import World
 from tuning.run_ablation import main as ablation_main
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
