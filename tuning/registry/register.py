@@ -1,7 +1,7 @@
-"""Generators in MLflow's model registry: how one gets in and how one is fetched.
+"""Register generators in MLflow's model registry, and fetch them.
 
-A trial is registered once. Whatever kills a registration, the next one deletes what is half done, keeps what is whole,
-and does the rest.
+A trial is registered once. A registration that was killed is finished by the next: complete parts are kept, incomplete
+ones are deleted and made again.
 """
 
 from __future__ import annotations
@@ -108,17 +108,17 @@ def _check_figures(tags: Mapping[str, str], score: float, per_task: Mapping[str,
 
 
 def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
-    """Resolve `models:/name@alias`, `models:/name/3` or a local folder to a folder with `generator.json`.
+    """Return the folder with `generator.json` of `models:/name@alias`, `models:/name/3` or a local folder.
 
-    Without `tracking_uri`, MLFLOW_TRACKING_URI or the store of the current folder is asked; what a registry holds is
+    `tracking_uri` None means MLFLOW_TRACKING_URI, or else the store of the current folder. A registered bundle is
     copied to a temporary folder. Raises UserError if the model, version, alias or folder does not exist.
     """
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
     with registry_client(tracking_uri) as client:
         folder = download(client, resolve(client, uri))
-    found = sorted(folder.rglob(BUNDLE_FILE))
-    return _checked(found[0].parent if found else folder, uri)
+    bundles = [path.parent for path in sorted(folder.rglob(BUNDLE_FILE))]
+    return _checked(next(iter(bundles), folder), uri)
 
 
 def _bundle_tags(bundle: Path) -> dict[str, str]:
@@ -147,11 +147,11 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
-    wanted = {key: tags[key] for key in KEY_TAGS}
-    found = (
-        v for v in versions_of(client, name) if {key: v.tags.get(key) for key in KEY_TAGS} == wanted
-    )
-    return next(found, None)
+    wanted = [tags[key] for key in KEY_TAGS]
+    for found in versions_of(client, name):
+        if list(map(found.tags.get, KEY_TAGS)) == wanted:
+            return found
+    return None
 
 
 def _create_version(
@@ -173,7 +173,7 @@ def _create_version(
 def _whole_model(
     client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]
 ) -> LoggedModel | None:
-    """What an earlier call logged before it was killed; what it left half done is deleted."""
+    """Return the complete model that a killed registration left, and delete its incomplete ones."""
     where = [f"name = '{name}'", *(f"tags.`{key}` = '{tags[key]}'" for key in KEY_TAGS)]
     whole = None
     for model in client.search_logged_models([run.info.experiment_id], " AND ".join(where)):
@@ -206,8 +206,8 @@ def _log_model(
 def _note_output(client: MlflowClient, run: Run, model_id: str) -> None:
     from mlflow.entities import LoggedModelOutput
 
-    known = run.outputs.model_outputs if run.outputs else []
-    if model_id not in {output.model_id for output in known}:
+    known = {output.model_id for output in getattr(run.outputs, "model_outputs", ())}
+    if model_id not in known:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
 
 
@@ -234,8 +234,11 @@ def _save_model(path: Path, bundle: Path, run_id: str, model_id: str) -> None:
 
 
 def _code_paths() -> list[str]:
-    specs = [importlib.util.find_spec(name) for name in ("llgbm", "dnd")]
-    return [str(path) for spec in specs if spec for path in spec.submodule_search_locations or ()]
+    found: list[str] = []
+    for name in ("llgbm", "dnd"):
+        spec = importlib.util.find_spec(name)
+        found += getattr(spec, "submodule_search_locations", None) or ()
+    return found
 
 
 def _requirements() -> list[str]:

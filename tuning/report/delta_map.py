@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -64,7 +65,7 @@ def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     ]
     for ax, one, (teacher_T2, generated_T2) in zip(axes, drawn, places, strict=False):
         _draw_families(ax, one, teacher_T2, generated_T2, families)
-        finish_axes(ax, *labels)
+        finish_axes(ax, labels[0], labels[1])
         ax.set_title(one.config, fontsize=10)
         ax.margins(0.08)
     for ax in axes[len(drawn) :]:
@@ -113,15 +114,20 @@ def _draw_family(
 ) -> None:
     for start, end in zip(teacher_T2, generated_T2, strict=True):
         ax.plot(*zip(start, end, strict=True), color=colour, linewidth=0.8, alpha=0.5, zorder=1)
-    circle = {"fillstyle": "none", "markersize": 7, "markeredgewidth": 1.6, "zorder": 2}
+    circle: dict[str, Any] = {
+        "fillstyle": "none",
+        "markersize": 7,
+        "markeredgewidth": 1.6,
+        "zorder": 2,
+    }
     ax.plot(*teacher_T2.T, "o", color=colour, **circle)
     ax.plot(*generated_T2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
-    offset = {"xytext": (6, 6), "textcoords": "offset points"}
+    offset: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
     ax.annotate(family, teacher_T2[0], **offset, fontsize=8, color=colour)
 
 
 def _family_legend(figure: Figure, families: Sequence[str]) -> None:
-    black = {"color": "black", "linestyle": ""}
+    black: dict[str, Any] = {"color": "black", "linestyle": ""}
     shapes = [
         Line2D([], [], marker="o", fillstyle="none", label="teacher", **black),
         Line2D([], [], marker="x", label="generated", **black),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -91,12 +92,12 @@ def _draw_curve(ax: Axes, key: str, group: Group, colour: str, stroke: str) -> N
         return
     rows = [[curve[step] for step in steps] for curve in curves]
     x_N, values_SN = _thinned(np.array(steps, dtype=float), np.array(rows))
-    line = {"color": colour, "linewidth": 1.6, "label": group.label}
+    line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": group.label}
     if len(x_N) <= MARKED_POINTS:
         line |= {"marker": "o", "markersize": 3.5}
     ax.plot(x_N, values_SN.mean(0), stroke, **line)
     if len(curves) > 1:
-        band = {"color": colour, "alpha": 0.15, "linewidth": 0}
+        band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
         ax.fill_between(x_N, values_SN.min(0), values_SN.max(0), **band)
 
 
@@ -153,7 +154,12 @@ def _draw_baselines(ax: Axes, key: str, size: str, baselines: Baselines) -> None
     for place, name in enumerate(sorted(mine, key=lambda name: -values[name])):
         stroke = BASELINE_STROKES[place % len(BASELINE_STROKES)]
         label = f"{name.removesuffix(f' ({size})')} [{values[name]:.2f}]"
-        line = {"color": "#555555", "linestyle": stroke, "linewidth": 1.1, "zorder": 1}
+        line: dict[str, Any] = {
+            "color": "#555555",
+            "linestyle": stroke,
+            "linewidth": 1.1,
+            "zorder": 1,
+        }
         ax.axvline(values[name], label=label, **line)
     if mine:
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
@@ -249,7 +255,11 @@ def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
         ax.set_title(title, fontsize=10)
         ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
         if len(keys) > 1:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": len(keys)}
+            below: dict[str, Any] = {
+                "loc": "upper center",
+                "bbox_to_anchor": (0.5, -0.12),
+                "ncols": len(keys),
+            }
             ax.legend(frameon=False, fontsize=8, **below)
     label_rows(axes[0], [group.label for group in groups])
     figure.savefig(path, dpi=DPI)
@@ -269,5 +279,5 @@ def _draw_dots(
 ) -> None:
     points = [(cell.mean, row) for row, group in enumerate(groups) if (cell := group.cell(key))]
     if points:
-        mark = {"color": colour, "markersize": 7, "alpha": 0.9, "zorder": 3}
+        mark: dict[str, Any] = {"color": colour, "markersize": 7, "alpha": 0.9, "zorder": 3}
         ax.plot(*zip(*points, strict=True), marker, label=label, **mark)

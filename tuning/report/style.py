@@ -7,7 +7,7 @@ alone. Figures are objects: no display is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def styles_of(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def finish_axes(ax: Axes, x_label: str, y_label: str, grid: str = "y") -> None:
+def finish_axes(ax: Axes, x_label: str, y_label: str, grid: Literal["x", "y"] = "y") -> None:
     """Label the axes, draw a faint grid across `grid` and remove the upper and right frame."""
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

@@ -152,7 +152,9 @@ class StudyTracker:
     def child_run_id(self, trial_id: str) -> str | None:
         """Return the run id of a trial, None if it never opened a run."""
         run = trial_run(self.client, self.experiment_id, trial_id)
-        return run and run.info.run_id
+        if run is None:
+            return None
+        return run.info.run_id
 
     def finish_trial(
         self, trial_id: str, status: str, tags: Mapping[str, str] | None = None
