@@ -105,7 +105,7 @@ def run_study(
             by_trial = {trial.id: worlds[trial.world.hash] for trial in study.trials}
             best = best_trials(results, study.metric, arguments.keep_best)
             keep_best_adapters(tracker.client, by_trial, best)
-        registered = register_best(study, worlds, results, tracker, study.metric)
+        registered = register_best(study, worlds, results, tracker, cache_of(arguments))
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     return (

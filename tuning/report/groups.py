@@ -87,6 +87,13 @@ class Group:
                 found[seed_of(trial)].setdefault(task, []).append(value)
         return {seed: _means(tasks) for seed, tasks in found.items()}
 
+    @property
+    def is_supervised(self) -> bool:
+        """True if it is trained with behavioural supervision (λ_d > 0); told by name if it names no λ."""
+        if self.lambdas is None:
+            return not self.config.startswith(REFERENCE)
+        return self.lambdas[1] > 0
+
     def curves(self, key: str) -> list[dict[int, float]]:
         """Return the curve of every trial that has one, as value by step."""
         return [dict(trial.curves[key]) for trial in self.trials if trial.curves.get(key)]
@@ -181,7 +188,7 @@ def reference_of(groups: Sequence[Group], size: str) -> Group | None:
     Of several weight-only ones the best on validation tasks is taken: held-out numbers select nothing.
     """
     own = [group for group in groups if group.size == size and group.cell(MAIN)]
-    plain = [group for group in own if group.config.startswith(REFERENCE)]
+    plain = [group for group in own if not group.is_supervised]
     if plain:
         return max(plain, key=_validation)
     return next(iter(own), None)
@@ -245,9 +252,19 @@ def _paired_cells(group: Group, reference: Group, seeds: Sequence[str]) -> np.nd
 
 
 def ranked(groups: Sequence[Group], size: str) -> list[Group]:
-    """Return the configurations of a size with a held-out accuracy, best first."""
-    scored = [(cell.mean, g) for g in groups if g.size == size and (cell := g.cell(MAIN))]
-    return [group for _, group in sorted(scored, key=lambda pair: -pair[0])]
+    """Return the configurations of a size with a held-out accuracy, best first; those with few seeds come last.
+
+    Few are fewer than `SEEDS_FOR_SPREAD`, or than the most that any has: a lucky seed must not rank above a mean.
+    """
+    cells = {g.label: cell for g in groups if g.size == size and (cell := g.cell(MAIN))}
+    enough = seeds_needed(cells.values())
+    own = [group for group in groups if group.label in cells]
+    return sorted(own, key=lambda g: (cells[g.label].n < enough, -cells[g.label].mean))
+
+
+def seeds_needed(cells: Iterable[Cell]) -> int:
+    """Return the number of seeds that a configuration needs to be ranked."""
+    return min(SEEDS_FOR_SPREAD, max((cell.n for cell in cells), default=0))
 
 
 def number(value: float | None) -> str:

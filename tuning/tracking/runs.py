@@ -49,6 +49,7 @@ class TrialResult:
     run_id: str = ""
     stopped_at: int | None = None
     superseded: bool = False
+    cause: str = ""  # of its failure, or of its worker's last death
 
     @classmethod
     def of(
@@ -68,6 +69,7 @@ class TrialResult:
             run_id=run.info.run_id,
             stopped_at=int(stopped) if stopped else None,
             superseded=not is_live(run),
+            cause=tags.get(ERROR_TAG) or tags.get(DEATH_TAG, ""),
         )
 
     @property
