@@ -16,7 +16,8 @@ from tuning.studies.options import Options
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.cluster import Resources
 from tuning.sweep.run import read_past_runs
-from tuning.tracking.costs import Costs, PastRun, kind_of
+from tuning.tracking.costs import Costs, kind_of
+from tuning.tracking.runs import TrialResult
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Plan:
     study: Study
     trials: tuple[TrialSpec, ...]
     undrawn: int
-    runs: Sequence[PastRun]
+    runs: Sequence[TrialResult]
 
     @cached_property
     def finished(self) -> frozenset[str]:
@@ -96,7 +97,7 @@ def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     )
 
 
-def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points: int) -> Plan:
+def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_points: int) -> Plan:
     """Print the space and the points that Optuna has drawn; return the plan of its trials."""
     space = study.space
     assert space is not None

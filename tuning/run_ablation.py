@@ -94,7 +94,7 @@ def run_study(job: Job) -> int:
         study = run_trials(job, ownership)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
         keep_adapters(job, study, results)
-        registered = register_best(study, worlds, results, tracker, study.metric)
+        registered = register_best(study, worlds, results, tracker, job.options.stores.cache_folder)
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     finished = [result for result in results if result.status == "FINISHED"]

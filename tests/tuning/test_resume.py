@@ -33,7 +33,6 @@ from tuning.sweep.resume import (
     adopt_finished,
     begin_anew,
     check_same_study,
-    find_study,
     recorded_options,
     trials_to_run,
 )
@@ -148,11 +147,11 @@ def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> No
     assert (options.study.smoke, options.study.seeds) == (True, (0,))
     assert options.run.max_concurrent == 1
     assert recorded == SMOKE.id
-    assert find_study(tracker, "latest").info.run_name == "later"
+    assert tracker.find_study("latest").info.run_name == "later"
     with pytest.raises(
-        UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"
+        UserError, match=f"no study 'x': it has .* \\(later\\), {SMOKE.id} \\(phase_4_5\\)"
     ):
-        find_study(tracker, "x")
+        tracker.find_study("x")
 
 
 def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

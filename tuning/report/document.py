@@ -12,6 +12,7 @@ from typing import Any
 
 from llgbm.output import Output
 from tuning.report import plots, tables
+from tuning.report.delta_map import plot_delta_map
 from tuning.report.groups import MAIN, Group, size_of
 from tuning.report.page import html_page
 from tuning.report.record import StudyRecord, read_study
@@ -125,7 +126,7 @@ def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
         _picture(
             out,
             f"delta_map_{size}.png" if len(sizes) > 1 else "delta_map.png",
-            plots.plot_delta_map,
+            plot_delta_map,
             [one for one in record.deltas if one.size == size],
         )
         for size in sizes

@@ -51,7 +51,9 @@ def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[Wor
             f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
         )
     suite = _suite(arguments)
-    return tuple(_world(arguments, suite, name, download) for name in sizes or [None])
+    if not sizes:
+        return (_world(arguments, suite, None, download),)
+    return tuple(_world(arguments, suite, name, download) for name in sizes)
 
 
 def _refuse_without_base(arguments: StudyArguments) -> None:

@@ -15,7 +15,7 @@ from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.tracking.ownership import Ownership
-from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG
+from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
@@ -34,23 +34,9 @@ def recorded_options(options: Options, tracker: StudyTracker) -> tuple[Options, 
         raise UserError(
             f"--resume takes the study as it was begun: leave {option} out, or leave out --resume"
         )
-    tags = find_study(tracker, str(options.run.resume)).data.tags
+    tags = tracker.find_study(str(options.run.resume)).data.tags
     arguments = StudyArguments.from_record(json.loads(tags.get(ARGUMENTS_TAG, "{}")))
     return replace(options, study=arguments), tags[STUDY_ID_TAG]
-
-
-def find_study(tracker: StudyTracker, wanted: str) -> Run:
-    """Return the run of a study by its id, or of the one begun last (`latest`). Raises UserError if there is none."""
-    known = tracker.studies()
-    found = [run for run in known if wanted in ("latest", run.data.tags[STUDY_ID_TAG])]
-    if found:
-        return found[-1]
-    ids = ", ".join(
-        f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG)})" for run in known[-5:]
-    )
-    raise UserError(
-        f"there is no study {wanted!r} to resume in this experiment: it has {ids or 'none at all'}"
-    )
 
 
 def check_same_study(study: Study, recorded_id: str) -> None:

@@ -15,8 +15,9 @@ from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
 from tuning.sweep.resume import adopt_finished, trials_to_run
 from tuning.sweep.shared import SharedQueue
-from tuning.tracking.costs import Costs, PastRun, last_results, past_runs
+from tuning.tracking.costs import Costs, last_results, past_runs
 from tuning.tracking.ownership import Ownership
+from tuning.tracking.runs import TrialResult
 from tuning.tracking.study import StudyTracker
 
 
@@ -44,7 +45,7 @@ def open_store(options: Options) -> StudyTracker:
     return StudyTracker.open(uri, Path.cwd(), options.stores.experiment)
 
 
-def read_past_runs(options: Options) -> list[PastRun]:
+def read_past_runs(options: Options) -> list[TrialResult]:
     """Read the finished trials of the experiment; nothing is created."""
     return past_runs(options.stores.tracking_uri, Path.cwd(), options.stores.experiment)
 
@@ -59,7 +60,7 @@ def open_queue(job: Job) -> TrialQueue:
     return ListQueue(trials, left, job.resources.concurrent, Costs(past).seconds)
 
 
-def _open_points(job: Job, past: list[PastRun]) -> TrialQueue:
+def _open_points(job: Job, past: list[TrialResult]) -> TrialQueue:
     from tuning.search.points import PointQueue, open_search
 
     assert job.study.space is not None

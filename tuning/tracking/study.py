@@ -28,6 +28,8 @@ from tuning.tracking.runs import (
     log_params,
     now_ms,
     open_run,
+    parent_runs,
+    pick_study,
     trial_run,
 )
 from tuning.tracking.store import (
@@ -36,6 +38,7 @@ from tuning.tracking.store import (
     make_database,
     open_experiment,
     quiet_mlflow,
+    redact,
     sqlite_path,
     store_errors,
     usable_uri,
@@ -49,7 +52,7 @@ logger = logging.getLogger("tuning.tracking")
 
 
 class StudyTracker:
-    """The driver's side: opens the store, begins the study and decides how its runs end."""
+    """The driver's view of a study: open the store, begin the parent run, set final statuses."""
 
     def __init__(self, client: MlflowClient, tracking_uri: str, experiment_id: str) -> None:
         self.client = client
@@ -97,21 +100,22 @@ class StudyTracker:
         return self.target
 
     def studies(self, study_id: str | None = None) -> list[Run]:
-        """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
+        """Return live parent runs, oldest first; of one study id if given. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
-            wanted = {STUDY_ID_TAG: study_id} if study_id else {}
-            found = find_runs(self.client, self.experiment_id, wanted)
-            return [run for run in found if STUDY_ID_TAG in run.data.tags and is_live(run)]
+            found = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
+            return list(filter(is_live, found))
+
+    def find_study(self, asked: str) -> Run:
+        """Return the parent run of a study in this experiment: see `runs.find_study`."""
+        with store_errors(self.tracking_uri):
+            known = parent_runs(self.client, [self.experiment_id])
+        return pick_study(known, asked, redact(self.tracking_uri))
 
     def live_runs(self) -> dict[str, Run]:
-        """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
+        """Return the live run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
-            found = find_runs(self.client, self.experiment_id, {})
-            return {
-                run.data.tags[TRIAL_TAG]: run
-                for run in found
-                if TRIAL_TAG in run.data.tags and is_live(run)
-            }
+            found = find_runs(self.client, self.experiment_id, {TRIAL_TAG: None})
+            return {run.data.tags[TRIAL_TAG]: run for run in found if is_live(run)}
 
     def supersede_study(self, study_id: str) -> None:
         """Mark a study's own runs as obsolete, so that it starts anew under new ones.
@@ -130,7 +134,7 @@ class StudyTracker:
                 self.client.set_tag(run_id, SUPERSEDED_TAG, str(now_ms()))
 
     def adopt(self, trial_id: str, config: str) -> None:
-        """Make the run of a trial that another study finished count in this one too, as configuration `config`.
+        """Add a trial that another study finished to this one, as configuration `config`.
 
         Raises UserError if the store fails.
         """
@@ -141,15 +145,17 @@ class StudyTracker:
 
     @property
     def parent_run_id(self) -> str:
-        """Id of the parent run. Raises RuntimeError before `begin`."""
+        """Return the id of the parent run. Raises RuntimeError before `begin`."""
         if self.target is None:
             raise RuntimeError("the study has no run yet: call begin() first")
         return self.target.parent_run_id
 
     def child_run_id(self, trial_id: str) -> str | None:
-        """Id of the run of a trial, or None if the trial never opened one."""
+        """Return the run id of a trial, None if it never opened a run."""
         run = trial_run(self.client, self.experiment_id, trial_id)
-        return run.info.run_id if run else None
+        if run is None:
+            return None
+        return run.info.run_id
 
     def finish_trial(
         self,
@@ -184,7 +190,7 @@ class StudyTracker:
             return run_id
 
     def finish(self, status: str) -> None:
-        """Set how the study ended; unless FINISHED, kill the children that still count as running.
+        """Set the final status of the study; unless FINISHED, mark its running trials KILLED.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
@@ -203,12 +209,12 @@ class StudyTracker:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the whole study so far. Raises UserError if the store fails."""
+        """Return the metrics of the parent run. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
             return dict(self.client.get_run(self.parent_run_id).data.metrics)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log figures of the whole study, each once: what it has already stays. Raises ValueError if not finite."""
+        """Log the metrics that the parent run lacks. Raises ValueError if one is not finite."""
         from mlflow.entities import Metric
 
         now, values = now_ms(), check_finite(step, metrics)
@@ -221,12 +227,12 @@ class StudyTracker:
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
-        """Keep a folder among the artifacts of the study. Raises UserError if the store fails."""
+        """Log a folder as artifacts of the study. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
             self.client.log_artifacts(self.parent_run_id, str(folder), artifact_path)
 
     def download_artifacts(self, run_id: str, path: str, folder: Path | str) -> str:
-        """Copy an artifact of a run into a folder and name the copy. Raises UserError if there is none."""
+        """Copy an artifact of a run into a folder and return its path there. Raises UserError if there is none."""
         with store_errors(self.tracking_uri):
             return self.client.download_artifacts(run_id, path, str(folder))
 
@@ -246,7 +252,7 @@ def _check_status(status: str) -> None:
 
 @contextmanager
 def status_on_exit(tracker: StudyTracker):
-    """Give the parent run its right final status, whatever happens."""
+    """Set the final status of the parent run: FINISHED, KILLED on an interrupt, FAILED on an error."""
     try:
         yield
     except KeyboardInterrupt:
