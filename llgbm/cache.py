@@ -1,4 +1,4 @@
-"""Folders on disk named by what made them: written aside, flushed, renamed; never half there.
+"""Content-addressed cache: folders are written aside, flushed and renamed, so that none is ever partial.
 
 An entry is `<root>/<kind>/<key>/` plus an `entry.json` that lists every file with its size and SHA-256. An entry that
 does not agree with its list is torn or foreign: it is thrown away and built again.
@@ -24,7 +24,7 @@ ENTRY_FILE = "entry.json"
 
 
 def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder of entry `kind/key`, calling `build(folder)` first if there is no whole one.
+    """Return the folder of entry `kind/key`; call `build(folder)` first if no complete one exists.
 
     Concurrent builders of one entry wait for each other. A build that is killed leaves nothing that is used.
     Raises UserError where the folder cannot be written.
@@ -61,7 +61,7 @@ def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
 
 
 def entry_is_whole(folder: Path) -> bool:
-    """Say whether every file that the entry lists is there with the bytes it was written with."""
+    """Check that every listed file exists with its size and SHA-256."""
     listing_file = folder / ENTRY_FILE
     if not listing_file.is_file():
         return False
@@ -93,7 +93,7 @@ def hash_files(paths: list[Path], length: int = 16) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     stage = path.with_name(f".{path.name}.writing")
     try:
         with stage.open("w") as stream:

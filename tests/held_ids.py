@@ -121,7 +121,7 @@ def cache_ids(cache: Path) -> dict[str, list[str]]:
         {task: [Probe(f"What {task}", " nothing")] for task in suite.split.tasks}
     )
     bank = world.bank
-    DeltaCache.build(cache, world.base, bank.spec, bank.hash, bank.adapters, bank.load(), told)
+    DeltaCache.build(cache, world.base, bank, told)
     return {kind.name: sorted(entries(kind)) for kind in sorted(cache.iterdir())}
 
 

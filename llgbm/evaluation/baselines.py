@@ -1,4 +1,4 @@
-"""What a generator must beat, and its upper bound. They know training tasks only; choices use validation tasks."""
+"""Baselines and the teacher upper bound, fitted on training tasks and tuned on validation tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
-    """The numbers of every baseline on the held-out tasks of a world, by name; measured once and kept in the cache."""
+    """Measure every baseline on the held-out tasks of a world, or read its numbers from the cache."""
     key = content_hash("baselines", VERSION, VERSIONS, world.config, world.data.hash)
 
     def write(folder: Path) -> None:
@@ -76,7 +76,7 @@ def from_metrics(
 def evaluate_baselines(
     data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
 ) -> dict[str, PartResult]:
-    """Results of every baseline on the tasks of one part, by name."""
+    """Evaluate every baseline on the tasks of one part; return results by name."""
     rows = list(data.rows[part])
     makers = {
         "base": no_adapter,
@@ -97,29 +97,29 @@ def evaluate_baselines(
 
 
 def no_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The base alone: adapters of zeros, [A, V]."""
+    """Adapters of zeros [A, V]: the base alone."""
     return torch.zeros_like(data.values_AV[list(rows)])
 
 
 def teacher(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The task's own teacher, the upper bound, [A, V]."""
+    """Teachers of the tasks themselves [A, V], the upper bound."""
     return data.values_AV[list(rows)]
 
 
 def multitask_lora(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The one adapter trained on all training tasks together, for every task, [A, V]."""
+    """Multi-task LoRA for every task [A, V]: one adapter trained on all training tasks together."""
     return data.multitask_V.expand(len(rows), -1)
 
 
 def mean_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The mean of all training teachers for every task, [A, V]."""
+    """Mean of all training teachers, for every task [A, V]."""
     return data.values_AV[list(data.rows["train"])].mean(0).expand(len(rows), -1)
 
 
 def nearest_teacher(
     data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]
 ) -> Tensor:
-    """The training teacher whose mean prompt embedding is nearest by cosine, [A, V]."""
+    """Training teacher with the nearest mean prompt embedding by cosine [A, V]."""
     train = list(data.rows["train"])
     known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
     asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
@@ -127,7 +127,7 @@ def nearest_teacher(
 
 
 def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The one training teacher that is best on the validation tasks, for every task, [A, V]."""
+    """Training teacher with the best validation accuracy, for every task [A, V]."""
     train, val = list(data.rows["train"]), list(data.rows["val"])
     scores = []
     for index in train:

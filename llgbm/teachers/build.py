@@ -1,6 +1,6 @@
 """Build a bank of teachers for a suite, and the multi-task LoRA.
 
-Letters: A adapters, B examples an adapter, V values of an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_a_store_gives_its_report_and_its_numbers(uri: str, tmp_path: Path) -> N
     wanted = json.loads((STORE / "numbers.json").read_text())
     assert (record.study, record.study_id) == ("tiny", study_of(parse_arguments(ARGUMENTS)).id)
     assert json.loads(json.dumps(shown_numbers(record))) == wanted
-    assert [delta.teacher_TD.shape for delta in record.deltas] == [(1, 8), (1, 8)]
+    assert [delta.teacher_JD.shape for delta in record.deltas] == [(1, 8), (1, 8)]
     (tmp_path / "report").mkdir()
     printed = write_report(tmp_path / "report", record)
     for trial in wanted["trials"].values():

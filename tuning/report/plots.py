@@ -61,17 +61,17 @@ class DeltaMap:
     A task is named "operation/format". Raises ValueError if the shapes do not agree.
     """
 
-    teacher_TD: np.ndarray
-    generated_TD: np.ndarray
+    teacher_JD: np.ndarray
+    generated_JD: np.ndarray
     tasks: tuple[str, ...]
     config: str
     size: str = ""
 
     def __post_init__(self) -> None:
-        shapes = (self.teacher_TD.shape, self.generated_TD.shape)
+        shapes = (self.teacher_JD.shape, self.generated_JD.shape)
         if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(self.tasks):
             raise ValueError(
-                f"a delta map needs two arrays [T, D] and T names: got teacher {shapes[0]}, generated {shapes[1]} "
+                f"a delta map needs two arrays [J, D] and J names: got teacher {shapes[0]}, generated {shapes[1]} "
                 f"and {len(self.tasks)} names"
             )
 
@@ -272,10 +272,10 @@ def _two_directions(
     pca = PCA(n_components=2, svd_solver="full")
     pca.fit(
         np.concatenate(
-            [part for one in deltas for part in (one.teacher_TD, one.generated_TD)]
+            [part for one in deltas for part in (one.teacher_JD, one.generated_JD)]
         ).astype(np.float64)
     )
-    placed = [(pca.transform(one.teacher_TD), pca.transform(one.generated_TD)) for one in deltas]
+    placed = [(pca.transform(one.teacher_JD), pca.transform(one.generated_JD)) for one in deltas]
     return placed, pca.explained_variance_ratio_ * 100
 
 
