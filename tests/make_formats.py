@@ -83,13 +83,14 @@ def make_all(here: Path) -> None:
     DATA.mkdir()
     for topic in TOPICS:
         write_rows(DATA, topic, rows(topic, 32))
-    write_bank(Path("bank"))
+    shutil.copytree(FOLDER / "bank", "bank")  # of version 1: nothing writes it any more
+    write_bank(Path("bank-2"))
     shutil.copy(HERE / "tiny_study.py", "study.py")
     write_cache(study_of(parse_arguments(ARGUMENTS)).worlds[0])
     if status := run_ablation([*ARGUMENTS, "--cache", str(CACHE), "--max-concurrent", "1"]):
         raise SystemExit(status)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for kept in (BASE, DATA, CACHE, Path("bank")):
+    for kept in (BASE, DATA, CACHE, Path("bank"), Path("bank-2")):
         shutil.copytree(kept, FOLDER / kept, ignore=shutil.ignore_patterns(".*", "sweeps"))
     keep_store(here)
     keep_bundles(here)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import LoraGenerator
 from llgbm.lora.adapters import LoraBatch, delta_w_error, delta_w_inner
-from llgbm.lora.apply import adapters_applied, chunks
-from llgbm.models.scoring import right_answers
+from llgbm.models import scoring
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
@@ -186,15 +184,12 @@ def mean_delta(
 
 
 def accuracy_per_adapter(
-    lora_model: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
+    lora_model: FunctionalLoRA,
+    batch: LoraBatch,
+    data: ExperimentData,
+    rows: list[int],
+    chunk: int = 24,
 ) -> Tensor:
-    """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
-    pieces = []
-    for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
-        with (
-            torch.no_grad(),
-            adapters_applied(lora_model.model, batch.select(piece), lora_model.spec.scaling),
-        ):
-            right = right_answers(lora_model.model, data.examples_of(rows[piece]))
-        pieces.append(right.view(-1, data.n_examples).float().mean(1))
-    return torch.cat(pieces)
+    """Return the exact-match accuracy [A] of adapters on the evaluation examples of the tasks at `rows`."""
+    texts = data.examples_of(rows)
+    return scoring.accuracy_per_adapter(lora_model.model, lora_model.spec, batch, texts, chunk)

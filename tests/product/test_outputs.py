@@ -38,8 +38,9 @@ from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import LoraBatch, LoraSpec, adapter_config, load_adapter, save_adapter
 from llgbm.models.load import Base
 from llgbm.runtime import UserError
-from llgbm.teachers.bank import BankFolder, read_manifest
+from llgbm.teachers.bank import read_manifest, show_bank
 from llgbm.teachers.imported import find_adapters
+from llgbm.teachers.writer import BankWriter, NewAdapter
 from llgbm.world import World
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -594,7 +595,7 @@ def test_what_a_killed_import_left_is_finished_by_the_next(commands: Any, user: 
     while not (user / "bank" / "checkpoints").exists() and process.poll() is None:
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and not (user / "bank" / "bank.json").exists()
+    assert process.wait() == -signal.SIGKILL and not show_bank(user / "bank")["finished"]
     (user / "bank" / ".manifest.json.writing").write_text("{")
     assert main([*commands["bank"], "--out", "bank"]) == 0
     assert tree(user / "bank") == tree(user / "whole")
@@ -603,21 +604,21 @@ def test_what_a_killed_import_left_is_finished_by_the_next(commands: Any, user: 
 def test_what_lies_in_an_adapters_place_without_its_line_is_not_touched(
     tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
 ) -> None:
-    bank = BankFolder(tmp_path / "bank", tiny_base, tiny_spec, {})
+    bank = BankWriter(tmp_path / "bank", tiny_base, tiny_spec, {})
     state = tiny_adapters.to_state_dicts()[0]
     with bank.opened():
-        bank.add("one_0", "one", state, PROMPTS, {})
+        bank.add([NewAdapter("one_0", "one", state, PROMPTS)])
         mine = tmp_path / "bank" / "checkpoints" / "one" / "one_1"
         mine.mkdir()
         (mine / WEIGHTS).write_text("mine")
         with pytest.raises(UserError, match="none of the bank's adapters"):
-            bank.add("one_1", "one", state, PROMPTS, {})
+            bank.add([NewAdapter("one_1", "one", state, PROMPTS)])
         with pytest.raises(UserError, match="cannot name a folder"):
-            bank.add("one_2", "../../one", state, PROMPTS, {})
+            bank.add([NewAdapter("one_2", "../../one", state, PROMPTS)])
         assert (mine / WEIGHTS).read_text() == "mine"
         (mine.parent / "one_0" / "notes.txt").write_text("mine")
         (mine.parent / "one_0" / WEIGHTS).write_bytes(b"torn")
-        bank.add("one_0", "one", state, PROMPTS, {})
+        bank.add([NewAdapter("one_0", "one", state, PROMPTS)])
         assert (
             bank.missing(["one_0"]) == []
             and (mine.parent / "one_0" / "notes.txt").read_text() == "mine"
@@ -633,7 +634,7 @@ def test_a_refused_command_leaves_no_half_bank(
         raise UserError("the chat template has no system turn: leave --chat out")
 
     # Stands for whatever is found out late; today a template that refuses the prompts.
-    monkeypatch.setattr("llgbm.teachers.imported.greedy_answers", refuse)
+    monkeypatch.setattr("llgbm.teachers.writer.greedy_answers", refuse)
     assert main(command) == 2
     assert tree(user) == {}
     (user / "new").mkdir()
