@@ -32,7 +32,8 @@ class ExperimentData:
 
     The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
     `examples` are evaluation examples, adapter-major, `n_examples` per task. `multitask_V` is the adapter trained on
-    all training tasks together.
+    all training tasks together. `size` and `delta_probes` are those that a trial's configuration must name ("" fits
+    any).
     """
 
     adapter_ids: tuple[str, ...]
@@ -49,6 +50,9 @@ class ExperimentData:
     n_examples: int
     encoder: str
     hash: str
+    encoder_hash: str = ""
+    size: str = ""
+    delta_probes: str = ""
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}

@@ -29,7 +29,7 @@ from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory
 from llgbm.teachers.bank import Bank
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class DeltaCache:
             raise ValueError(
                 f"{len(bank.adapters)} adapter ids for {batch.n_adapters} adapters: each needs one"
             )
-        key = content_hash("deltas", VERSION, base.hash, bank.hash, probe_set.hash, bank.spec)
+        key = deltas_key(base, bank, probe_set)
 
         def write(entry: Path) -> None:
             tasks = list(bank.adapters.values())
@@ -282,13 +282,18 @@ class DeltaCache:
     def table(self, base: Base, probe_set: ProbeSet) -> DeltaTable:
         """Read all deltas in the manifest's order. Raises UserError for another base or other probes."""
         manifest = self.manifest
-        if (manifest["base"], manifest["probe_set"]) != (base.hash, probe_set.hash):
+        if not base.is_named(manifest["base"]) or manifest["probe_set"] != probe_set.hash:
             raise UserError(
                 f"the deltas in {self.folder} belong to another base or probe set: build them again"
             )
         deltas = torch.stack([self.per_probe(adapter_id) for adapter_id in manifest["adapters"]])
         probes = encode_probes(base.tokenizer, probe_set, list(manifest["adapters"].values()))
         return DeltaTable(probes, self.base_activation.expand_as(deltas).contiguous(), deltas)
+
+
+def deltas_key(base: Base, bank: Bank, probe_set: ProbeSet) -> str:
+    """Key of a bank's deltas in the cache: base, bank, probes and code version."""
+    return content_hash("deltas", VERSION, base.hash, bank.hash, probe_set.hash, bank.spec)
 
 
 def _write_deltas(folder: Path, table: DeltaTable, shared: bool, manifest: dict[str, Any]) -> None:

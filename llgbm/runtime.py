@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
-import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from llgbm.identity import content_hash as content_hash
+from llgbm.identity import stream_seed as stream_seed
 
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
@@ -24,43 +24,6 @@ logger = logging.getLogger("llgbm")
 
 class UserError(ValueError):
     """User mistake: reported as one sentence with exit status 2 and no traceback."""
-
-
-def content_hash(*parts: Any, length: int = 16) -> str:
-    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits.
-
-    A field that takes no part in comparisons (`compare=False`, such as where a file lies) takes none in the hash.
-    """
-    text = json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **_compared(value)}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
-
-
-def _compared(value: Any) -> Any:
-    """Convert dataclasses at any depth to dictionaries of the fields that are compared."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _compared(getattr(value, f.name)) for f in fields(value) if f.compare}
-    if isinstance(value, (list, tuple)):
-        return [_compared(item) for item in value]
-    return (
-        {key: _compared(item) for key, item in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
-
-
-def stream_seed(*parts: Any) -> int:
-    """Derive a 63-bit seed from its parts: every random stream has a name, and none depends on another."""
-    return int(content_hash(*parts, length=16), 16) >> 1
 
 
 def seed_everything(seed: int) -> None:
@@ -132,6 +95,14 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterab
 def progress_bar(label: str, total: int) -> tqdm:
     """Return a progress bar to be moved by hand; silent where there is no terminal."""
     return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `name@revision`; a folder has no revision."""
+    if Path(name).expanduser().is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
 
 
 def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:

@@ -40,7 +40,7 @@ __all__ = [
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = (
-    1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+    2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
@@ -60,8 +60,8 @@ class TrainingConfig:
     lambda_weight: float = 0.3
     lambda_delta: float = 1.0
     seed: int = 0
-    use_small_model: bool = True
-    model_family: str = "embedded"
+    use_small_model: bool = field(default=True, compare=False)
+    model_family: str = field(default="embedded", compare=False)
     model_size: str | None = None
     steps: int = 600
     batch_size: int = 16
@@ -144,6 +144,18 @@ class Outcome:
     seconds: float
 
 
+def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
+    """Raise UserError for data of another size or other probes than the configuration names."""
+    for name in ("size", "delta_probes"):
+        asked = getattr(config, "model_size" if name == "size" else name)
+        found = getattr(data, name)
+        if found and asked != found:
+            raise UserError(
+                f"the configuration names {name} {asked!r}, its data are of {found!r}: build the world for the "
+                "configuration, or name what it was built for"
+            )
+
+
 class Trial:
     """State of one training: generator, optimiser, loss, and the best generator so far."""
 
@@ -152,6 +164,7 @@ class Trial:
     ) -> None:
         from accelerate import Accelerator
 
+        _check_data(config, data)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
         on_cpu = lora_model.model.device.type == "cpu"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from llgbm.cache import build_entry, entry_is_whole
 from llgbm.dataset import ExperimentData
 from llgbm.delta import VERSION as DELTA_VERSION
-from llgbm.delta import DeltaCache, DeltaTable
+from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
-from llgbm.generator.conditions import build_conditions, make_encoder
+from llgbm.generator.conditions import build_conditions, conditions_key, encoder_hash, make_encoder
 from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
@@ -37,9 +38,12 @@ VERSIONS = {
 }
 
 
+NAMED_ENCODERS = ("minilm", "base")
+
+
 @dataclass(frozen=True)
 class WorldConfig:
-    """Configuration of a world.
+    """Configuration of a world. `encoder_hash` follows from `encoder`.
 
     Without a `base` the embedded base of this `size` is pretrained for the suite; with one, `size` is its label.
     Without a `bank` the teachers are trained.
@@ -49,14 +53,19 @@ class WorldConfig:
     suite: Suite = SyntheticSuite()
     pretrain: PretrainConfig = PretrainConfig()
     teachers: TeacherConfig = TeacherConfig()
-    encoder: str = "minilm"
+    encoder: str = field(default="minilm", compare=False)
     delta_probes: str = "trajectory"
     eval_examples: int = 24
     smoke: bool = False
     base: BaseSource | None = None
     bank: BankSource | None = None
+    encoder_hash: str = ""
 
     def __post_init__(self) -> None:
+        # Workers have another working folder; and an encoder is known by its content, wherever it lies.
+        if Path(self.encoder).expanduser().is_dir() and self.encoder not in NAMED_ENCODERS:
+            object.__setattr__(self, "encoder", str(Path(self.encoder).expanduser().resolve()))
+        object.__setattr__(self, "encoder_hash", encoder_hash(self.encoder))
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
             raise UserError(
                 f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}"
@@ -93,7 +102,7 @@ class World:
 def base_key(config: WorldConfig) -> str:
     """Key of a pretrained base in the cache."""
     return content_hash(
-        "base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain
+        "base", MODEL_VERSION, model_size(config.size), config.suite, config.pretrain
     )
 
 
@@ -175,13 +184,14 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         for task in tasks
         for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
     ]
+    multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
         families=tuple(suite.task(task).family for task in tasks),
         rows=rows_by_part(suite, bank),
         values_AV=batch.flatten(bank.spec),
-        multitask_V=build_multitask(cache, base, suite, config.teachers, bank.spec),
+        multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
@@ -189,7 +199,16 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         examples=encode_examples(base, examples),
         n_examples=config.eval_examples,
         encoder=encoder.name,
-        hash=content_hash("data", base.hash, bank.hash, config.eval_examples),
+        hash=content_hash(
+            "data",
+            (base.hash, bank.hash, suite, config.eval_examples),
+            conditions_key(encoder, bank, suite.nonsense_prompts),
+            {name: deltas_key(base, bank, sets[name]) for name in tables},
+            hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
+        ),
+        encoder_hash=encoder.hash,
+        size=config.size,
+        delta_probes=config.delta_probes,
     )
     return data.to(base.model.device)
 

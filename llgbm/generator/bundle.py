@@ -24,7 +24,7 @@ from llgbm.lora.adapters import (
     adapter_output,
     write_adapter_files,
 )
-from llgbm.models.load import load_base
+from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
 
 
@@ -52,11 +52,27 @@ class GeneratorBundle:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """Encoder that the generator was trained with."""
+        """Encoder that the generator was trained with. Raises UserError where the one found here is another."""
         name = self.facts["encoder"]
         if name.startswith("base:"):
-            return BaseModelEncoder(load_base(self.facts["base_path"]))
-        return MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+            base = load_base(self.facts["base_path"])
+            self.check_base(base)
+            return BaseModelEncoder(base)
+        encoder = MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+        # Bundles of version 0.1.0 know the encoder by its name only.
+        if self.facts.get("encoder_hash", encoder.hash) != encoder.hash:
+            raise UserError(
+                f"the encoder {name} is not the one that this generator was trained with (other files): bring that one"
+            )
+        return encoder
+
+    def check_base(self, base: Base) -> None:
+        """Raise UserError unless the generator was trained for this base."""
+        if not base.is_named(self.facts["base_hash"]):
+            raise UserError(
+                f"the generator was trained for the base {self.facts['base_path']}, not for {base.path} (other files): "
+                "name that base"
+            )
 
     def generate(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Generate one adapter as a PEFT state dict from prompts of one task. Raises UserError for no prompt."""

@@ -20,7 +20,7 @@ from llgbm.lora.adapters import (
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import Base
 from llgbm.output import STAGE, check_name
-from llgbm.runtime import UserError, content_hash, progress, say
+from llgbm.runtime import UserError, content_hash, progress, say, split_revision
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
@@ -218,7 +218,7 @@ def _checked(external: ExternalAdapter, spec: LoraSpec, names: set[str]) -> Stat
 
 
 def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _read_json(path: Path) -> Any:
