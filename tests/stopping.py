@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dnd.output import Output
+from hypothesis import strategies as st
 
 CALLS = ("rename", "replace", "link", "mkdir", "unlink", "rmdir", "fsync", "open")
 PATTERNS = ("a", "b", "key")
+# What a user may have in a folder.
+OTHERS = st.dictionaries(
+    st.sampled_from(["thesis.tex", "checkpoint-500/optimizer.pt", ".hidden", "a.bak", "runs/a", "lost+found/x"]),
+    st.binary(max_size=5),
+)
 
 
 @contextmanager
@@ -69,6 +75,18 @@ def killed_write(place: Path, at: int, folder: Path, files: dict[str, str], curr
     done = subprocess.run(command, cwd=current, capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode == 0
+
+
+def tree(folder: Path) -> dict[str, bytes | str | None]:
+    """All below a folder: a file's bytes, a link's target, None for a folder."""
+    found: dict[str, bytes | str | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found
 
 
 if __name__ == "__main__":
