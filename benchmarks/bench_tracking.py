@@ -31,7 +31,7 @@ from tuning.report.record import read_study
 from tuning.studies import TrialSpec
 from tuning.tracking import notes as run_notes
 from tuning.tracking.runs import read_trials
-from tuning.tracking.store import shown
+from tuning.tracking.store import redact
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
 
@@ -232,7 +232,7 @@ def main() -> int:
     config = {
         **vars(options),
         "cache": None,
-        "tracking_uri": options.tracking_uri and shown(options.tracking_uri),
+        "tracking_uri": options.tracking_uri and redact(options.tracking_uri),
     }
     result: dict[str, Any] = {
         "benchmark": "tracking",

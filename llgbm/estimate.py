@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llgbm.delta import encode_probes
 from llgbm.generator import make_generator
@@ -25,6 +25,7 @@ from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.cost import BaseShape
 from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.probes import create_generic_probes
@@ -239,4 +240,4 @@ def _base_without_weights(config: WorldConfig) -> tuple[PreTrainedModel, Any]:
             return new_model(model_size(config.size), tokenizer, 0), tokenizer
     folder: Path = find_model(config.base.path, download=False)
     model = nn.Module.to(weightless_model(str(folder)), DTYPES[config.base.dtype])
-    return model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return model, read_tokenizer(folder)

@@ -21,19 +21,20 @@ from llgbm.runtime import content_hash
 
 VERSION = 2
 PREFIX = "baseline"
+UPPER_BOUND = "teacher"
 RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def known_baselines(
-    cache: Path, data: ExperimentData, lora_model: FunctionalLoRA
+    cache: Path, data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
 ) -> dict[str, dict[str, float]]:
-    """Measure every baseline on the held-out tasks of a world, or read its numbers from the cache."""
-    key = content_hash("baselines", VERSION, data.hash)
+    """Measure every baseline on the tasks of one part, or read its numbers from the cache; by name."""
+    key = content_hash("baselines", VERSION, data.hash, part)
 
     def write(folder: Path) -> None:
         found = {
             name: dict(result.metrics)
-            for name, result in evaluate_baselines(data, lora_model).items()
+            for name, result in evaluate_baselines(data, lora_model, part).items()
         }
         (folder / "metrics.json").write_text(json.dumps(found, indent=1))
 

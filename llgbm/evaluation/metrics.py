@@ -17,7 +17,8 @@ from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import LoraGenerator
-from llgbm.lora.adapters import LoraBatch, delta_w_error, delta_w_inner
+from llgbm.lora.adapters import LoraBatch
+from llgbm.lora.geometry import delta_w_error, delta_w_inner
 from llgbm.models import scoring
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}

@@ -17,6 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llgbm.cache import describe_file, hash_files
+from llgbm.lora.apply import final_hidden, head_logits
+from llgbm.models.folder import (
+    NO_BASE,
+    check_weights,
+    first_line,
+    read_config,
+    read_tokenizer,
+    refusal,
+)
 from llgbm.runtime import UserError, content_hash, split_revision
 
 
@@ -60,7 +69,6 @@ IDENTITY_FILES = (
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
 )
 COMMIT = r"[0-9a-f]{40}"
-NO_BASE = "no base model can be loaded from {}: "
 
 
 @dataclass(frozen=True)
@@ -110,35 +118,43 @@ def qwen2_config(size: ModelSize, **more: Any) -> Any:
 
 
 def weightless_model(name: str) -> PreTrainedModel:
-    """A model on the meta device from its config alone: a size by name, or a folder with a `config.json`.
+    """Make a model on the meta device from its config alone: a size by name, or a folder with a `config.json`.
 
     Its shapes are real, it holds no weights and takes no memory. Raises UserError for a name that is neither.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    else:
-        config = qwen2_config(model_size(name))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    folder = Path(name)
+    config = read_config(folder) if folder.is_dir() else qwen2_config(model_size(name))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise refusal(
+            name, f"its config.json describes no model ({first_line(error)}): fetch it again"
+        ) from error
 
 
 def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
     """Load a base from a local folder or a hub id, frozen and in eval mode.
 
-    Raises UserError when there is nothing to load under that name.
+    Raises UserError where there is nothing to load under that name, and for a model that is read wrongly here.
     """
     folder = find_model(path)
-    try:
-        model, tokenizer = _read_model(folder, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            NO_BASE.format(path)
-            + "name a folder in the Hugging Face layout with config.json, *.safetensors and the "
-            f"tokenizer's files ({str(error).splitlines()[0]})"
-        ) from error
+    config = read_config(folder)
+    check_weights(folder)
+    tokenizer = read_tokenizer(folder)
+    model = _read_model(folder, dtype)
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise refusal(
+            path,
+            f"its tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}: fetch the tokenizer that goes "
+            "with it",
+        )
+    model.generation_config = _greedy(model, tokenizer)
     nn.Module.to(model, device).eval().requires_grad_(False)
+    _check_reading(model, path)
     return Base(model, tokenizer, pinned_name(str(path), folder), base_hash(folder, dtype), folder)
 
 
@@ -149,30 +165,76 @@ def pinned_name(name: str, folder: Path) -> str:
     return f"{split_revision(name)[0]}@{folder.name}"
 
 
-def _read_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer. Decoding is plain greedy, whatever the folder's own settings for generation say."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no end token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **{_dtype_name(): dtype},
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{_dtype_name(): dtype},
+        )
+    except Exception as error:
+        raise refusal(
+            folder,
+            f"its weights do not fit its config.json, or cannot be loaded ({first_line(error)}): fetch both again",
+        ) from error
+    model, said = loaded
+    if missing := sorted(said["missing_keys"]):
+        raise refusal(
+            folder,
+            f"its files lack {len(missing)} weights of the model, such as {missing[0]}: fetch them again",
+        )
+    return model
+
+
+def _greedy(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """Return settings for plain greedy decoding, up to any of the model's own end tokens or the tokenizer's."""
+    from transformers import GenerationConfig
+
+    own = getattr(model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    ends = [tokenizer.eos_token_id, *(end for end in listed if end is not None)]
+    ends = list(dict.fromkeys(ends))
+    return GenerationConfig(
+        do_sample=False,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model, loading = loaded
-    # The library fills what is missing at random, differently at each load.
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"its weights lack {', '.join(missing[:3])}: {len(missing)} in all")
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return model, tokenizer
+
+
+def _check_reading(model: PreTrainedModel, path: str | Path) -> None:
+    """Check that states and head, read apart, give the model's own logits, and that no state depends on later tokens.
+
+    Raises UserError for a model of which that is not so: losses and deltas would be of another model.
+    """
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    changed = torch.cat([ids[:, :3], ids[:, :1]], dim=1)
+    try:
+        with torch.no_grad():
+            states = final_hidden(model, ids)
+            wanted = model(input_ids=ids, use_cache=False).logits.float()
+            got = head_logits(model, states).float()
+            others = final_hidden(model, changed)[:, :3]
+    except Exception as error:
+        raise refusal(
+            path, f"a {model.config.model_type} model cannot be run here ({first_line(error)})"
+        ) from error
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not _are_close(got, wanted, tolerance):
+        raise refusal(
+            path, f"the head of a {model.config.model_type} model does more than is known here"
+        )
+    if not _are_close(others.float(), states[:, :3].float(), tolerance):
+        raise refusal(
+            path, f"a {model.config.model_type} model looks at later tokens: it does not write text"
+        )
+
+
+def _are_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1e-6))
 
 
 def find_model(name: str | Path, download: bool = True) -> Path:
@@ -221,6 +283,8 @@ class BaseSource:
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; there are: {', '.join(DTYPES)}")
         folder = find_model(name, download)
+        read_config(folder)
+        check_weights(folder)
         is_folder = Path(name).expanduser().is_dir()
         path = str(folder.resolve()) if is_folder else pinned_name(name, folder)
         return cls(path, base_hash(folder, DTYPES[dtype]), dtype)
@@ -237,17 +301,17 @@ class BaseSource:
 
 def check_size(name: str, folder: Path) -> None:
     """Raise UserError unless the model in a folder has the shape that its size name says."""
-    from transformers import AutoConfig
-
-    size, config = (
-        model_size(name),
-        AutoConfig.from_pretrained(str(folder), trust_remote_code=False),
-    )
-    found = (config.hidden_size, config.num_hidden_layers, config.intermediate_size)
-    if found != (size.hidden, size.layers, size.intermediate):
+    size, config = model_size(name), read_config(folder)
+    wanted = {
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "intermediate_size": size.intermediate,
+    }
+    found = tuple(getattr(config, key, None) for key in wanted)
+    if found != tuple(wanted.values()):
         raise UserError(
             f"{folder} is no {name}: it has hidden size, layers and intermediate size {found}, "
-            f"{name} has {(size.hidden, size.layers, size.intermediate)}; leave the size out or name another folder"
+            f"{name} has {tuple(wanted.values())}; leave the size out or name another folder"
         )
 
 
@@ -283,7 +347,9 @@ def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str
     )
     files = [path for kind in kinds for path in folder.glob(kind)]
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8"):
+    if settings.is_file() and '"chat_template"' in settings.read_text(
+        encoding="utf-8", errors="replace"
+    ):
         files.append(settings)
     found = hash_files(sorted(files))
     if dtype == torch.float32:

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
-from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.encoding import (
+    EncodedPairs,
+    chat_prompt,
+    encode_pairs,
+    encode_prompts,
+    prompt_tokens,
+)
 from llgbm.models.load import Base
 from llgbm.tasks.suite import Example
 
@@ -73,7 +79,7 @@ def greedy_answers(
         raise ValueError(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
-    longest = max(len(ids) for own in prompts for ids in base.tokenizer(list(own))["input_ids"])
+    longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
     answers: list[list[str]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
@@ -84,20 +90,16 @@ def greedy_answers(
 
 
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
-    """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
-    encoded = base.tokenizer(
-        list(prompts),
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_token_type_ids=False,
-    ).to(base.model.device)
+    """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
+    ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
-        ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
-    return base.tokenizer.batch_decode(
-        ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+        written = cast(Any, base.model).generate(
+            input_ids=ids.to(base.model.device),
+            attention_mask=mask.to(base.model.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+        )
+    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def exact_match(
@@ -145,15 +147,22 @@ def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
     states = final_hidden(model, texts.input_ids_ST)[marked]
-    pieces = states.split(max(1, PASS_LOGITS // model.config.vocab_size))
-    right = (
-        torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
-        == texts.targets_ST[marked]
-    )
+    pieces = states.split(max(1, PASS_LOGITS // model.config.get_text_config().vocab_size))
+    likeliest = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
+    targets = texts.targets_ST[marked]
+    right = likeliest == targets
+    ends = torch.tensor(end_tokens(model), device=right.device)
+    right |= torch.isin(targets, ends) & torch.isin(likeliest, ends)
     wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(
         marked, ~right
     )
     return ~wrong.any(1)
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that decoding stops at."""
+    ends = model.generation_config.eos_token_id
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
