@@ -21,7 +21,7 @@ FEWEST_TASKS = 3
 
 @dataclass(frozen=True)
 class DeltaMap:
-    """Deltas [T, D] of T tasks: of the teachers, and of the adapters that one configuration generated.
+    """Deltas [J, D] of T tasks: of the teachers, and of the adapters that one configuration generated.
 
     A task is named "operation/format". Raises ValueError if the shapes do not agree.
     """
@@ -63,8 +63,8 @@ def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     labels = [
         f"direction {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares)
     ]
-    for ax, one, (teacher_T2, generated_T2) in zip(axes, drawn, places, strict=False):
-        _draw_families(ax, one, teacher_T2, generated_T2, families)
+    for ax, one, (teacher_J2, generated_J2) in zip(axes, drawn, places, strict=False):
+        _draw_families(ax, one, teacher_J2, generated_J2, families)
         finish_axes(ax, labels[0], labels[1])
         ax.set_title(one.config, fontsize=10)
         ax.margins(0.08)
@@ -94,14 +94,14 @@ def _two_directions(
 def _draw_families(
     ax: Axes,
     one: DeltaMap,
-    teacher_T2: np.ndarray,
-    generated_T2: np.ndarray,
+    teacher_J2: np.ndarray,
+    generated_J2: np.ndarray,
     families: Sequence[str],
 ) -> None:
     for place, family in enumerate(families):
         own = [row for row, name in enumerate(one.families) if name == family]
         if own:
-            _draw_family(ax, teacher_T2[own], generated_T2[own], family_colour(place), family)
+            _draw_family(ax, teacher_J2[own], generated_J2[own], family_colour(place), family)
 
 
 def family_colour(place: int) -> str:
@@ -110,9 +110,9 @@ def family_colour(place: int) -> str:
 
 
 def _draw_family(
-    ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str, family: str
+    ax: Axes, teacher_J2: np.ndarray, generated_J2: np.ndarray, colour: str, family: str
 ) -> None:
-    for start, end in zip(teacher_T2, generated_T2, strict=True):
+    for start, end in zip(teacher_J2, generated_J2, strict=True):
         ax.plot(*zip(start, end, strict=True), color=colour, linewidth=0.8, alpha=0.5, zorder=1)
     circle: dict[str, Any] = {
         "fillstyle": "none",
@@ -120,10 +120,10 @@ def _draw_family(
         "markeredgewidth": 1.6,
         "zorder": 2,
     }
-    ax.plot(*teacher_T2.T, "o", color=colour, **circle)
-    ax.plot(*generated_T2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
+    ax.plot(*teacher_J2.T, "o", color=colour, **circle)
+    ax.plot(*generated_J2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
     offset: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
-    ax.annotate(family, teacher_T2[0], **offset, fontsize=8, color=colour)
+    ax.annotate(family, teacher_J2[0], **offset, fontsize=8, color=colour)
 
 
 def _family_legend(figure: Figure, families: Sequence[str]) -> None:
