@@ -44,7 +44,7 @@ from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.tasks.files import FileSuite
 from llgbm.teachers.build import build_bank, make_bank
 from llgbm.teachers.train import SFTConfig, TeacherConfig
-from llgbm.world import World, WorldConfig, gather_data, make_flora
+from llgbm.world import World, WorldConfig, gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.report import find_study, read_study
 from tuning.run_ablation import main as run_ablation
@@ -129,7 +129,7 @@ def write_cache(config: WorldConfig) -> None:
     base = load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
     world = World(
-        config, base, bank, gather_data(CACHE, config, base, bank), make_flora(base, bank)
+        config, base, bank, gather_data(CACHE, config, base, bank), make_lora_model(base, bank)
     )
     known_baselines(CACHE, world)
 

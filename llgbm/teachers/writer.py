@@ -90,8 +90,8 @@ class BankWriter:
     def opened(self, keep_half: bool = True) -> Iterator[None]:
         """Keep other programs from writing here, and start the bank or check that it has the same settings.
 
-        A bank that is started here and fails before anything is in it is removed; with `keep_half` off, one with
-        adapters too. Raises UserError for a bank of other settings, and one that another program writes to.
+        A bank that is started here and refused before anything is in it is removed; with `keep_half` off, whatever
+        stopped it. Raises UserError for a bank of other settings, and one that another program writes to.
         """
         address = check_bank_address(self.folder)
         with disk_errors(address.path):
@@ -102,8 +102,9 @@ class BankWriter:
                     try:
                         self.start()
                         yield
-                    except BaseException:
-                        if is_new and not (keep_half and self._has_content()):
+                    except BaseException as error:
+                        refused = isinstance(error, UserError) and not self._has_content()
+                        if is_new and (refused or not keep_half):
                             self._remove()
                         raise
             except Timeout as error:

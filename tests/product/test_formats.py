@@ -36,7 +36,7 @@ from llgbm.runtime import UserError
 from llgbm.teachers.bank import Bank, BankSource, read_manifest
 from llgbm.teachers.build import build_bank
 from llgbm.teachers.writer import BankWriter
-from llgbm.world import World, gather_data, make_flora
+from llgbm.world import World, gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
@@ -127,7 +127,7 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
     config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
     data = gather_data(CACHE, config, base, bank)
-    baselines = known_baselines(CACHE, World(config, base, bank, data, make_flora(base, bank)))
+    baselines = known_baselines(CACHE, World(config, base, bank, data, make_lora_model(base, bank)))
     assert contents(CACHE) == before
     assert {name.split("/")[0] for name in before} == {
         "banks",

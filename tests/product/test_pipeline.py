@@ -155,11 +155,11 @@ def check_that_peft_runs_it(narrow: Path, adapter: Path) -> None:
     """A generated adapter moves the base, under plain PEFT as under the batched pass."""
     base = load_base(narrow)
     ids = base.tokenizer(["Which gas do plants take in?"], return_tensors="pt")["input_ids"]
-    flora = FunctionalLoRA(base.model, 4, 8.0)
+    lora_model = FunctionalLoRA(base.model, 4, 8.0)
     with torch.no_grad():
         plain = base.model(ids).logits
-        own = flora.forward_with_lora(
-            LoraBatch.from_state_dicts([load_adapter(adapter, flora.spec)]), ids
+        own = lora_model.forward_with_lora(
+            LoraBatch.from_state_dicts([load_adapter(adapter, lora_model.spec)]), ids
         )[0]
         theirs = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(narrow), str(adapter)

@@ -18,7 +18,7 @@ from llgbm.teachers.train import SFTConfig, TeacherConfig
 from llgbm.world import WorldConfig, build_world
 from tuning.arguments import parse_arguments
 from tuning.run_ablation import main
-from tuning.studies.own_world import own_worlds
+from tuning.studies.own_world import custom_worlds
 
 TOPICS = ("river", "stone", "cloud", "tiger")
 
@@ -55,7 +55,7 @@ def bank(tiny_base: Base, folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def worlds(*arguments: str) -> tuple[WorldConfig, ...]:
-    return own_worlds(parse_arguments(list(arguments)))
+    return custom_worlds(parse_arguments(arguments).study)
 
 
 def data_arguments(folder: Path) -> list[str]:
