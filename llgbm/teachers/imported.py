@@ -264,6 +264,8 @@ def _name_of_source(source: str) -> str:
     names = [part for part in Path(source).expanduser().parts if part not in ("/", ".", "..")]
     while names and STATE.fullmatch(names[-1]):
         names.pop()
+    if len(names) > 1 and names[-1].rpartition("_")[0] == names[-2]:
+        names.pop()
     return names[-1] if names else ""
 
 

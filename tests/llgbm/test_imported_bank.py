@@ -23,6 +23,7 @@ from llgbm.lora.adapters import adapter_config, save_adapter
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
 from llgbm.teachers.bank import Bank, read_manifest
+from llgbm.teachers.imported import find_adapters
 
 PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
 
@@ -139,7 +140,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank": (of_another_rank, "another rank"),
     "alpha": (lambda folder: change_config(folder, lora_alpha=3), "alpha 3"),
     "nan": (without_values, "NaN"),
-    "targets": (without_a_module, "differ"),
+    "targets": (without_a_module, "lacks the weights of 2 modules"),
     "base": (
         lambda folder: change_config(folder, base_model_name_or_path="Qwen/Qwen2.5-0.5B"),
         "Qwen/Qwen2.5-0.5B",
@@ -296,3 +297,82 @@ def test_mistakes_in_the_teachers_command_are_one_sentence(
         arguments = [word for pair in {**given, **change}.items() for word in pair]
         assert main(["teachers", *arguments, "--limit", "64"]) == 2, change
         assert words in refusal(capsys)
+
+
+def lay_out(foreign: Path, root: Path, places: dict[str, float]) -> None:
+    """Copy an adapter to places, its first value changed to tell them apart; prompts lie beside each."""
+    for place, value in places.items():
+        shutil.copytree(foreign / "two", root / place, dirs_exist_ok=True)
+        state = load_file(root / place / WEIGHTS)
+        state[next(iter(state))][0, 0] = value
+        save_file(state, root / place / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("places", "wanted"),
+    [
+        (
+            ["ARC-e/checkpoint-50", "ARC-e/checkpoint-100", "BoolQ/checkpoint-50"],
+            ["ARC-e/checkpoint-100", "ARC-e/checkpoint-50", "BoolQ/checkpoint-50"],
+        ),
+        (["ARC-e", "ARC-e/checkpoint-50"], ["ARC-e", "ARC-e/checkpoint-50"]),
+        (["ARC-e/final", "BoolQ/final"], ["ARC-e/final", "BoolQ/final"]),
+        (["BoolQ/seed-0/lora", "BoolQ/seed-1/lora"], ["BoolQ/seed-0/lora", "BoolQ/seed-1/lora"]),
+        (["BoolQ/BoolQ_0", "BoolQ/BoolQ_1"], ["BoolQ/BoolQ_0", "BoolQ/BoolQ_1"]),
+    ],
+    ids=["checkpoints", "one within the other", "final", "seeds", "numbered"],
+)
+def test_tasks_are_read_off_the_layout(
+    foreign: Path, tmp_path: Path, places: list[str], wanted: list[str]
+) -> None:
+    root = tmp_path / "runs"
+    lay_out(foreign, root, dict.fromkeys(places, 1.0))
+    found = find_adapters(str(root), None)
+    assert [f.task for f in found] == [place.split("/")[0] for place in wanted]
+    assert [str(f.folder.relative_to(root)) for f in found] == wanted
+    assert {f.task for f in find_adapters(str(root / places[0]), None)} == {places[0].split("/")[0]}
+
+
+def test_a_layout_that_names_no_task_is_asked_about(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(foreign, tmp_path, {"final": 1.0})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--task"):
+        find_adapters("final", None)
+    assert find_adapters("final", "mine")[0].task == "mine"
+
+
+def test_states_of_one_training_are_adapters_of_one_task(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
+    root = tmp_path / "runs"
+    places = {"ARC-e": 3.0, "ARC-e/checkpoint-100": 3.0, "ARC-e/checkpoint-50": 2.0}
+    lay_out(foreign, root, places)
+    for place in list(places)[1:]:
+        (root / place / "prompts.json").unlink()  # those of the task are in the folder above
+    assert take(root, tiny_base, tmp_path / "bank") == 0
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert said["tasks"] == {"ARC-e": 2} and "is left out: it is the same" in captured.err
+    assert said["sources"]["ARC-e_1"] == f"{root}/ARC-e/checkpoint-50"
+
+
+def test_byte_order_marks_are_read_past(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
+    for path in (foreign / "two" / "prompts.json", foreign / "two" / "adapter_config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert take(foreign, tiny_base, tmp_path / "bank") == 0
+
+
+def test_an_adapter_without_a_base_and_a_folder_with_an_equals_sign(
+    foreign: Path, tiny_base: Base, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "runs" / "lr=1e-4,seed=0" / "adapter"
+    shutil.copytree(foreign / "two", folder)
+    change_config(folder, base_model_name_or_path=None)
+    command = ["evaluate", "--adapter", str(folder), "--task", "copy-plain", "--examples", "2"]
+    assert main(command) == 2
+    assert "does not name its base: name it with --base" in refusal(capsys)
+    assert main([*command, "--base", tiny_base.path]) == 0
