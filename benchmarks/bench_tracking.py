@@ -176,7 +176,7 @@ def measure_cost(
 
 
 def without(spec: TrialSpec, world: World) -> None:
-    train(spec.config, world.data, world.flora, lambda step, metrics: True)
+    train(spec.config, world.data, world.lora_model, lambda step, metrics: True)
 
 
 def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int) -> float:
@@ -198,7 +198,7 @@ def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int
             clock.log(step, metrics)
             return True
 
-        train(spec.config, world.data, world.flora, report)
+        train(spec.config, world.data, world.lora_model, report)
     clock.close()
     return clock.seconds
 

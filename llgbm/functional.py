@@ -84,7 +84,7 @@ class FunctionalLoRA:
 
 
 def compute_delta_differentiable(
-    flora: FunctionalLoRA,
+    lora_model: FunctionalLoRA,
     batch: LoraBatch,
     probes: EncodedProbes,
     base_APQD: Tensor,
@@ -97,11 +97,11 @@ def compute_delta_differentiable(
     0 a backward pass holds so many probes of each adapter at a time, with `checkpointing` one block of the base.
     Raises ValueError where the base's states are of other probes.
     """
-    batch.check(flora.spec)
+    batch.check(lora_model.spec)
 
     def states(probes: EncodedProbes) -> Tensor:
-        with adapters_applied(flora.model, batch, flora.spec.scaling, checkpointing):
-            return read_states(flora.model, probes)
+        with adapters_applied(lora_model.model, batch, lora_model.spec.scaling, checkpointing):
+            return read_states(lora_model.model, probes)
 
     n_probes = probes.positions_APQ.shape[1]
     if 0 < probe_chunk < n_probes:

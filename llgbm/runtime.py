@@ -95,7 +95,7 @@ def release_device_memory() -> None:
 
 
 @cache
-def spare_collector() -> None:
+def freeze_gc() -> None:
     """Once a process, when its libraries are loaded: keep them out of Python's collections of garbage.
 
     With Ray, MLflow and transformers a collection takes 0.3 s, and there is one after every long pass.

@@ -139,12 +139,14 @@ class Outcome:
 class Trial:
     """The state of one training: generator, optimiser, loss, and the best generator so far."""
 
-    def __init__(self, config: TrainingConfig, data: ExperimentData, flora: FunctionalLoRA) -> None:
+    def __init__(
+        self, config: TrainingConfig, data: ExperimentData, lora_model: FunctionalLoRA
+    ) -> None:
         from accelerate import Accelerator
 
         seed_everything(config.seed)
-        self.config, self.data, self.flora = config, data, flora
-        on_cpu = flora.model.device.type == "cpu"
+        self.config, self.data, self.lora_model = config, data, lora_model
+        on_cpu = lora_model.model.device.type == "cpu"
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=config.mixed_precision,
@@ -153,7 +155,9 @@ class Trial:
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
-        generator = make_generator(config.generator, flora.spec, width, standardiser, config.seed)
+        generator = make_generator(
+            config.generator, lora_model.spec, width, standardiser, config.seed
+        )
         optimizer = torch.optim.AdamW(
             generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -168,7 +172,7 @@ class Trial:
             config.n_probes,
             config.seed,
         )
-        self.step, self.best_step, self.risen_step, self.best_score = 0, 0, 0, -math.inf
+        self.step, self.best_step, self.last_improvement, self.best_score = 0, 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
         self.spent, self._since = 0.0, time.perf_counter()
 
@@ -219,7 +223,7 @@ class Trial:
         batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
         savers = (self.config.probe_chunk, self.config.activation_checkpointing)
         pred_APQD = compute_delta_differentiable(
-            self.flora, batch, teacher.probes, teacher.base_APQD, *savers
+            self.lora_model, batch, teacher.probes, teacher.base_APQD, *savers
         )
         if self.config.delta_reading == "mean":
             return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
@@ -236,7 +240,7 @@ class Trial:
     def keep_if_best(self, score: float) -> None:
         """Remember the generator if no validation score before was higher; of equals, the longer trained one stays."""
         if score > self.best_score:
-            self.risen_step = self.step
+            self.last_improvement = self.step
         if score >= self.best_score:
             self.best_score, self.best_step = score, self.step
             self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
@@ -250,7 +254,7 @@ class Trial:
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
-            "risen_step": self.risen_step,
+            "last_improvement": self.last_improvement,
             "best_score": self.best_score,
             "seconds": self.seconds,
         }
@@ -260,34 +264,33 @@ class Trial:
         self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_step, self.risen_step = (
-            state["step"],
-            state["best_step"],
-            state["risen_step"],
-        )
+        self.step, self.best_step = state["step"], state["best_step"]
+        # Checkpoints written before the rename hold `risen_step`.
+        name = "last_improvement" if "last_improvement" in state else "risen_step"
+        self.last_improvement = state[name]
         self.best_score, self.best = state["best_score"], state["best"]
         self.spent, self._since = state["seconds"], time.perf_counter()
 
     @property
-    def stale(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether validation accuracy has not risen for `patience` evaluations."""
-        waited = (self.step - self.risen_step) // self.config.eval_every
+        waited = (self.step - self.last_improvement) // self.config.eval_every
         return self.config.patience > 0 and waited >= self.config.patience
 
     @property
-    def can_be_kept(self) -> bool:
+    def is_checkpointable(self) -> bool:
         """Whether `state` says all: in the middle of an accumulation, gradients would be lost."""
         return self.step % self.config.gradient_accumulation == 0
 
     def remaining(self) -> Iterator[dict[str, float]]:
-        """Train step by step to the last or until stale; yield each step's losses, with `val/accuracy` when due."""
+        """Train step by step; yield the losses of each step, with `val/accuracy` after an evaluation."""
         config = self.config
         batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
-        while self.step < config.steps and not self.stale:
+        while self.step < config.steps and not self.should_stop:
             metrics = self.advance(next(batches))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(
-                    self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val"
+                    self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"
                 )
                 self.keep_if_best(metrics["val/accuracy"])
             yield metrics
@@ -296,7 +299,7 @@ class Trial:
 def train(
     config: TrainingConfig,
     data: ExperimentData,
-    flora: FunctionalLoRA,
+    lora_model: FunctionalLoRA,
     report: Report = lambda step, metrics: True,
     checkpoint: Callable[[State], None] = lambda state: None,
     state: State | None = None,
@@ -309,7 +312,7 @@ def train(
     `checkpoint_seconds` have passed since the last; `state` goes on from one. The same config, data and machine give
     the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
     """
-    trial = Trial(config, data, flora)
+    trial = Trial(config, data, lora_model)
     if state is not None:
         trial.restore(state)
     kept = time.perf_counter()
@@ -317,7 +320,7 @@ def train(
         if not report(trial.step, metrics):
             break
         due = "val/accuracy" in metrics or time.perf_counter() - kept >= checkpoint_seconds
-        if due and trial.can_be_kept:
+        if due and trial.is_checkpointable:
             checkpoint(trial.state())
             kept = time.perf_counter()
     generator = trial.accelerator.unwrap_model(trial.generator)

@@ -75,7 +75,7 @@ class World:
     base: Base
     bank: Bank
     data: ExperimentData
-    flora: FunctionalLoRA
+    lora_model: FunctionalLoRA
 
     def to(self, device: str) -> World:
         """The same world on a device. The base model is moved in place; the data is copied where it must be."""
@@ -148,10 +148,12 @@ def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World
         bank = config.bank.open(base, config.suite)
     else:
         bank = build_bank(cache, base, config.suite, config.teachers)
-    return World(config, base, bank, gather_data(cache, config, base, bank), make_flora(base, bank))
+    return World(
+        config, base, bank, gather_data(cache, config, base, bank), make_lora_model(base, bank)
+    )
 
 
-def make_flora(base: Base, bank: Bank) -> FunctionalLoRA:
+def make_lora_model(base: Base, bank: Bank) -> FunctionalLoRA:
     """The base under adapters of the bank's rank, alpha and target modules."""
     return FunctionalLoRA(base.model, bank.spec.rank, bank.spec.alpha, bank.spec.target_modules)
 

@@ -20,10 +20,15 @@ from llgbm.tasks.suite import Example
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Mean cross-entropy over the answer tokens (and the end token); the prompt is not learnt."""
+    """Return the mean cross-entropy over the answer tokens and the end token; the prompt is not learnt."""
+    return _answer_losses(model, texts, "mean")
+
+
+def _answer_losses(model: PreTrainedModel, texts: EncodedPairs, reduction: str) -> Tensor:
     marked = texts.targets_ST >= 0
     logits = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked])
-    return nn.functional.cross_entropy(logits.float(), texts.targets_ST[marked])
+    targets = texts.targets_ST[marked]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
@@ -43,12 +48,9 @@ def adapter_losses(
 
 
 def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
+    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under the adapters that are applied."""
+    losses = _answer_losses(model, texts, "none")
     marked = texts.targets_ST >= 0
-    states = final_hidden(model, texts.input_ids_ST)[marked]
-    losses = nn.functional.cross_entropy(
-        head_logits(model, states).float(), texts.targets_ST[marked], reduction="none"
-    )
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
@@ -118,12 +120,24 @@ def exact_match(
         raise ValueError(
             f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
         )
-    texts, n = encode_examples(base, [e for own in examples for e in own]), len(examples[0])
+    texts = encode_examples(base, [e for own in examples for e in own])
+    return accuracy_per_adapter(base.model, spec, batch, texts, chunk)
+
+
+def accuracy_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    n = len(texts) // batch.n_adapters
     pieces = []
-    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], chunk):
+    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
-        with torch.no_grad(), adapters_applied(base.model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(base.model, own).view(-1, n).float().mean(1))
+        with torch.no_grad(), adapters_applied(model, batch.select(rows), spec.scaling):
+            pieces.append(right_answers(model, own).view(-1, n).float().mean(1))
     return torch.cat(pieces)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llgbm.cache import describe_file, write_json
+from llgbm.cache import describe_file
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    LoraBatch,
     LoraSpec,
     StateDict,
     load_adapter,
@@ -20,26 +19,16 @@ from llgbm.lora.adapters import (
 )
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import greedy_answers
 from llgbm.output import STAGE, check_name
 from llgbm.runtime import UserError, content_hash, progress, say
-from llgbm.teachers.bank import (
-    LISTING,
-    PROMPTS,
-    TRAJECTORIES,
-    Bank,
-    BankFolder,
-    Prompts,
-    check_bank_address,
-    open_bank,
-    read_manifest,
-)
+from llgbm.teachers.bank import PROMPTS, Bank, Prompts
+from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
 PURPOSES = ("train", "evaluation")
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalAdapter:
     """An adapter of someone else: its folder, its task, and where it was fetched from."""
 
     folder: Path
@@ -85,9 +74,9 @@ def import_bank(
     """
     out = check_bank_address(out).path
     found = [
-        foreign
+        external
         for source in sources
-        for foreign in find_adapters(source, options.task, besides=out)
+        for external in find_adapters(source, options.task, besides=out)
     ]
     spec = _spec_of(found[0].folder, base)
     given = _read_json(prompts_file) if prompts_file else {}
@@ -97,48 +86,51 @@ def import_bank(
         for f in progress(found, "checking adapters")
     ]
     taken = _described(checked)
-    contents = sorted([t.foreign.task, t.digest, content_hash(t.prompts)] for t in taken.values())
+    contents = sorted([t.external.task, t.digest, content_hash(t.prompts)] for t in taken.values())
     settings = {"method": "import", "adapters": content_hash(contents), **options.settings}
-    target = BankFolder(out, base, spec, settings)
+    target = BankWriter(out, base, spec, settings)
     with target.opened(keep_half=False):
-        if not (out / LISTING).is_file() or target.missing(list(taken)):
-            (out / LISTING).unlink(missing_ok=True)
-            for adapter_id, one in taken.items():
-                one.add_to(target, adapter_id)
-            _finish(target, options)
-    return open_bank(out, base)
+        if not target.is_finished or target.missing(list(taken)):
+            target.reopen()
+            target.add([one.adapter(i) for i, one in taken.items() if not one.is_in(target, i)])
+            _finish(target, taken, options)
+    return Bank.open(out, base)
 
 
 @dataclass(frozen=True)
 class Taken:
     """An adapter that was checked: where it is from, its values, its prompts, and the SHA-256 of its file."""
 
-    foreign: Foreign
+    external: ExternalAdapter
     state: StateDict
     prompts: Prompts
     digest: str
 
-    def add_to(self, target: BankFolder, adapter_id: str) -> None:
-        """Write it into a bank, unless it is there."""
-        known = target.adapters.get(adapter_id, {}).get("source_sha256") == self.digest
-        if not known or target.missing([adapter_id]):
-            facts = {"source": self.foreign.source, "source_sha256": self.digest}
-            target.add(adapter_id, self.foreign.task, self.state, self.prompts, facts)
+    def adapter(self, adapter_id: str) -> NewAdapter:
+        facts = {"source": self.external.source, "source_sha256": self.digest}
+        return NewAdapter(adapter_id, self.external.task, self.state, self.prompts, facts)
+
+    def is_in(self, target: BankWriter, adapter_id: str) -> bool:
+        """Say if a bank holds this adapter, whole."""
+        known = target.entries.get(adapter_id, {}).get("source_sha256") == self.digest
+        return known and not target.missing([adapter_id])
 
 
-def _described(checked: Sequence[tuple[Foreign, StateDict, Prompts]]) -> dict[str, Taken]:
+def _described(checked: Sequence[tuple[ExternalAdapter, StateDict, Prompts]]) -> dict[str, Taken]:
     """The adapters by their ids in the bank. Raises UserError for an id that no folder can bear."""
     taken: dict[str, Taken] = {}
     numbers: dict[str, int] = {}
-    for foreign, state, prompts in checked:
-        number = numbers[foreign.task] = numbers.get(foreign.task, -1) + 1
-        digest = describe_file(foreign.folder / ADAPTER_WEIGHTS)[1]
-        adapter_id = check_name(f"{foreign.task}_{number}", "the adapter")
-        taken[adapter_id] = Taken(foreign, state, _cut(prompts, checked), str(digest))
+    for external, state, prompts in checked:
+        number = numbers[external.task] = numbers.get(external.task, -1) + 1
+        digest = describe_file(external.folder / ADAPTER_WEIGHTS)[1]
+        adapter_id = check_name(f"{external.task}_{number}", "the adapter")
+        taken[adapter_id] = Taken(external, state, _cut(prompts, checked), str(digest))
     return taken
 
 
-def find_adapters(source: str, task: str | None, besides: Path | None = None) -> list[Foreign]:
+def find_adapters(
+    source: str, task: str | None, besides: Path | None = None
+) -> list[ExternalAdapter]:
     """The adapters in a folder (itself one, or any depth above some) or of a hub id; those in `besides` do not count.
 
     Raises UserError for none, and for a name that no task can have.
@@ -158,7 +150,10 @@ def find_adapters(source: str, task: str | None, besides: Path | None = None) ->
         raise UserError(
             f"{source} holds no {ADAPTER_CONFIG}{where}: name a PEFT adapter's folder, one above it, or a hub id"
         )
-    return [Foreign(f, task or _task_of(f, root, source), _place(f, root, source)) for f in folders]
+    return [
+        ExternalAdapter(f, task or _task_of(f, root, source), _place(f, root, source))
+        for f in folders
+    ]
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -210,13 +205,13 @@ def _spec_of(folder: Path, base: Base) -> LoraSpec:
         ) from error
 
 
-def _checked(foreign: Foreign, spec: LoraSpec, names: set[str]) -> StateDict:
+def _checked(external: ExternalAdapter, spec: LoraSpec, names: set[str]) -> StateDict:
     """The adapter's values. Raises UserError for one of another base, rank or kind, or not finite."""
-    state = load_adapter(foreign.folder, spec)
-    named = read_adapter_config(foreign.folder)["base_model_name_or_path"]
+    state = load_adapter(external.folder, spec)
+    named = read_adapter_config(external.folder)["base_model_name_or_path"]
     if named and _short(named) not in {_short(name) for name in names}:
         raise UserError(
-            f"the adapter in {foreign.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
+            f"the adapter in {external.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
             f"it out, or say with --accept-base {named} that the two are one model"
         )
     return state
@@ -235,10 +230,10 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
-def _prompts_of(foreign: Foreign, given: Any) -> Prompts:
+def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
     """An adapter's prompts: those given for its task, or in the file beside it; a plain list is parted in two."""
-    beside = foreign.folder / PROMPTS
-    found = given.get(foreign.task) if isinstance(given, dict) else None
+    beside = external.folder / PROMPTS
+    found = given.get(external.task) if isinstance(given, dict) else None
     if found is None and beside.is_file():
         found = _read_json(beside)
     if isinstance(found, list):
@@ -246,12 +241,13 @@ def _prompts_of(foreign: Foreign, given: Any) -> Prompts:
         found = {"train": found[:known], "evaluation": found[known:]}
     if not isinstance(found, dict) or not all(_are_prompts(found.get(p)) for p in PURPOSES):
         raise UserError(
-            f"the adapter in {foreign.folder} has no prompts: put a {PROMPTS} beside it, or name task {foreign.task!r} "
+            f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name "
+            f"task {external.task!r} "
             'in --prompts, as {"train": [...], "evaluation": [...]} or one list of at least three'
         )
     if both := set(found["train"]) & set(found["evaluation"]):
         raise UserError(
-            f"a prompt of the adapter in {foreign.folder} is for training and evaluation both ({min(both)[:60]!r}): "
+            f"a prompt of the adapter in {external.folder} is for training and evaluation both ({min(both)[:60]!r}): "
             "keep them apart"
         )
     return {purpose: list(found[purpose]) for purpose in PURPOSES}
@@ -265,7 +261,9 @@ def _are_prompts(found: Any) -> bool:
     )
 
 
-def _cut(prompts: Prompts, everyone: Sequence[tuple[Foreign, StateDict, Prompts]]) -> Prompts:
+def _cut(
+    prompts: Prompts, everyone: Sequence[tuple[ExternalAdapter, StateDict, Prompts]]
+) -> Prompts:
     """As many prompts as the adapter with fewest has: pools of all adapters are of one size."""
     return {
         purpose: prompts[purpose][: min(len(p[purpose]) for _, _, p in everyone)]
@@ -273,21 +271,13 @@ def _cut(prompts: Prompts, everyone: Sequence[tuple[Foreign, StateDict, Prompts]
     }
 
 
-def _finish(target: BankFolder, options: ImportOptions) -> None:
-    """Let each task's first adapter answer its prompts (the trajectories), then write the list that ends a bank."""
-    adapters = {i: entry["task"] for i, entry in read_manifest(target.folder)["adapters"].items()}
-    firsts = {task: i for i, task in reversed(adapters.items())}
-    folders = [target.folder / "checkpoints" / task / i for task, i in firsts.items()]
-    batch = LoraBatch.from_state_dicts([load_adapter(folder, target.spec) for folder in folders])
-    pools = [_read_json(folder / PROMPTS)["train"][: options.trajectories] for folder in folders]
+def _finish(target: BankWriter, taken: Mapping[str, Taken], options: ImportOptions) -> None:
+    """Finish the bank with the answers of each task's first adapter to its own prompts."""
     system = "" if options.chat else None
-    asked = [
-        [chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool] for pool in pools
-    ]
-    say(f"answers of {len(firsts)} adapters to {len(asked[0])} prompts each")
-    answers = greedy_answers(target.base, target.spec, batch, asked, options.max_tokens)
-    pairs = {
-        t: list(zip(p, a, strict=True)) for t, p, a in zip(firsts, asked, answers, strict=True)
-    }
-    write_json(target.folder / TRAJECTORIES, pairs)
-    write_json(target.folder / LISTING, {"adapters": adapters, "facts": {}})
+    asked: dict[str, list[str]] = {}
+    for one in taken.values():
+        pool = one.prompts["train"][: options.trajectories]
+        prompts = [chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool]
+        asked.setdefault(one.external.task, prompts)
+    say(f"answers of {len(asked)} adapters to {len(next(iter(asked.values())))} prompts each")
+    target.finish(list(taken), asked, {"facts": {}}, options.max_tokens)

@@ -108,7 +108,9 @@ def test_hyperconv_trains_on_weights_and_on_behaviour(
     )
     found: list[float] = []
     own = replace(own, generator=GeneratorConfig("hyperconv", 64))
-    train(own, world.data, world.flora, lambda step, metrics: found.append(metrics[name]) or True)
+    train(
+        own, world.data, world.lora_model, lambda step, metrics: found.append(metrics[name]) or True
+    )
     assert sum(found[-5:]) < sum(found[:5])
 
 

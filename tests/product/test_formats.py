@@ -32,9 +32,11 @@ from llgbm.generator import GENERATORS
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora import LoraBatch
 from llgbm.models.load import load_base
-from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.runtime import UserError
+from llgbm.teachers.bank import Bank, BankSource, read_manifest
 from llgbm.teachers.build import build_bank
-from llgbm.world import World, gather_data, make_flora
+from llgbm.teachers.writer import BankWriter
+from llgbm.world import World, gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
@@ -74,12 +76,13 @@ def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
     assert bundle.adapter_config()["base_model_name_or_path"] == str(BASE)
 
 
-def test_a_bank_lists_and_loads() -> None:
-    bank = open_bank(Path("bank"), load_base(BASE))
+@pytest.mark.parametrize("folder", [Path("bank"), Path("bank-2")], ids=["version 1", "version 2"])
+def test_a_bank_lists_and_loads(folder: Path) -> None:
+    bank = Bank.open(folder, load_base(BASE))
     assert dict(bank.adapters) == {f"{topic}_0": topic for topic in TOPICS[:3]}
     assert (bank.spec.rank, bank.spec.alpha) == (1, 2.0)
     files = [
-        load_file(f"bank/checkpoints/{topic}/{topic}_0/adapter_model.safetensors")
+        load_file(folder / f"checkpoints/{topic}/{topic}_0/adapter_model.safetensors")
         for topic in TOPICS[:3]
     ]
     stacked = LoraBatch.from_state_dicts(files).flatten(bank.spec)
@@ -96,10 +99,27 @@ def test_a_bank_lists_and_loads() -> None:
         "teacher_accuracy": 0.0,
         "worst_teacher_accuracy": 0.0,
     }
-    stored = json.loads(Path("bank/trajectories.json").read_text())
+    stored = json.loads((folder / "trajectories.json").read_text())
     probes = bank.trajectories()
     assert [[p.prompt, p.continuation] for p in probes.of("stone")] == stored["stone"]
-    assert BankSource.find("bank").hash == bank.hash
+    assert BankSource.find(str(folder)).hash == bank.hash
+
+
+def test_a_bank_of_version_1_is_written_on_under_its_hash() -> None:
+    base, folder = load_base(BASE), Path("bank")
+    before, settings = Bank.open(folder, base), read_manifest(folder)["settings"]
+    facts = before.facts
+    writer = BankWriter(folder, base, before.spec, settings)
+    with writer.opened():
+        assert writer.is_finished and writer.missing(list(before.adapters)) == []
+        writer.reopen()
+        with pytest.raises(UserError, match="not finished"):
+            Bank.open(folder, base)
+        asked = {topic: before.prompts(f"{topic}_0")["train"] for topic in TOPICS[:3]}
+        writer.finish(list(before.adapters), asked, {"facts": facts}, 4)
+    after = Bank.open(folder, base)
+    assert (after.hash, after.adapters) == (before.hash, before.adapters)
+    assert read_manifest(folder)["version"] == 2 and not (folder / "bank.json").exists()
 
 
 def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None:
@@ -107,7 +127,7 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
     config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
     data = gather_data(CACHE, config, base, bank)
-    baselines = known_baselines(CACHE, World(config, base, bank, data, make_flora(base, bank)))
+    baselines = known_baselines(CACHE, World(config, base, bank, data, make_lora_model(base, bank)))
     assert contents(CACHE) == before
     assert {name.split("/")[0] for name in before} == {
         "banks",

@@ -166,7 +166,7 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
     for _ in range(2):
         keep_best_adapters(study.client, {"t1": world}, [found])
     results = {
-        part: evaluate_generator(generator, world.data, world.flora, part)
+        part: evaluate_generator(generator, world.data, world.lora_model, part)
         for part in ("val", "test")
     }
     write_trial_adapters(tmp_path / "own", world, results)

@@ -12,7 +12,7 @@ from llgbm.models.load import SIZES, Base, BaseSource
 from llgbm.runtime import UserError
 from llgbm.tasks.files import FileSuite
 from llgbm.tasks.synthetic import SyntheticSuite
-from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.teachers.bank import Bank, BankSource
 from llgbm.teachers.build import make_bank
 from llgbm.teachers.train import SFTConfig, TeacherConfig
 from llgbm.world import WorldConfig, build_world
@@ -115,7 +115,7 @@ def test_a_world_of_a_given_bank_has_that_banks_adapters(
 ) -> None:
     (world,) = worlds("--base", tiny_base.path, *data_arguments(folder), "--bank", str(bank))
     built = build_world(tmp_path, world, "cpu")
-    stored = open_bank(bank, tiny_base)
+    stored = Bank.open(bank, tiny_base)
     by_id = dict(zip(stored.adapters, stored.load().flatten(stored.spec), strict=True))
     for adapter_id, values in zip(built.data.adapter_ids, built.data.values_AV, strict=True):
         assert torch.equal(values, by_id[adapter_id])

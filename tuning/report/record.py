@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llgbm.evaluation.baselines import known_baselines
+from llgbm.evaluation.baselines import from_metrics, known_baselines, to_metrics
 from llgbm.runtime import UserError
 from llgbm.world import World
 from tuning.report.groups import (
@@ -97,23 +97,14 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
 def collect_baselines(
     metrics: Mapping[str, float], sizes: Iterable[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Sort metrics named `baseline/<name>/<key>` into a mapping by name and key.
-
-    Where a study has several model sizes, each baseline is named `<name>_<size>` and comes back as "name (size)".
-    """
+    """Sort the baselines among metrics by name; in a study of several sizes the name is "ridge (nano)"."""
     several = list(sizes)
-    found: dict[str, dict[str, float]] = {}
-    for key, value in metrics.items():
-        if key.startswith("baseline/") and key.count("/") == 2:
-            _, name, metric = key.split("/")
-            size = (
-                next((size for size in several if name.endswith(f"_{size}")), "")
-                if len(several) > 1
-                else ""
-            )
-            label = f"{name.removesuffix(f'_{size}')} ({size})" if size else name
-            found.setdefault(label, {})[metric] = value
-    return found
+    by_size = from_metrics(metrics, several if len(several) > 1 else ())
+    return {
+        f"{name} ({size})" if size else name: numbers
+        for size, baselines in by_size.items()
+        for name, numbers in baselines.items()
+    }
 
 
 def _mapped(groups: Sequence[Group]) -> list[TrialResult]:
@@ -187,22 +178,12 @@ def family_name(task: str) -> str:
 
 def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Path) -> None:
     """Log the baselines of every world on the parent run, unless it has them."""
-    known = collect_baselines(tracker.metrics())
+    several = len(worlds) > 1
+    known = from_metrics(tracker.metrics(), [w.config.size for w in worlds.values() if several])
     for world in worlds.values():
         size = world.config.size
-        mine = {
-            n.removesuffix(f"_{size}"): m
-            for n, m in known.items()
-            if len(worlds) == 1 or n.endswith(f"_{size}")
-        }
-        if not mine:
-            mine = known_baselines(cache, world)
-            slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
-            logged = {
-                f"baseline/{slugs[n]}/{key}": v
-                for n, values in mine.items()
-                for key, v in values.items()
-            }
-            tracker.log_metrics(
-                {**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}}
-            )
+        label = size if several else ""
+        if label not in known:
+            logged = to_metrics(known_baselines(cache, world), label)
+            facts = {f"world/{size}/{name}": value for name, value in world.bank.facts.items()}
+            tracker.log_metrics(logged | facts)

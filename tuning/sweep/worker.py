@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llgbm.evaluation.metrics import REPORTED_PARTS, evaluate_generator
-from llgbm.runtime import UserError, pick_device, release_device_memory, spare_collector
+from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
 from llgbm.training import State, train
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
@@ -77,9 +77,11 @@ def run_trial(
 
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
-    outcome = train(trial.config, world.data, world.flora, report, keep, state, CHECKPOINT_SECONDS)
+    outcome = train(
+        trial.config, world.data, world.lora_model, report, keep, state, CHECKPOINT_SECONDS
+    )
     results = {
-        p: evaluate_generator(outcome.generator, world.data, world.flora, p)
+        p: evaluate_generator(outcome.generator, world.data, world.lora_model, p)
         for p in ("test", "val", "train")
     }
     metrics = {
@@ -167,7 +169,7 @@ def run_tracked(
         tracker.show_first("heldout/accuracy")
         check_restarts(tracker, checkpoints, setting.session)
         log_datasets(tracker.client, tracker.run_id, [world])
-        spare_collector()
+        freeze_gc()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
             return run_trial(
                 trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters

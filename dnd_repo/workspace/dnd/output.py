@@ -74,11 +74,25 @@ def disk_errors(
     """Turn what a full or unwritable disk raises into an `error` that names the folder; `every`: whatever it raises."""
     try:
         yield
-    except OSError as raised:
-        if raised.errno not in REASONS and not every:
+    except Exception as raised:
+        number = system_error(raised)
+        if number is None or (number not in REASONS and not every):
             raise
-        reason = REASONS.get(raised.errno or 0, f"{raised.strerror or raised}: name another folder")
+        reason = REASONS.get(number, f"{os.strerror(number)}: name another folder")
         raise error(f"cannot write under {folder}: {reason}") from raised
+
+
+def system_error(raised: Exception) -> int | None:
+    """Return the system's number of an error; safetensors and torch raise their own kinds for a full disk."""
+    if isinstance(raised, OSError):
+        return raised.errno or 0
+    if type(raised).__name__ == "SafetensorError" and (
+        found := re.search(r"\(os error (\d+)\)", str(raised))
+    ):
+        return int(found[1])
+    if "inline_container" in str(raised) and isinstance(raised.__context__, OSError):
+        return raised.__context__.errno
+    return None
 
 
 def check_name(name: str, what: str, error: type[Exception] = DndError) -> str:
