@@ -51,9 +51,8 @@ def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[Wor
             f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
         )
     suite = _suite(arguments)
-    if not sizes:
-        return (_world(arguments, suite, None, download),)
-    return tuple(_world(arguments, suite, name, download) for name in sizes)
+    names: list[str | None] = [*sizes] or [None]
+    return tuple(_world(arguments, suite, name, download) for name in names)
 
 
 def _refuse_without_base(arguments: StudyArguments) -> None:

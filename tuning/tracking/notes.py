@@ -89,13 +89,20 @@ def _changes(
 def log_datasets(client: MlflowClient, run_id: str, worlds: Sequence[World]) -> None:
     """Log the data of a run as MLflow inputs, one per part of each world, identified by hash.
 
-    MLflow creates a data set on first sight, and two processes that do so at once collide: the driver logs them on
-    the parent run before any trial starts. Calling again changes nothing. Raises UserError if the store fails.
+    MLflow creates a data set on first sight. Two drivers that do so at once collide; the second attempt finds it there.
+    Calling again changes nothing. Raises UserError if the store fails.
     """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    inputs = [dataset for world in worlds for dataset in world_datasets(world)]
     with store_errors(client.tracking_uri):
-        client.log_inputs(
-            run_id, [dataset for world in worlds for dataset in world_datasets(world)]
-        )
+        try:
+            client.log_inputs(run_id, inputs)
+        except (MlflowException, SQLAlchemyError) as error:
+            if "datasets" not in str(error):
+                raise
+            client.log_inputs(run_id, inputs)
 
 
 def world_datasets(world: World) -> list[DatasetInput]:
