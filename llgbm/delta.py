@@ -12,12 +12,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llgbm.cache import build_entry
 from llgbm.lora import LoraBatch, LoraSpec
@@ -28,6 +27,9 @@ from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory
 from llgbm.teachers.bank import Bank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = 2
 

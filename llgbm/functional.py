@@ -6,16 +6,19 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from llgbm.delta import EncodedProbes, read_states
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import TARGET_MODULES, StateDict
 from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FunctionalLoRA:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -217,10 +218,12 @@ def free_memory(device: str) -> float:
 
 def quiet_libraries() -> None:
     """Turn progress bars of libraries off where stderr is no terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        return
+    # Read by transformers, too, when they are imported; commands that need none do not pay for them here.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:

@@ -11,7 +11,7 @@ from llgbm.runtime import pick_device
 
 
 def add_parser(commands: Any) -> None:
-    """Register `bank import` and `bank show`."""
+    """Register `bank import`, `bank embedded` and `bank show`."""
     actions = commands.add_parser("bank", help="banks of adapters from elsewhere").add_subparsers(
         dest="action", required=True
     )
@@ -60,9 +60,36 @@ def add_parser(commands: Any) -> None:
         "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
     )
     take.set_defaults(do=take_over)
+    _add_embedded(actions)
     look = actions.add_parser("show", help="what a bank holds, and whether it is whole")
     look.add_argument("folder", type=Path, help="the bank")
     look.set_defaults(do=show)
+
+
+def _add_embedded(actions: Any) -> None:
+    make = actions.add_parser(
+        "embedded", help="build the bank of the embedded world, or find it in a cache"
+    )
+    make.add_argument("--smoke", action="store_true", help="the smallest one, in seconds")
+    make.add_argument(
+        "--cache", type=Path, default=Path(".llgbm"), help="where it is kept (default: .llgbm)"
+    )
+    make.set_defaults(do=embedded)
+
+
+def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build the embedded bank on the CPU; return its folder, its base and its training tasks."""
+    from llgbm.teachers.build import build_bank
+    from llgbm.world import WorldConfig, build_base, smoke_world
+
+    config = smoke_world(WorldConfig()) if arguments.smoke else WorldConfig()
+    base = build_base(arguments.cache, config, "cpu")
+    bank = build_bank(arguments.cache, base, config.suite, config.teachers)
+    return {
+        "bank": str(bank.folder),
+        "base": base.path,
+        "tasks": list(config.suite.split.train),
+    }
 
 
 def take_over(arguments: argparse.Namespace) -> dict[str, Any]:

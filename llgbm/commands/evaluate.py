@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llgbm.commands.generators import open_bundle
 from llgbm.runtime import UserError, pick_device, say
 
 if TYPE_CHECKING:
@@ -167,11 +168,9 @@ def _generated_system(
 ) -> System:
     """An adapter that the generator writes from prompts of the dataset, none of which is scored on."""
     from llgbm.evaluation.benchmark import System
-    from llgbm.generator.bundle import GeneratorBundle
     from llgbm.lora import LoraBatch
-    from tuning.registry import fetch_bundle
 
-    bundle = GeneratorBundle.load(fetch_bundle(arguments.generator, arguments.tracking_uri))
+    bundle = open_bundle(arguments.generator, arguments.tracking_uri)
     bundle.check_base(base)
     count = min(16, len(suite.datasets[task].rows["prompts"]))
     prompts = [example.prompt for example in suite.examples(task, "prompts", count, "condition")]

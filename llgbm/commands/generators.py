@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError, say
+
+if TYPE_CHECKING:
+    from llgbm.generator.bundle import GeneratorBundle
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -46,22 +49,22 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the adapter; return where it is and what made it."""
+    """Write an adapter; return its folder, its base and the number of prompts."""
     Output(arguments.out, ADAPTER_PATTERNS)
     prompts = read_prompts(arguments.prompts)
+    bundle = open_bundle(arguments.model, arguments.tracking_uri)
+    bundle.save_adapter(prompts, arguments.out)
+    base = bundle.facts["base_path"]
+    say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
+    return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}
+
+
+def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
+    """Load a generator from a folder or from the registry. Raises UserError if there is none at the address."""
     from llgbm.generator.bundle import GeneratorBundle
     from tuning.registry import fetch_bundle
 
-    bundle = GeneratorBundle.load(fetch_bundle(arguments.model, arguments.tracking_uri))
-    bundle.save_adapter(prompts, arguments.out)
-    say(
-        f"wrote {arguments.out} from {len(prompts)} prompts; its base is {bundle.facts['base_path']}"
-    )
-    return {
-        "adapter": str(arguments.out),
-        "base": bundle.facts["base_path"],
-        "prompts": len(prompts),
-    }
+    return GeneratorBundle.load(fetch_bundle(address, tracking_uri))
 
 
 def read_prompts(path: Path) -> list[str]:

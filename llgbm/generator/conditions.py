@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llgbm.cache import build_entry, describe_file
+from llgbm.generator.minilm import BATCH, MiniLM
 from llgbm.lora.apply import final_hidden
 from llgbm.models.encoding import encode_prompts
 from llgbm.models.load import Base, find_model
@@ -46,27 +47,37 @@ class MiniLMEncoder(TextEncoder):
     """
 
     def __init__(self, model: str | None = None) -> None:
-        from sentence_transformers import SentenceTransformer
-
         source = encoder_folder(model)
-        try:
-            self._model = SentenceTransformer(str(source), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
-            ) from error
+        self._encode = _sentence_transformer(str(source)) if model else MiniLM(source).encode
         self.name = f"minilm:{model}" if model else "minilm"
         self.hash = encoder_hash(model or "minilm")
         self.width = self.encode(["width"]).shape[1]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         _refuse_empty(prompts)
-        show = sys.stderr.isatty() and len(prompts) > 128
+        return self._encode(prompts)
+
+
+def _sentence_transformer(source: str) -> Callable[[Sequence[str]], Tensor]:
+    """Load a folder or hub id of sentence-transformers. Raises UserError where there is none."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
+        ) from error
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        show = sys.stderr.isatty() and len(prompts) > BATCH
         with torch.no_grad():
-            found = self._model.encode(
-                list(prompts), batch_size=128, convert_to_tensor=True, show_progress_bar=show
+            found = model.encode(
+                list(prompts), batch_size=BATCH, convert_to_tensor=True, show_progress_bar=show
             )
         return found.float().cpu()
+
+    return encode
 
 
 class BaseModelEncoder(TextEncoder):

@@ -265,21 +265,29 @@ def _check_alike(
 
 
 def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
-    """Return the `adapter_config.json` that PEFT itself would write; `base` is a folder, a hub id, or id@revision."""
-    from peft import LoraConfig
+    """Return `adapter_config.json`: the fields of plain LoRA; `base` is a folder, a hub id, or id@revision.
 
+    PEFT fills in the other fields. It is not asked: importing it takes longer than generating an adapter.
+    """
     name, revision = split_revision(base)
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,  # type: ignore[arg-type]
-        target_modules=list(spec.target_modules),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=name,
-        revision=revision,
-        inference_mode=True,
-    )
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    return json.loads(json.dumps(plain, default=str))
+    alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "r": spec.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(spec.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
 
 
 def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:

@@ -10,14 +10,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from llgbm.lora.adapters import LoraBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 _BLOCK = re.compile(r".*?\.\d+(?=\.)")

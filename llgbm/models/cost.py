@@ -8,13 +8,16 @@ addition as two. Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.encoding import EncodedPairs
 from llgbm.runtime import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _READS_THE_EMBEDDING = ("q_proj", "k_proj", "v_proj")
 

@@ -10,11 +10,10 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from llgbm.cache import describe_file, hash_files
 from llgbm.lora.apply import final_hidden, head_logits
@@ -27,6 +26,9 @@ from llgbm.models.folder import (
     refusal,
 )
 from llgbm.runtime import UserError, content_hash, split_revision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

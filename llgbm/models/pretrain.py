@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import ModelSize, qwen2_config
 from llgbm.models.scoring import answer_loss
 from llgbm.runtime import UserError, progress, seed_everything
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL_VERSION = 1
 PAD, EOS = "<|endoftext|>", "<|im_end|>"

@@ -6,11 +6,10 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
@@ -23,6 +22,9 @@ from llgbm.models.encoding import (
 )
 from llgbm.models.load import Base
 from llgbm.tasks.suite import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:

@@ -126,6 +126,20 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_config_written_is_the_one_that_peft_would_make(adapter: Path) -> None:
+    from peft import LoraConfig
+
+    made = LoraConfig(
+        r=SPEC.rank,
+        lora_alpha=int(SPEC.alpha),
+        target_modules=list(SPEC.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="some/base",
+        inference_mode=True,
+    )
+    assert LoraConfig.from_pretrained(str(adapter)).to_dict() == made.to_dict()
+
+
 def edit_weights(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> Callable[[Path], None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from llgbm.generator import make_generator
+from llgbm.generator.bundle import GeneratorBundle, load_generator
+from llgbm.generator.networks import GeneratorConfig
 
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
@@ -59,6 +64,21 @@ def test_the_core_names_neither_ray_nor_mlflow_nor_what_knows_them(path: Path) -
     )
 
 
+def owners(module: str) -> set[str]:
+    """Files of the project that import a package, relative to its root."""
+    named = {path.relative_to(ROOT).as_posix(): set(imports_of(path)) for path in SHIPPED}
+    return {path for path, names in named.items() if any(n.split(".")[0] == module for n in names)}
+
+
+def test_dnd_imports_nothing_of_ours() -> None:
+    assert not [path for path in owners("llgbm") | owners("tuning") if path.startswith("dnd_repo/")]
+
+
+def test_one_file_of_the_core_knows_the_registry() -> None:
+    found = {path for path in owners("tuning") if path.startswith("llgbm/")}
+    assert found == {"llgbm/commands/generators.py"}
+
+
 def run(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -68,6 +88,49 @@ def run(code: str) -> str:
 def test_importing_the_package_loads_next_to_nothing() -> None:
     code = "import sys, llgbm; print([m for m in ('ray', 'mlflow', 'torch', 'transformers') if m in sys.modules])"
     assert run(code) == "[]"
+
+
+HEAVY = (
+    "torch transformers sentence_transformers mlflow ray peft scipy.stats optuna matplotlib".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--help"], set()),
+        (["generate", "--help"], set()),
+        (["models", "list"], {"mlflow"}),
+        (["generate", "--model", "bundle", "--prompts", "prompts.txt", "--out", "out"], {"torch"}),
+    ],
+    ids=["help", "help of generate", "models list", "generate"],
+)
+def test_a_command_loads_the_libraries_that_it_needs(
+    arguments: list[str], needed: set[str], tmp_path: Path
+) -> None:
+    """MLflow, Ray, transformers and PEFT take seconds each; what a command does not use it does not load."""
+    write_minilm_bundle(tmp_path / "bundle")
+    (tmp_path / "prompts.txt").write_text("give the last word: red green blue")
+    (tmp_path / "mlruns").mkdir()
+    sqlite3.connect(tmp_path / "mlruns" / "mlflow.db").close()
+    code = (
+        "import sys; from llgbm.__main__ import main\ntry: main(sys.argv[1:])\nfinally: "
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert done.returncode == 0 and loaded == needed, (loaded, done.stderr)
+
+
+def write_minilm_bundle(folder: Path) -> None:
+    """Write an untrained generator that is conditioned on MiniLM's embeddings."""
+    made, facts = load_generator(ROOT / "tests" / "data" / "formats" / "bundles" / "default")
+    config = GeneratorConfig(**facts["generator"])
+    folder.mkdir()
+    generator = make_generator(config, made.spec, 384, made.standardiser, 0)
+    GeneratorBundle.save(folder, generator, config, {**facts, "encoder": "minilm"})
 
 
 def test_every_core_module_imports_where_ray_and_mlflow_are_not_installed() -> None:

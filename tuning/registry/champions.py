@@ -24,7 +24,6 @@ from tuning.registry.versions import (
     existing_versions,
     resolve,
 )
-from tuning.significance import paired_comparison
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,6 +102,8 @@ def decide_alias(champion: Measured | None, new: Measured, rivals: Rivals = Riva
     why_not = _not_comparable(champion, new)
     if why_not:
         return Decision(CHALLENGER, f"{named} {why_not}: the two cannot be compared.")
+    from tuning.significance import paired_comparison  # SciPy takes a second to import
+
     test = paired_comparison(new.per_task, champion.per_task, rivals.candidates)
     reason = f"{named} had {new.metric} = {champion.score:.4f}; this one is {test.verdict}."
     if test.is_better:

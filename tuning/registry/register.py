@@ -16,9 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llgbm.evaluation.baselines import UPPER_BOUND, known_baselines
 from llgbm.runtime import UserError, say
-from llgbm.world import World
 from tuning.registry.champions import (
     DATA_TAG,
     METRIC_TAG,
@@ -35,14 +33,16 @@ from tuning.registry.versions import (
     resolve,
     versions_of,
 )
-from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.runs import TrialResult
-from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
+
+    from llgbm.world import World
+    from tuning.studies.spec import Study, TrialSpec
+    from tuning.tracking.runs import TrialResult
+    from tuning.tracking.study import StudyTracker
 
 KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
 BUNDLE_FILE = "generator.json"
@@ -336,6 +336,8 @@ def read_candidates(
 
 def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] | None:
     """Return name and validation score of the best baseline of a world, None for a smoke world."""
+    from llgbm.evaluation.baselines import UPPER_BOUND, known_baselines
+
     if world.config.smoke:
         return None
     key = metric.removeprefix("val/")

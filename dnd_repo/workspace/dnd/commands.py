@@ -111,6 +111,7 @@ def train_command(
     chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
     check_training_folder(parsed.out, parsed.resume)
     if parsed.smoke:
+        say("asking LLGBM for its smallest bank: it is built once, in about a minute")
         parsed.bank, encoder, chosen = embedded_bank(parsed.cache)
         defaults = replace(SMOKE, encoder=str(encoder))
     settings = replace(defaults, **given_settings(parsed))
