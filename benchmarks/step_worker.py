@@ -52,11 +52,11 @@ def make_trial(setting: dict[str, Any]) -> Any:
     pool = setting["train_ANC"]
     generator = torch.Generator().manual_seed(setting["seed"])
     n, ids = len(pool), setting["ids_APT"][:, 0]
-    names = tuple(f"task{index}" for index in range(n))
+    tasks = tuple(f"task{index}" for index in range(n))
     known: dict[str, Any] = {
-        "adapter_ids": names,
-        "tasks": names,
-        "families": names,
+        "adapter_ids": tasks,
+        "tasks": tasks,
+        "families": tasks,
         "rows": {"train": tuple(range(n)), "val": (), "test": ()},
         "values_AV": 0.05 * torch.randn(n, lora_model.spec.n_values, generator=generator),
         "multitask_V": torch.zeros(lora_model.spec.n_values),
@@ -67,9 +67,13 @@ def make_trial(setting: dict[str, Any]) -> Any:
         "examples": EncodedPairs(ids, ids),
         "n_examples": 1,
         "encoder": "random",
+        "encoder_hash": "random",
+        "size": "nano",
+        "probes": "trajectory",
         "hash": "random",
     }
-    data = ExperimentData(**{field.name: known[field.name] for field in fields(ExperimentData)})
+    names = [field.name for field in fields(ExperimentData) if field.name in known]
+    data = ExperimentData(**{name: known[name] for name in names})
     config = replace(TrainingConfig(), steps=100_000, eval_every=100_000)
     return Trial(config, data, lora_model)
 

@@ -23,8 +23,7 @@ from llgbm.world import World, WorldConfig, build_world, smoke_world
 BUILD = """
 import sys, torch
 from pathlib import Path
-from llgbm.world import WorldConfig, build_world
-from tuning.studies import smoke_world
+from llgbm.world import WorldConfig, build_world, smoke_world
 torch.set_num_threads(1)
 build_world(Path(sys.argv[1]), smoke_world(WorldConfig()), "cpu")
 """

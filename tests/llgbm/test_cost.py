@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import TARGET_MODULES
+from llgbm.lora.adapters import TARGET_MODULES, LinearShape
 from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
 from llgbm.models.cost import BaseShape
 from llgbm.runtime import UserError
@@ -124,6 +124,6 @@ def test_a_model_of_another_kind_is_refused() -> None:
 
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
-    spec = LoraSpec.from_model(model, 2, 4.0, ("lm_head",))
+    spec = LoraSpec((LinearShape("lm_head", 32, 50),), 2, 4.0)
     with pytest.raises(UserError, match="gpt2"):
         BaseShape.of(model, spec)

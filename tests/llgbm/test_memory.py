@@ -14,6 +14,7 @@ from torch import Tensor
 from llgbm.delta import DeltaTable, EncodedProbes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.adapters import LinearShape
 from llgbm.lora.apply import adapters_applied, final_hidden
 from llgbm.models.load import Base
 from llgbm.runtime import UserError, freeze_gc
@@ -95,7 +96,9 @@ def test_gradients_are_those_of_the_plain_pass_in_less_memory(
 
 def test_modules_outside_the_blocks_are_adapted_too(tiny_base: Base) -> None:
     """Without a numbered block around it (as an LM head), a module keeps its plain hook."""
-    spec = LoraSpec.from_model(tiny_base.model, 2, 4.0, ("q_proj", "lm_head"))
+    head = tiny_base.model.lm_head
+    inside = LoraSpec.from_model(tiny_base.model, 2, 4.0, ("q_proj",)).modules
+    spec = LoraSpec((*inside, LinearShape("lm_head", head.in_features, head.out_features)), 2, 4.0)
     batch = LoraBatch.unflatten(
         spec, torch.randn(1, spec.n_values, generator=torch.Generator().manual_seed(0))
     )

@@ -218,7 +218,7 @@ def test_fingerprint_follows_what_the_suite_depends_on() -> None:
 
 def test_every_process_draws_the_same() -> None:
     code = (
-        "from llgbm.suites import SyntheticSuite as S; import random; s = S();"
+        "from llgbm.tasks import SyntheticSuite as S; import random; s = S();"
         "print(s.fingerprint, s.split, s.vocabulary, s.probe_prompts, s.nonsense_prompts,"
         "[s.examples(t.name, p, 3, 'x') for t in s.tasks for p in ('train', 'evaluation')],"
         "[s.pretraining_example(random.Random(i), bool(i % 2)) for i in range(9)])"

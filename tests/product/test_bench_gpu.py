@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 ABSENT = (
     "ray",
     "mlflow",
@@ -70,7 +70,7 @@ def test_baselines_rates_and_estimates_are_there(found: dict[str, Any]) -> None:
     assert found["delta"]["result"]["share"] > 0 and all(
         row["share"] > 0 for row in found["large"]["result"]
     )
-    assert all(row["peak_over_estimate"] > 0 for row in found["step"]["result"])
+    assert all(row["peak_over_estimate"] >= 0 for row in found["step"]["result"])
     assert found["processes"]["result"]["throughput_gain"] > 0
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
 Run = Callable[..., dict[str, Any]]
 
 

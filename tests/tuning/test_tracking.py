@@ -340,7 +340,8 @@ _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from llgbm.runtime import UserError
-from tuning.tracking import StudyTracker, TrialTracker
+from tuning.tracking.study import StudyTracker
+from tuning.tracking.trial import TrialTracker
 root = Path(sys.argv[1])
 study = StudyTracker.open(None, root, "ablation")
 target = study.begin("study", "id", {}, {})
@@ -415,7 +416,7 @@ def test_addresses_are_shown_without_secrets() -> None:
 _OPEN = """
 import sys
 from pathlib import Path
-from tuning.tracking import StudyTracker
+from tuning.tracking.study import StudyTracker
 study = StudyTracker.open(None, Path(sys.argv[1]), "ablation")
 study.begin("study", sys.argv[2], {}, {})
 import mlflow, os

@@ -308,7 +308,7 @@ def register_best(
     return registered
 
 
-Candidate = tuple[TrialResult, dict[str, float]]
+Candidate = tuple["TrialResult", dict[str, float]]
 
 
 def read_candidates(
