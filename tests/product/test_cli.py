@@ -275,7 +275,7 @@ def test_a_bank_with_an_adapter_of_another_rank_is_refused(world: World, tmp_pat
 
     folder = tmp_path / "bank"
     shutil.copytree(world.bank.folder, folder)
-    bank = Bank.cached(folder, world.bank.spec, "copy")
+    bank = Bank.cached(folder, world.bank.spec)
     other = LoraSpec(world.bank.spec.modules, rank=2, alpha=4.0)
     state = {
         f"base_model.model.{name}.lora_{side}.weight": torch.ones(shape)

@@ -143,7 +143,7 @@ def test_a_study_is_continued_under_the_run_that_it_has(tmp_path: Path) -> None:
     study.begin("study", "id", {"steps": 5}, {})
     study.finish("FINISHED")
     assert study.begin("study", "id", {"steps": 5}, {}) == first
-    study.supersede("id", ())
+    study.supersede_study("id")
     assert study.begin("study", "id", {"steps": 5}, {}) != first
 
 
