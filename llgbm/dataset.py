@@ -211,9 +211,9 @@ def create_dataloader(
     dataset: DeltaAugmentedDataset, batch_size: int, steps: int, seed: int = 0, start: int = 0
 ) -> DataLoader[Any]:
     """Return a loader of one batch per step, from step `start` to `steps`, reshuffled every epoch."""
-    return DataLoader(
-        dataset, batch_sampler=StepSampler(len(dataset), batch_size, start, steps, seed)
-    )
+    sampler = StepSampler(len(dataset), batch_size, start, steps, seed)
+    # A generator of its own: a loader draws from torch's stream otherwise, and a resumed run would differ.
+    return DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator())
 
 
 def batch_deltas(batch: Mapping[str, Tensor]) -> DeltaTable:

@@ -43,6 +43,18 @@ VERSION = (
     2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
 DELTA_PROBES = ("trajectory", "generic", "domain")
+PRECISIONS = ("no", "fp16", "bf16")
+# Counts of a configuration, and the least that each may be.
+COUNTS = {
+    "steps": 1,
+    "batch_size": 1,
+    "n_prompts": 1,
+    "n_probes": 1,
+    "gradient_accumulation": 1,
+    "eval_every": 1,
+    "probe_chunk": 0,
+    "patience": 0,
+}
 DELTA_READINGS = ("per_probe", "mean")
 
 
@@ -91,22 +103,22 @@ class TrainingConfig:
         _one_of("delta probes", self.delta_probes, DELTA_PROBES)
         _one_of("delta reading", self.delta_reading, DELTA_READINGS)
         _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
-        for name in (
-            "steps",
-            "batch_size",
-            "n_prompts",
-            "n_probes",
-            "gradient_accumulation",
-            "eval_every",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.probe_chunk < 0:
+        _one_of("mixed precision", self.mixed_precision, PRECISIONS)
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                )
+        if self.steps % self.gradient_accumulation:
             raise UserError(
-                f"probe_chunk is {self.probe_chunk}; it must be 0 (all probes in one pass) or above"
+                f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "
+                "make steps a multiple of it"
             )
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay:g}; it must be at least 0")
 
     @property
     def hash(self) -> str:
@@ -120,6 +132,21 @@ class TrainingConfig:
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Return the state of torch's random streams, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _always(step: int, metrics: Mapping[str, float]) -> bool:
@@ -156,23 +183,32 @@ def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
             )
 
 
+def _accelerator(config: TrainingConfig, on_cpu: bool) -> Any:
+    """Make the Accelerator of a training, whatever the environment says and other trainings of this process set."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    # Accelerate's state is global, and refuses a second precision.
+    AcceleratorState._reset_state()
+    pieces = GradientAccumulationPlugin(
+        num_steps=config.gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False
+    )
+    return Accelerator(
+        cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=pieces
+    )
+
+
 class Trial:
     """State of one training: generator, optimiser, loss, and the best generator so far."""
 
     def __init__(
         self, config: TrainingConfig, data: ExperimentData, lora_model: FunctionalLoRA
     ) -> None:
-        from accelerate import Accelerator
-
         _check_data(config, data)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
-        on_cpu = lora_model.model.device.type == "cpu"
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation,
-        )
+        self.accelerator = _accelerator(config, lora_model.model.device.type == "cpu")
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
@@ -204,7 +240,7 @@ class Trial:
 
     def _rate(self, step: int) -> float:
         """Linear warm-up over a twentieth of the steps, then cosine decay to a twentieth of the rate."""
-        steps = self.config.steps
+        steps = self.config.steps // self.config.gradient_accumulation
         warm = max(1, steps // 20)
         if step < warm:
             return (step + 1) / warm
@@ -213,7 +249,10 @@ class Trial:
         )
 
     def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Take one step; return its losses. Raises FloatingPointError when the loss is not finite."""
+        """Take one step, or with accumulation a piece of one; return its losses.
+
+        Raises FloatingPointError when the loss is not finite.
+        """
         with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
             terms = self.compute_loss(batch)
             if not torch.isfinite(terms["loss"]):
@@ -221,10 +260,12 @@ class Trial:
                     f"the loss is {terms['loss'].item()} at step {self.step}: lower the learning rate"
                 )
             self.accelerator.backward(terms["loss"])
-            self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
+        if self.accelerator.sync_gradients:
+            self.schedule.step()
         self.step += 1
         names = {"loss": "loss/total", "loss_weight": "loss/weight", "loss_delta": "loss/delta"}
         return {names[name]: value.item() for name, value in terms.items()}
@@ -278,6 +319,8 @@ class Trial:
             "last_improvement": self.last_improvement,
             "best_score": self.best_score,
             "seconds": self.seconds,
+            "random": _random_state(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
 
     def restore(self, state: State) -> None:
@@ -291,6 +334,10 @@ class Trial:
         self.last_improvement = state[name]
         self.best_score, self.best = state["best_score"], state["best"]
         self.spent, self._since = state["seconds"], time.perf_counter()
+        if self.accelerator.scaler and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        # Older checkpoints hold no random state, which matters with dropout only.
+        _set_random_state(state.get("random", {}))
 
     @property
     def should_stop(self) -> bool:
