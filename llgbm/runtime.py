@@ -1,4 +1,4 @@
-"""What every module may ask of the process it runs in: device, seeds, threads, logging, progress, errors for people."""
+"""Helpers for the running process: content hashes, device, seeds, memory, logging, progress, user errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,47 +22,144 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
+# Hash by content: a dataclass by its type and the fields that differ from their defaults, so that a new field changes
+# no id; a class from outside this project by its code too, a value with a `fingerprint` by that as well.
+OURS = {"llgbm", "tuning", "dnd"}
+LIBRARY = {"builtins", "abc", "typing", "collections", "enum"}
+PLAIN = (str, bool, int, float, type(None))
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: the message is one sentence, the exit status is 2, no traceback is shown."""
+    """User mistake: reported as one sentence with exit status 2 and no traceback."""
 
 
 def content_hash(*parts: Any, length: int = 16) -> str:
-    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits.
+    """Hash values to `length` hexadecimal digits: numbers, texts, paths, lists, mappings and dataclasses.
 
-    A field that takes no part in comparisons (`compare=False`, such as where a file lies) takes none in the hash.
+    1 and 1.0 are one value, as are 0.0 and -0.0. A field with `compare=False`, such as the place of a file, is left
+    out. Raises TypeError for other types.
     """
-    text = json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **_compared(value)}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
-
-
-def _compared(value: Any) -> Any:
-    """A value with its dataclasses, at any depth, turned into dictionaries of the fields that are compared."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _compared(getattr(value, f.name)) for f in fields(value) if f.compare}
-    if isinstance(value, (list, tuple)):
-        return [_compared(item) for item in value]
-    return (
-        {key: _compared(item) for key, item in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
+    return _digest([_canonical(part) for part in parts], length)
 
 
 def stream_seed(*parts: Any) -> int:
-    """Derive a 63-bit seed from its parts, so that every random stream has a name and none depends on another."""
-    return int(content_hash(*parts, length=16), 16) >> 1
+    """Derive a 63-bit seed from its parts: every random stream has a name, and none depends on another."""
+    return int(_digest(parts, 16), 16) >> 1
+
+
+def _digest(content: Any, length: int) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _canonical(value: Any) -> Any:
+    """Convert a value to one that JSON can hold, the same for equal content."""
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value.is_integer() else float(value)
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if _is_named_by_itself(value) or (is_dataclass(value) and not isinstance(value, type)):
+        return _canonical_object(value)
+    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
+
+
+def _is_named_by_itself(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(type(value), "fingerprint")
+
+
+def _canonical_object(value: Any) -> dict[str, Any]:
+    found = {"type": _class_identity(type(value))}
+    if _is_named_by_itself(value):
+        found["fingerprint"] = value.fingerprint
+    if is_dataclass(value):
+        for field in fields(value):
+            own = getattr(value, field.name)
+            # A fingerprint is kept at the default too: it says what the default does.
+            if field.compare and (_is_named_by_itself(own) or not _is_default(field, own)):
+                found[field.name] = _canonical(own)
+    return found
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    if field.default is not MISSING:
+        return bool(_canonical(value) == _canonical(field.default))
+    if field.default_factory is not MISSING:
+        return bool(_canonical(value) == _canonical(field.default_factory()))
+    return False
+
+
+def _class_identity(cls: type) -> Any:
+    """Return the name of a class of this project; of another one the code of all that it adds, too."""
+    others = [base for base in cls.__mro__ if _package(base) not in OURS | LIBRARY]
+    if not others:
+        return cls.__qualname__
+    seen: set[int] = set()
+    return [cls.__qualname__, *(dict(_members(base, seen)) for base in others)]
+
+
+def _package(value: Any) -> str:
+    return str(value.__module__).partition(".")[0]
+
+
+def _members(cls: type, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    for name, member in sorted(vars(cls).items()):
+        # Python and `dataclass` write the other methods with two underscores.
+        if name.startswith("__") and name not in ("__init__", "__post_init__", "__call__"):
+            continue
+        function = _function_of(member)
+        if function is not None and function.__code__.co_filename != "<string>":
+            yield name, _function_identity(function, seen)
+        elif isinstance(member, (*PLAIN, tuple, list, dict)):
+            yield name, repr(member)
+
+
+def _function_of(member: Any) -> FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, cached_property):
+        member = member.func
+    elif isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    return member if isinstance(member, FunctionType) else None
+
+
+def _function_identity(function: FunctionType, seen: set[int]) -> Any:
+    """Describe a function by its code, its defaults and what it uses of its own module, wherever it was loaded from."""
+    if id(function) in seen:
+        return function.__qualname__
+    seen.add(id(function))
+    used: dict[str, Any] = {}
+    for name in sorted(_names(function.__code__)):
+        member = function.__globals__.get(name)
+        if isinstance(member, FunctionType) and member.__module__ == function.__module__:
+            used[name] = _function_identity(member, seen)
+        elif isinstance(member, (*PLAIN, tuple, list, dict)):
+            used[name] = repr(member)
+    return [_code(function.__code__, function.__doc__), repr(function.__defaults__), used]
+
+
+def _names(code: CodeType) -> set[str]:
+    nested = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*nested)
+
+
+def _code(code: CodeType, doc: str | None) -> list[Any]:
+    constants = [
+        _code(constant, None) if isinstance(constant, CodeType) else _constant(constant)
+        for constant in code.co_consts
+        if constant is None or constant != doc
+    ]
+    return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def seed_everything(seed: int) -> None:
@@ -82,7 +181,7 @@ def pick_device(name: str = "auto") -> str:
 
 
 def release_device_memory() -> None:
-    """Hand memory back after a long pass: what torch caches on a device, and what the C library holds of the host's."""
+    """Return unused memory after a long pass: torch's device cache and the heap of the C library."""
     import torch
 
     gc.collect()
@@ -96,16 +195,16 @@ def release_device_memory() -> None:
 
 @cache
 def freeze_gc() -> None:
-    """Once a process, when its libraries are loaded: keep them out of Python's collections of garbage.
+    """Exempt everything loaded so far from garbage collection, once per process.
 
-    With Ray, MLflow and transformers a collection takes 0.3 s, and there is one after every long pass.
+    With Ray, MLflow and transformers loaded a collection takes 0.3 s, and every long pass ends with one.
     """
     gc.collect()
     gc.freeze()
 
 
 def free_memory(device: str) -> float:
-    """Bytes that can still be had: of the GPU's memory, or of this machine's."""
+    """Return the free bytes of the GPU's memory, or of this machine's."""
     import psutil
     import torch
 
@@ -117,7 +216,7 @@ def free_memory(device: str) -> float:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of libraries off a stderr that is no terminal."""
+    """Turn progress bars of libraries off where stderr is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
@@ -130,12 +229,20 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterab
 
 
 def progress_bar(label: str, total: int) -> tqdm:
-    """A progress bar to be moved by hand; silent where there is no terminal."""
+    """Return a progress bar to be moved by hand; silent where there is no terminal."""
     return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `name@revision`; a folder has no revision."""
+    if Path(name).expanduser().is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
 def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:
-    """Run a program: its own status, 2 and one sentence for a UserError (raised with `debug`), 130 for an interrupt."""
+    """Run a program; return its status, 2 after a UserError (raised with `debug`), 130 after an interrupt."""
     try:
         return command()
     except UserError as error:
@@ -149,5 +256,5 @@ def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "in
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal. Standard output stays free for results."""
+    """Print a line to stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)

@@ -131,7 +131,7 @@ def write_cache(config: WorldConfig) -> None:
     world = World(
         config, base, bank, gather_data(CACHE, config, base, bank), make_lora_model(base, bank)
     )
-    known_baselines(CACHE, world)
+    known_baselines(CACHE, world.data, world.lora_model)
 
 
 def keep_store(here: Path) -> None:

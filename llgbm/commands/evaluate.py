@@ -130,13 +130,13 @@ def _load_base(arguments: argparse.Namespace) -> Base:
 
     if not arguments.base and not arguments.adapter:
         raise UserError("there is no base: name it with --base")
-    named = (
-        arguments.base
-        or read_adapter_config(_parse(arguments.adapter[0])[1])["base_model_name_or_path"]
-    )
+    if arguments.base:
+        return load_base(arguments.base, pick_device())
+    config = read_adapter_config(_parse(arguments.adapter[0])[1])
+    named, revision = config["base_model_name_or_path"], config["revision"]
     if not named:
         raise UserError(f"{arguments.adapter[0]} does not name its base: name it with --base")
-    return load_base(named, pick_device())
+    return load_base(f"{named}@{revision}" if revision else named, pick_device())
 
 
 def _parse(named: str) -> tuple[str, Path]:
@@ -172,6 +172,7 @@ def _generated_system(
     from tuning.registry import fetch_bundle
 
     bundle = GeneratorBundle.load(fetch_bundle(arguments.generator, arguments.tracking_uri))
+    bundle.check_base(base)
     count = min(16, len(suite.datasets[task].rows["prompts"]))
     prompts = [example.prompt for example in suite.examples(task, "prompts", count, "condition")]
     batch = LoraBatch.from_state_dicts([bundle.generate(prompts)])

@@ -1,6 +1,6 @@
-"""What a generator is worth on tasks that it never saw: the numbers that every result carries.
+"""Metrics of generated adapters on held-out tasks, reported with every result.
 
-Letters: A adapters, N prompts, C condition width, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PartResult:
 def evaluate_generator(
     generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> PartResult:
-    """All numbers of a generator on one part (`train`, `val`, `test`), adapters written from evaluation prompts."""
+    """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts."""
     rows = list(data.rows[part])
     conditions = data.conditions.evaluation_ANC[rows]
     adapters = generator.generate(conditions)
@@ -95,7 +95,7 @@ def evaluate_adapters(
 
 
 def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
-    """The mean of a task's values, in order of first appearance: a training task may have several teachers."""
+    """Average the values of each task, in order of first appearance; a training task may have several teachers."""
     found: dict[str, list[float]] = {}
     for task, value in zip(tasks, values_A.tolist(), strict=True):
         found.setdefault(task, []).append(value)
@@ -103,8 +103,10 @@ def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
 
 
 def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
-    """For each row, one of another task, of the same part where that has one: one that shares neither operation nor
-    format, as near as there is. Raises ValueError for data of a single task."""
+    """Pick for each row one of another task, which shares as few parts of its name as possible.
+
+    It is of the same part where that has another task. Raises ValueError for data of a single task.
+    """
     names = [set(task.split("-")) for task in data.tasks]
 
     def others(i: int, among: list[int]) -> list[int]:
@@ -160,7 +162,7 @@ def diversity(adapters: LoraBatch) -> float:
 def evaluate(
     generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> dict[str, float]:
-    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
+    """Metrics for model selection, from the evaluation prompts of a part's tasks.
 
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llgbm.lora.plain import check_plain
 from llgbm.output import ADAPTER_PATTERNS, Output
-from llgbm.runtime import UserError, content_hash
+from llgbm.runtime import UserError, content_hash, split_revision
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -265,15 +265,17 @@ def _check_alike(
 
 
 def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
-    """The `adapter_config.json` that PEFT itself would write for this spec."""
+    """Return the `adapter_config.json` that PEFT itself would write; `base` is a folder, a hub id, or id@revision."""
     from peft import LoraConfig
 
+    name, revision = split_revision(base)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,  # type: ignore[arg-type]
         target_modules=list(spec.target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
+        base_model_name_or_path=name,
+        revision=revision,
         inference_mode=True,
     )
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
@@ -383,7 +385,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{config_file} is no adapter config ({error}): make or fetch the adapter again"
         ) from error
     base = config.get("base_model_name_or_path") or ""
-    return {**config, "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha}
+    named = {"revision": None, **config, "base_model_name_or_path": base}
+    return {**named, "r": rank, "lora_alpha": alpha}
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:

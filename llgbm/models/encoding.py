@@ -1,6 +1,6 @@
 """Texts to padded token ids. The one place where prompts and answers become tensors.
 
-Letters: S texts, T tokens.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

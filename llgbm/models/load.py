@@ -1,12 +1,13 @@
 """Base models by size name: built and pretrained here (`nano`, `micro`), or found in a folder or on the hub.
 
-Letters: S texts, T tokens, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llgbm.cache import hash_files
+from llgbm.cache import describe_file, hash_files
 from llgbm.lora.apply import final_hidden, head_logits
 from llgbm.models.folder import (
     NO_BASE,
@@ -25,7 +26,7 @@ from llgbm.models.folder import (
     read_tokenizer,
     refusal,
 )
-from llgbm.runtime import UserError, content_hash
+from llgbm.runtime import UserError, content_hash, split_revision
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,29 @@ SIZES: dict[str, ModelSize] = {
 FAMILIES = {"embedded": ("nano", "micro"), "qwen2.5": ("qwen2.5-0.5b", "qwen2.5-1.5b")}
 OWN_PREFIX = "base-"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IDENTITY_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+)
+COMMIT = r"[0-9a-f]{40}"
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its tokenizer, its folder and the hash of its weights."""
+    """A loaded base model with its tokenizer, its name, the hash of its files, and the folder of these."""
 
     model: PreTrainedModel
     tokenizer: Any
     path: str
     hash: str
+    folder: Path | None = None
+
+    def is_named(self, hash: str) -> bool:
+        """Compare with a hash that was kept in a bank or a bundle; version 0.1.0 hashed fewer files."""
+        if self.folder is None or hash == self.hash:
+            return hash == self.hash
+        return hash == older_base_hash(self.folder, self.model.dtype)
 
 
 def model_size(name: str) -> ModelSize:
@@ -141,7 +155,14 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     model.generation_config = _greedy(model, tokenizer)
     nn.Module.to(model, device).eval().requires_grad_(False)
     _check_reading(model, path)
-    return Base(model, tokenizer, str(path), base_hash(folder, dtype))
+    return Base(model, tokenizer, pinned_name(str(path), folder), base_hash(folder, dtype), folder)
+
+
+def pinned_name(name: str, folder: Path) -> str:
+    """Name a hub model with the commit that was found: `name@commit`. A folder keeps its name."""
+    if Path(name).expanduser().is_dir() or not re.fullmatch(COMMIT, folder.name):
+        return name
+    return f"{split_revision(name)[0]}@{folder.name}"
 
 
 def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -225,23 +246,25 @@ def find_model(name: str | Path, download: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
         raise UserError(
             NO_BASE.format(name)
-            + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct, or id@revision"
         )
+    hub_id, revision = split_revision(str(name))
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=patterns, local_files_only=not download)
+        found = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download
         )
+        return Path(found)
     except (OSError, ValueError) as error:
         raise UserError(
             NO_BASE.format(name)
             + "it is no folder here, not in the hub's cache, and the hub cannot be asked or does "
-            f"not know it; where there is a network run `hf download {name} --local-dir DIR`, bring the folder here "
+            f"not know it; where there is a network run `hf download {hub_id} --local-dir DIR`, bring the folder here "
             "and name it (HF_HUB_OFFLINE=1 keeps the hub out altogether)"
         ) from error
 
@@ -262,7 +285,8 @@ class BaseSource:
         folder = find_model(name, download)
         read_config(folder)
         check_weights(folder)
-        path = str(folder.resolve()) if Path(name).expanduser().is_dir() else name
+        is_folder = Path(name).expanduser().is_dir()
+        path = str(folder.resolve()) if is_folder else pinned_name(name, folder)
         return cls(path, base_hash(folder, DTYPES[dtype]), dtype)
 
     def load(self, device: str) -> Base:
@@ -300,14 +324,20 @@ def _dtype_name() -> str:
 
 
 def base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
-    """Hash the weights, config and tokenizer of a local base, and the dtype that it is used in."""
-    found = hash_files(_identity_files(Path(path)))
-    return found if dtype == torch.float32 else content_hash(found, str(dtype))
+    """Hash all files of a local base that its numbers depend on, and the dtype that it is used in."""
+    files = [[path.name, describe_file(path)[1]] for path in _identity_files(Path(path))]
+    return content_hash("base model", files, str(dtype))
 
 
 def _identity_files(folder: Path) -> list[Path]:
-    """What a base is: weights, config, tokenizer, and its chat template where it has one."""
-    kinds: Iterable[str] = (
+    """List weights, configs, and everything that a tokenizer reads."""
+    return sorted({path for kind in IDENTITY_FILES for path in folder.glob(kind)})
+
+
+def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
+    """Hash a base as version 0.1.0 did, which left most files of the tokenizer out: older banks are named by it."""
+    folder = Path(path)
+    kinds = (
         "*.safetensors",
         "config.json",
         "tokenizer.json",
@@ -315,13 +345,15 @@ def _identity_files(folder: Path) -> list[Path]:
         "merges.txt",
         "*.jinja",
     )
+    files = [path for kind in kinds for path in folder.glob(kind)]
     settings = folder / "tokenizer_config.json"
-    own_template = settings.is_file() and '"chat_template"' in settings.read_text(
+    if settings.is_file() and '"chat_template"' in settings.read_text(
         encoding="utf-8", errors="replace"
-    )
-    return sorted(
-        [
-            *(path for kind in kinds for path in folder.glob(kind)),
-            *([settings] if own_template else []),
-        ]
-    )
+    ):
+        files.append(settings)
+    found = hash_files(sorted(files))
+    if dtype == torch.float32:
+        return found
+    return hashlib.sha256(
+        json.dumps([found, str(dtype)], separators=(",", ":")).encode()
+    ).hexdigest()[:16]

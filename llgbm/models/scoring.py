@@ -1,6 +1,6 @@
 """Score a model: answer loss, greedy decoding and exact match, alone or under many adapters.
 
-Letters: A adapters, B examples an adapter, S texts, T tokens.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

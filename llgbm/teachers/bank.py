@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from llgbm.tasks.suite import Suite
 
 FORMAT_VERSION = 2
 # Bank hashes leave the format out, so that a bank keeps its hash when its manifest is written in a newer one.
-HASH_VERSION = 1
+HASH_VERSION = 2
 MANIFEST, PROMPTS, TRAJECTORIES = "manifest.json", "prompts.json", "trajectories.json"
 OLD_LISTING = "bank.json"
 CHECKPOINTS = "checkpoints"
@@ -90,13 +90,29 @@ def is_whole(folder: Path, adapter_id: str, entry: Mapping[str, Any]) -> bool:
 
 
 def bank_hash(folder: Path) -> str:
-    """Hash the weights and prompts of a bank; its deltas are named by that."""
-    weights, prompts = {}, {}
-    for adapter_id, entry in read_manifest(folder)["adapters"].items():
+    """Hash the content of a bank: weights, prompts, scaling and trajectories. Its deltas are named by that."""
+    manifest = read_manifest(folder)
+    shape = [manifest[name] for name in ("rank", "alpha", "target_modules")]
+    return _content(folder, shape, manifest["adapters"])
+
+
+def _content(folder: Path, shape: Sequence[Any], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    adapters = []
+    for adapter_id, entry in entries.items():
         own = adapter_folder(folder, adapter_id, entry["task"])
-        weights[adapter_id] = entry["sha256"]
-        prompts[adapter_id] = describe_file(own / PROMPTS)[1]
-    return content_hash("bank folder", HASH_VERSION, weights, prompts)
+        weights = entry.get("sha256") or describe_file(own / ADAPTER_WEIGHTS)[1]
+        adapters.append([adapter_id, entry["task"], weights, _read_json(own / PROMPTS)])
+    return content_hash("bank", HASH_VERSION, shape, adapters, _read_json(folder / TRAJECTORIES))
+
+
+def _read_json(path: Path) -> Any:
+    """Read a file of JSON, None where there is none. Raises UserError for a torn one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is torn: run the command that made the bank again") from error
 
 
 def show_bank(folder: Path) -> dict[str, Any]:
@@ -130,7 +146,7 @@ class Bank:
         Raises UserError for a bank of another base, an unfinished one, and a torn adapter, naming it.
         """
         manifest = read_manifest(folder)
-        if manifest["base"]["hash"] != base.hash:
+        if not base.is_named(manifest["base"]["hash"]):
             raise UserError(
                 f"the bank {folder} is of the base {manifest['base']['path']}, not of {base.path}: name that"
             )
@@ -148,9 +164,11 @@ class Bank:
         return cls(folder, bank_hash(folder), spec, _tasks(manifest))
 
     @classmethod
-    def cached(cls, folder: Path, spec: LoraSpec, key: str) -> Bank:
-        """Open the bank of a cache entry, whose files and base the cache answers for; its hash is the entry's key."""
-        return cls(folder, key, spec, _tasks(_read_cached(folder)))
+    def cached(cls, folder: Path, spec: LoraSpec) -> Bank:
+        """Open the bank of a cache entry, whose files and base the cache answers for."""
+        manifest = _read_cached(folder)
+        shape = (spec.rank, spec.alpha, spec.target_modules)
+        return cls(folder, _content(folder, shape, manifest["adapters"]), spec, _tasks(manifest))
 
     def adapter_folder(self, adapter_id: str) -> Path:
         return adapter_folder(self.folder, adapter_id, self.adapters[adapter_id])

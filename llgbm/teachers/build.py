@@ -1,6 +1,6 @@
 """Build a bank of teachers for a suite, and the multi-task LoRA.
 
-Letters: A adapters, B examples an adapter, V values of an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TRAJECTORY_TOKENS = 24
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """The name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite.fingerprint, config)
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -68,7 +68,7 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         target.add(trained)
         _measure(target, suite, config)
 
-    return Bank.cached(build_entry(root, "banks", key, write), spec, key)
+    return Bank.cached(build_entry(root, "banks", key, write), spec)
 
 
 def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
@@ -171,9 +171,7 @@ def build_multitask(
         EXAMPLES_A_STEP,
         STEPS_OVER_TEACHER,
     )
-    key = content_hash(
-        "multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite.fingerprint, recipe
-    )
+    key = content_hash("multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite, recipe)
 
     def write(folder: Path) -> None:
         own = replace(config, steps=STEPS_OVER_TEACHER * config.steps, examples=EXAMPLES_A_STEP)

@@ -25,7 +25,7 @@ from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import Base
 from llgbm.output import STAGE, check_name
-from llgbm.runtime import UserError, content_hash, progress, say
+from llgbm.runtime import UserError, content_hash, progress, say, split_revision
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
@@ -298,7 +298,7 @@ def _check_base(external: ExternalAdapter, names: set[str]) -> None:
 
 
 def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def read_json(path: Path) -> Any:

@@ -77,9 +77,7 @@ class PeftRun:
         )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.step, self.loss = 0, math.nan
-        self.key = content_hash(
-            config.settings, base.hash, run.suite.fingerprint, run.task, run.subset
-        )
+        self.key = content_hash(config.settings, base.hash, run.suite, run.task, run.subset)
 
     def advance(self) -> None:
         """One step: its examples in `accumulation` pieces, weighted by their tokens as if they were one."""

@@ -1,6 +1,6 @@
 """Train teacher adapters, many at once through the batched primitive.
 
-Letters: A adapters, B examples an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class BankWriter:
         if not (self.folder / MANIFEST).exists():
             return self._write({**head, "adapters": {}, "measured": None})
         found = read_manifest(self.folder)
-        if found["base"]["hash"] == self.base.hash:
+        if self.base.is_named(found["base"]["hash"]):
             head["base"] = found["base"]
         told = json.loads(json.dumps(head))
         differ = [name for name, value in told.items() if found.get(name) != value]

@@ -87,9 +87,7 @@ def test_what_is_taken_over_is_a_bank(
     pools = build_conditions(tmp_path / "cache", BaseModelEncoder(tiny_base), bank, ["nonsense"])
     assert pools.train_ANC.shape[:2] == (3, 2)
     probes = bank.trajectories()
-    deltas = DeltaCache.build(
-        tmp_path / "cache", tiny_base, bank.spec, bank.hash, bank.adapters, bank.load(), probes
-    )
+    deltas = DeltaCache.build(tmp_path / "cache", tiny_base, bank, probes)
     assert deltas.table(tiny_base, probes).delta_APQD.abs().max() > 0.01
     assert main(["bank", "show", str(out)]) == 0
     assert json.loads(capsys.readouterr().out) == said

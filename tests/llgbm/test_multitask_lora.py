@@ -78,11 +78,11 @@ def test_baselines_are_measured_once(
         name: dict(result.metrics)
         for name, result in evaluate_baselines(world.data, world.lora_model).items()
     }
-    assert known_baselines(tmp_path, world) == measured
+    assert known_baselines(tmp_path, world.data, world.lora_model) == measured
     monkeypatch.setattr(
         "llgbm.evaluation.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again")
     )
-    assert known_baselines(tmp_path, world) == measured
+    assert known_baselines(tmp_path, world.data, world.lora_model) == measured
 
 
 def test_several_teachers_of_a_task_are_averaged() -> None:

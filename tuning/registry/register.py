@@ -341,7 +341,7 @@ def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] |
     key = metric.removeprefix("val/")
     scores = {
         name: values[key]
-        for name, values in known_baselines(cache, world, "val").items()
+        for name, values in known_baselines(cache, world.data, world.lora_model, "val").items()
         if name != UPPER_BOUND
     }
     name = max(scores, key=lambda name: scores[name])

@@ -198,6 +198,6 @@ def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Pat
         size = world.config.size
         label = size if several else ""
         if label not in known:
-            logged = to_metrics(known_baselines(cache, world), label)
+            logged = to_metrics(known_baselines(cache, world.data, world.lora_model), label)
             facts = {f"world/{size}/{name}": value for name, value in world.bank.facts.items()}
             tracker.log_metrics(logged | facts)

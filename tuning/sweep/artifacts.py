@@ -114,6 +114,7 @@ def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
         "base_hash": world.base.hash,
         "bank_hash": world.bank.hash,
         "encoder": world.data.encoder,
+        "encoder_hash": world.data.encoder_hash,
         "trial_id": trial.id,
         "config": trial.name,
     }

@@ -19,7 +19,7 @@ import torch
 
 from llgbm.evaluation.metrics import REPORTED_PARTS, evaluate_generator
 from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
-from llgbm.training import State, train
+from llgbm.training import State, Trial
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
@@ -77,9 +77,10 @@ def run_trial(
 
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
-    outcome = train(
-        trial.config, world.data, world.lora_model, report, keep, state, CHECKPOINT_SECONDS
-    )
+    training = Trial(trial.config, world.data, world.lora_model)
+    if state:
+        training.restore(state)
+    outcome = training.run(report, keep, CHECKPOINT_SECONDS)
     results = {
         p: evaluate_generator(outcome.generator, world.data, world.lora_model, p)
         for p in ("test", "val", "train")
