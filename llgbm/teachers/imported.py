@@ -248,13 +248,18 @@ def _task_of(folder: Path, root: Path, source: str) -> str:
     name = top.name
     if top == root:
         name = _name_of_source(source)
-    elif top.name.rpartition("_")[0] == top.parent.name:
+    elif _is_numbered(top.name, top.parent.name):
         name = top.parent.name
     if name in ("", ".", "..") or STATE.fullmatch(name):
         raise UserError(
             f"{_place(folder, root, source)!r} does not say what the task of its adapter is called: name it with --task"
         )
     return check_name(name, "the task")
+
+
+def _is_numbered(name: str, task: str) -> bool:
+    """Say if a folder inside a task's is one of a layout `{task}/{task}_{idx}`."""
+    return bool(task) and name.rpartition("_")[0] == task
 
 
 def _name_of_source(source: str) -> str:
@@ -264,7 +269,7 @@ def _name_of_source(source: str) -> str:
     names = [part for part in Path(source).expanduser().parts if part not in ("/", ".", "..")]
     while names and STATE.fullmatch(names[-1]):
         names.pop()
-    if len(names) > 1 and names[-1].rpartition("_")[0] == names[-2]:
+    if len(names) > 1 and _is_numbered(names[-1], names[-2]):
         names.pop()
     return names[-1] if names else ""
 
