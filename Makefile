@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-oldest check smoke soak bench same-numbers ui notebooks notebooks-clean clean
+.PHONY: ablation test test-oldest check smoke soak bench bench-check bench-gpu same-numbers ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -26,7 +26,14 @@ soak: $(READY)
 
 # Each prints one JSON line and writes benchmarks/results/ (from a clean tree; else benchmarks/results/scratch/).
 bench: $(READY)
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
+
+# The quick CPU ratios again: fails where one falls below 80 % of the committed result.
+bench-check: $(READY)
+	$(BIN)/python benchmarks/check.py
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/bench_gpu.py
 
 # Every metric of a short sweep, bit by bit, beside that of an earlier commit: make same-numbers BASE=main
 BASE ?= HEAD~1

@@ -14,7 +14,9 @@ import argparse
 import gc
 import resource
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,15 +31,18 @@ from llgbm.estimate import estimate_trial
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import ConditionPools
 from llgbm.models.encoding import EncodedPairs
-from llgbm.models.load import DTYPES, PublishedSize, model_size, qwen2_config
+from llgbm.models.load import DTYPES, OWN_PREFIX, PublishedSize, model_size, qwen2_config
 from llgbm.runtime import UserError, pick_device
 from llgbm.training import TrainingConfig, Trial
 
 ADAPTERS = {"qwen2.5-0.5b": 16, "qwen2.5-1.5b": 8}
+TOY = PublishedSize(
+    hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, rank=2, alpha=4.0, hub=""
+)
 CONDITION = 384
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,7 +60,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed, after two that are not")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--probe-chunk", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument(
+        "--quick", action="store_true", help="a toy size; says nothing but that it runs"
+    )
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.sizes, options.adapters, options.bank, options.steps, options.tokens = (
+            ["toy"],
+            2,
+            3,
+            1,
+            8,
+        )
+    return options
 
 
 def make_base(size: PublishedSize, device: str, dtype: torch.dtype) -> FunctionalLoRA:
@@ -68,10 +85,10 @@ def make_base(size: PublishedSize, device: str, dtype: torch.dtype) -> Functiona
 
 
 def make_data(
-    flora: FunctionalLoRA, n: int, probes: int, tokens: int, device: str
+    lora_model: FunctionalLoRA, n: int, probes: int, tokens: int, device: str
 ) -> ExperimentData:
     """Made-up teachers, each a task of its own, with probes read at the last two tokens."""
-    hidden, vocabulary = flora.model.config.hidden_size, flora.model.config.vocab_size
+    hidden, vocabulary = lora_model.model.config.hidden_size, lora_model.model.config.vocab_size
     ids = torch.randint(vocabulary, (n, probes, tokens))
     positions = torch.tensor([tokens - 2, tokens - 1]).expand(n, probes, 2).contiguous()
     encoded = EncodedProbes(ids, positions, torch.ones_like(positions, dtype=torch.bool))
@@ -83,8 +100,8 @@ def make_data(
         tasks=names,
         families=names,
         rows={"train": tuple(range(n)), "val": (), "test": ()},
-        values_AV=0.01 * torch.randn(n, flora.spec.n_values),
-        multitask_V=torch.zeros(flora.spec.n_values),
+        values_AV=0.01 * torch.randn(n, lora_model.spec.n_values),
+        multitask_V=torch.zeros(lora_model.spec.n_values),
         conditions=ConditionPools(
             torch.randn(n, 32, CONDITION), torch.randn(n, 16, CONDITION), torch.randn(4, CONDITION)
         ),
@@ -117,17 +134,17 @@ def time_steps(trial: Trial, steps: int, device: str) -> list[float]:
 
 def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     """The numbers of one size."""
-    size = model_size(name)
+    size = TOY if name == "toy" else model_size(name)
     if not isinstance(size, PublishedSize):
         raise UserError(f"{name} is no published size; there are: {', '.join(ADAPTERS)}")
     size = replace(size, layers=arguments.layers or size.layers)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(device)
-    flora = make_base(size, device, DTYPES[arguments.dtype])
+    lora_model = make_base(size, device, DTYPES[arguments.dtype])
     adapters = arguments.adapters or ADAPTERS[name]
     config = TrainingConfig(
-        model_size=name,
+        model_size=f"{OWN_PREFIX}toy" if name == "toy" else name,
         steps=arguments.steps + 2,
         batch_size=adapters,
         n_probes=arguments.probes,
@@ -135,9 +152,13 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
         probe_chunk=arguments.probe_chunk,
     )
     n = max(arguments.bank, adapters)
-    data = make_data(flora, n, arguments.probes, arguments.tokens, device)
-    seconds = statistics.median(time_steps(Trial(config, data, flora), arguments.steps, device))
-    estimate = estimate_trial(config, flora.model, flora.spec, n, CONDITION, arguments.tokens)
+    data = make_data(lora_model, n, arguments.probes, arguments.tokens, device)
+    seconds = statistics.median(
+        time_steps(Trial(config, data, lora_model), arguments.steps, device)
+    )
+    estimate = estimate_trial(
+        config, lora_model.model, lora_model.spec, n, CONDITION, arguments.tokens
+    )
     return {
         "size": name,
         "layers": size.layers,
@@ -160,9 +181,9 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure each size in turn."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     device = pick_device(arguments.device)
     results = []
     for name in arguments.sizes:
@@ -178,7 +199,8 @@ def main() -> None:
     }
     cut = "" if arguments.layers is None else "_cut"
     save(f"step_{device}{cut}", result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ from tuning.report.record import read_study
 from tuning.studies import TrialSpec
 from tuning.tracking import notes as run_notes
 from tuning.tracking.runs import read_trials
-from tuning.tracking.store import shown
+from tuning.tracking.store import redact
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
 
@@ -176,7 +176,7 @@ def measure_cost(
 
 
 def without(spec: TrialSpec, world: World) -> None:
-    train(spec.config, world.data, world.flora, lambda step, metrics: True)
+    train(spec.config, world.data, world.lora_model, lambda step, metrics: True)
 
 
 def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int) -> float:
@@ -198,7 +198,7 @@ def with_tracker(study: StudyTracker, spec: TrialSpec, world: World, number: int
             clock.log(step, metrics)
             return True
 
-        train(spec.config, world.data, world.flora, report)
+        train(spec.config, world.data, world.lora_model, report)
     clock.close()
     return clock.seconds
 
@@ -232,7 +232,7 @@ def main() -> int:
     config = {
         **vars(options),
         "cache": None,
-        "tracking_uri": options.tracking_uri and shown(options.tracking_uri),
+        "tracking_uri": options.tracking_uri and redact(options.tracking_uri),
     }
     result: dict[str, Any] = {
         "benchmark": "tracking",

@@ -1,4 +1,18 @@
-"""LLGBM: Learning LoRA Generator by Behavioral Matching. Importing it loads neither Ray nor MLflow."""
+"""LLGBM: Learning LoRA Generator by Behavioral Matching. Importing it loads neither torch, Ray nor MLflow.
+
+Names of tensors end in the letters of their axes: `delta_APQD` is [A, P, Q, D]. One table for `llgbm` and `tuning`:
+
+    A  adapters                       M  adapted modules
+    B  examples per adapter           N  prompts per condition
+    C  condition (embedding) width    P  probes
+    D  hidden size of the base        Q  marked positions per probe
+    H  hidden width of a generator    R  LoRA rank
+    I  input width of a module        S  texts
+    J  tasks                          T  text tokens
+    K  draws per row                  U  adapter tokens (DnD)
+    L  layers                         V  values of a flat adapter
+    O  output width of a module       X, Y  height and width of an adapter token
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Folders on disk named by what made them: written aside, flushed, renamed; never half there.
+"""Content-addressed cache: folders are written aside, flushed and renamed, so that none is ever partial.
 
 An entry is `<root>/<kind>/<key>/` plus an `entry.json` that lists every file with its size and SHA-256. An entry that
 does not agree with its list is torn or foreign: it is thrown away and built again.
@@ -21,10 +21,12 @@ from llgbm.output import disk_errors, flush, flush_tree
 from llgbm.runtime import logger, say
 
 ENTRY_FILE = "entry.json"
+# Raised when keys are made of more than before. Entries made earlier are left where they are and never read again.
+KEYS_VERSION = 2
 
 
 def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder of entry `kind/key`, calling `build(folder)` first if there is no whole one.
+    """Return the folder of entry `kind/key`; call `build(folder)` first if no complete one exists.
 
     Concurrent builders of one entry wait for each other. A build that is killed leaves nothing that is used.
     Raises UserError where the folder cannot be written.
@@ -37,10 +39,28 @@ def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) 
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.parent / f".{key}.lock"):
             if not entry_is_whole(final):
+                _tell_of_older(root)
                 started = time.perf_counter()
                 _build_aside(final, key, build)
                 say(f"{kind} {key}: built in {time.perf_counter() - started:.0f} s")
     return final
+
+
+def _tell_of_older(root: Path) -> None:
+    """Say once for a cache which entries of an earlier version are not read any more."""
+    told = root / f".keys-{KEYS_VERSION}"
+    if told.exists():
+        return
+    older: dict[str, int] = {}
+    for file in root.glob(f"*/*/{ENTRY_FILE}"):
+        if '"keys"' not in file.read_text(encoding="utf-8"):
+            older[file.parents[1].name] = older.get(file.parents[1].name, 0) + 1
+    if older:
+        say(
+            f"{root}: {', '.join(f'{count} {kind}' for kind, count in sorted(older.items()))} of an earlier version "
+            "are built again, since their names left out part of what their numbers depend on; they can be deleted"
+        )
+    told.touch()
 
 
 def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
@@ -51,7 +71,9 @@ def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
     listing = {
         str(p.relative_to(stage)): describe_file(p) for p in sorted(stage.rglob("*")) if p.is_file()
     }
-    (stage / ENTRY_FILE).write_text(json.dumps({"key": key, "files": listing}, indent=1))
+    (stage / ENTRY_FILE).write_text(
+        json.dumps({"key": key, "keys": KEYS_VERSION, "files": listing}, indent=1)
+    )
     if final.exists():
         logger.warning("cache entry %s does not agree with its list of files: built again", final)
         shutil.rmtree(torn, ignore_errors=True)
@@ -61,7 +83,7 @@ def _build_aside(final: Path, key: str, build: Callable[[Path], None]) -> None:
 
 
 def entry_is_whole(folder: Path) -> bool:
-    """Say whether every file that the entry lists is there with the bytes it was written with."""
+    """Check that every listed file exists with its size and SHA-256."""
     listing_file = folder / ENTRY_FILE
     if not listing_file.is_file():
         return False
@@ -93,7 +115,7 @@ def hash_files(paths: list[Path], length: int = 16) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     stage = path.with_name(f".{path.name}.writing")
     try:
         with stage.open("w") as stream:

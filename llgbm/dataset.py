@@ -1,7 +1,6 @@
-"""What training reads: conditions, standardised teacher weights and teacher deltas, row for row, split by task.
+"""Training data: conditions, standardised teacher weights and teacher deltas, row for row, split by task.
 
-Letters: A adapters, N prompts, C embedding width, V values of an adapter, K probes a step, Q marked positions,
-D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class ExperimentData:
-    """Everything of a world that does not depend on a trial, on one device; row i of all tables is one adapter.
+    """Tensors of a world that all trials share, on one device. Row i of every table is the same adapter.
 
-    `loss_deltas` is what the delta loss follows, `shared_deltas` (the suite's domain probes) and `generic_deltas` are
-    what is reported. `examples` are evaluation examples, adapter-major, `n_examples` a task. `multitask_V` is the one
-    adapter trained on all training tasks together.
+    The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
+    `examples` are evaluation examples, adapter-major, `n_examples` per task. `multitask_V` is the adapter trained on
+    all training tasks together. `size` and `delta_probes` are those that a trial's configuration must name ("" fits
+    any).
     """
 
     adapter_ids: tuple[str, ...]
@@ -50,6 +50,9 @@ class ExperimentData:
     n_examples: int
     encoder: str
     hash: str
+    encoder_hash: str = ""
+    size: str = ""
+    delta_probes: str = ""
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}
@@ -60,13 +63,13 @@ class ExperimentData:
             raise ValueError("a task stands in two parts of the data: held out must mean held out")
 
     def to(self, device: str | torch.device) -> ExperimentData:
-        """The same data with all tensors on a device."""
+        """Copy all tensors to a device."""
         tables = ("loss_deltas", "shared_deltas", "generic_deltas")
         moved = ("values_AV", "multitask_V", "conditions", *tables, "examples")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
-        """The evaluation examples of some adapters, adapter-major."""
+        """Select the evaluation examples of some adapters, adapter-major."""
         index = torch.tensor(rows)
         ids = self.examples.input_ids_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         targets = self.examples.targets_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
@@ -74,16 +77,16 @@ class ExperimentData:
 
 
 class Draw(NamedTuple):
-    """One sample asked for: which row of the training part, at which step."""
+    """Index of a sample: a row of the training part, and a step."""
 
     row: int
     step: int
 
 
 class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
-    """Training samples: N fresh prompts, the teacher's tokens [A, ...], K of its probes with their deltas.
+    """Training samples: N prompts drawn anew, the teacher's tokens [A, ...], K of its probes with their deltas.
 
-    What a `Draw` gives depends on seed, step and row alone, so a resumed run sees what an unbroken one would have seen.
+    A sample depends on seed, step and row only, so that a resumed run sees the samples of an unbroken one.
     """
 
     def __init__(
@@ -133,8 +136,21 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         }
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a sample: the tasks drawn from, and how many prompts and probes are drawn of each row."""
+
+    tasks: Sequence[str]
+    n_prompts: int = 16
+    n_probes: int = 4
+    seed: int = 0
+
+
 class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
-    """The same samples read from a bank on disk: encoded prompts, DnD's tokens, and the deltas of a probe set."""
+    """Samples read from a bank on disk: encoded prompts, DnD's tokens, and the deltas of a probe set.
+
+    Raises UserError where the bank holds no adapter of the tasks.
+    """
 
     def __init__(
         self,
@@ -143,32 +159,31 @@ class Text2Qwen25LoRA_DeltaDataset(DeltaAugmentedDataset):
         encoder: TextEncoder,
         probe_set: ProbeSet,
         cache: Path,
-        tasks: Sequence[str],
-        n_prompts: int = 16,
-        n_probes: int = 4,
-        seed: int = 0,
+        sampling: Sampling,
     ) -> None:
-        rows = [i for i, task in enumerate(bank.adapters.values()) if task in set(tasks)]
+        wanted = set(sampling.tasks)
+        rows = [i for i, task in enumerate(bank.adapters.values()) if task in wanted]
         if not rows:
-            raise UserError(
-                f"the bank holds no adapter of the tasks asked for, such as {next(iter(tasks), 'none')!r}"
-            )
+            first = next(iter(sampling.tasks), "none")
+            raise UserError(f"the bank holds no adapter of the tasks asked for, such as {first!r}")
         batch = bank.load()
-        values_AV = batch.flatten(bank.spec)[rows]
         pools = build_conditions(cache, encoder, bank, ["nonsense"])
-        deltas = DeltaCache.build(
-            cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set
-        )
+        deltas = DeltaCache.build(cache, base, bank, probe_set, batch)
         self.standardiser = TokenStandardiser(bank.spec)
-        tokens = self.standardiser.encode(values_AV)
-        table = deltas.table(base, probe_set).select(rows)
-        super().__init__(pools.train_ANC[rows], tokens, table, n_prompts, n_probes, seed)
+        super().__init__(
+            pools.train_ANC[rows],
+            self.standardiser.encode(batch.flatten(bank.spec)[rows]),
+            deltas.table(base, probe_set).select(rows),
+            sampling.n_prompts,
+            sampling.n_probes,
+            sampling.seed,
+        )
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """Batches of draws for steps `start` to `stop`: no row twice an epoch, each epoch in an order of its own.
+    """Batches of draws for steps `start` to `stop`. No row comes twice in an epoch; each epoch is reshuffled.
 
-    The rows that are left when an epoch has no whole batch more wait for the next one.
+    Rows left over after the last full batch of an epoch wait for the next one.
     """
 
     def __init__(self, n_rows: int, batch_size: int, start: int, stop: int, seed: int) -> None:
@@ -195,14 +210,14 @@ class StepSampler(Sampler[list[Draw]]):
 def create_dataloader(
     dataset: DeltaAugmentedDataset, batch_size: int, steps: int, seed: int = 0, start: int = 0
 ) -> DataLoader[Any]:
-    """A loader that gives one batch a step, from step `start` up to `steps`, reshuffled every epoch."""
+    """Return a loader of one batch per step, from step `start` to `steps`, reshuffled every epoch."""
     return DataLoader(
         dataset, batch_sampler=StepSampler(len(dataset), batch_size, start, steps, seed)
     )
 
 
 def batch_deltas(batch: Mapping[str, Tensor]) -> DeltaTable:
-    """The probes and teacher deltas of a batch that `create_dataloader` gave, cut to the longest text in it."""
+    """Return the probes and teacher deltas of a batch of `create_dataloader`, cut to its longest text."""
     positions, valid = batch["positions"], batch["valid"]
     width, marks = int(positions.max()) + 1, int(valid.sum(-1).max())
     probes = EncodedProbes(

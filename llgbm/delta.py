@@ -1,16 +1,15 @@
-"""The delta activation: how far an adapter moves the last-layer states of its base, at marked positions of probes.
+"""Delta activations: the shift of the base's last-layer states under an adapter, at marked positions of probes.
 
     v(M) = mean over probes of the last-layer state of model M at the marked position      [D]
     Δ(M, B) = v(M) - v(B)                                                                  (Delta Activations, 2025)
 
-Teacher and student, base and adapter are all read by `marked_states`. Letters: A adapters, P probes, T tokens,
-Q marked positions a probe, D hidden size.
+Teacher and student, base and adapter are all read by `marked_states`. Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,19 +26,19 @@ from llgbm.models.encoding import encode_pairs, encode_prompts
 from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory
+from llgbm.teachers.bank import Bank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class EncodedProbes:
-    """The probes of each adapter as tensors.
+    """Probes of each adapter as tensors.
 
-    `ids_APT` right-padded ids; `positions_APQ` where to read; `valid_APQ` which of those are real. Shared probes are
-    views, stored once.
+    `ids_APT` holds right-padded ids, `positions_APQ` the marked positions, `valid_APQ` is False for their padding.
     """
 
     ids_APT: Tensor
@@ -49,7 +48,7 @@ class EncodedProbes:
     def select(
         self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)
     ) -> EncodedProbes:
-        """The probes of some adapters; `probes` picks some of each, as a slice or as an index [A, K]."""
+        """Select adapters, and some probes of each: a slice, or an index [A, K]."""
         parts = (self.ids_APT[rows], self.positions_APQ[rows], self.valid_APQ[rows])
         if isinstance(probes, slice):
             return EncodedProbes(*(t[:, probes] for t in parts))
@@ -63,7 +62,7 @@ class EncodedProbes:
 
 
 def last_token_positions(attention_mask: Tensor) -> Tensor:
-    """Index [S] of the last token that is no padding, whichever side is padded. Raises ValueError for an empty row."""
+    """Index [S] of the last real token, whichever side is padded. Raises ValueError for an empty row."""
     if not attention_mask.bool().any(dim=1).all():
         raise ValueError("a text is all padding: it has no last token; leave empty texts out")
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -71,7 +70,7 @@ def last_token_positions(attention_mask: Tensor) -> Tensor:
 
 
 def encode_probes(tokenizer: Any, probe_set: ProbeSet, tasks: Sequence[str]) -> EncodedProbes:
-    """Encode the probes of each task's adapter; all owners must have equally many. Raises ValueError if they do not."""
+    """Encode the probes of each task's adapter. Raises ValueError unless all tasks have equally many."""
     if probe_set.scope == "shared":
         ids, positions, valid = _encode_probes(tokenizer, probe_set.of("shared"))
         return EncodedProbes(
@@ -103,7 +102,7 @@ def _encode_probes(tokenizer: Any, probes: Sequence[Probe]) -> tuple[Tensor, Ten
 def marked_states(
     model: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, mask_ST: Tensor | None = None
 ) -> Tensor:
-    """Last-layer states [S, Q, D], float32, at the marked positions of S texts, under whatever adapters are applied."""
+    """Read last-layer states [S, Q, D], float32, at the marked positions of S texts, under the applied adapters."""
     hidden_STD = final_hidden(model, ids_ST, mask_ST)
     return hidden_STD.gather(
         1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1])
@@ -111,7 +110,7 @@ def marked_states(
 
 
 def read_states(model: PreTrainedModel, probes: EncodedProbes) -> Tensor:
-    """States [A, P, Q, D] at the marked positions of every adapter's probes, under whatever adapters are applied."""
+    """Read states [A, P, Q, D] at the marked positions of every adapter's probes, under the applied adapters."""
     shape = probes.positions_APQ.shape
     states = marked_states(model, probes.ids_APT.flatten(0, 1), probes.positions_APQ.flatten(0, 1))
     return states.unflatten(0, shape[:2])
@@ -150,7 +149,7 @@ def mean_over_probes(values_APQD: Tensor, valid_APQ: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DeltaTable:
-    """Probes of each adapter with what the base and the adapter make of them: `base_APQD`, `delta_APQD`."""
+    """Probes of each adapter, the base's states there (`base_APQD`) and the adapter's shift (`delta_APQD`)."""
 
     probes: EncodedProbes
     base_APQD: Tensor
@@ -159,7 +158,7 @@ class DeltaTable:
     def select(
         self, rows: Tensor | slice | list[int], probes: Tensor | slice = slice(None)
     ) -> DeltaTable:
-        """The rows of some adapters; `probes` as in `EncodedProbes.select`."""
+        """Select adapters and probes as `EncodedProbes.select` does."""
         chosen = self.probes.select(rows, probes)
         if isinstance(probes, slice):
             return DeltaTable(
@@ -177,7 +176,7 @@ class DeltaTable:
 
     @property
     def mean_AD(self) -> Tensor:
-        """Δ as it is defined: the mean over probes and positions."""
+        """Δ [A, D]: the mean over probes and positions."""
         return mean_over_probes(self.delta_APQD, self.probes.valid_APQ)
 
 
@@ -191,8 +190,8 @@ def measure_deltas(
 ) -> DeltaTable:
     """Read the deltas of A adapters, `chunk` adapters a pass, without gradient.
 
-    `shared` says that all adapters have the same probes, so that the base is read once. Raises ValueError where there
-    are not as many rows of probes as adapters.
+    With `shared` all adapters have the same probes, and the base is read once. Raises ValueError unless each adapter
+    has its row of probes.
     """
     if probes.ids_APT.shape[0] != batch.n_adapters:
         raise ValueError(
@@ -226,29 +225,35 @@ class DeltaCache:
         cls,
         root: Path,
         base: Base,
-        spec: LoraSpec,
-        bank_hash: str,
-        adapters: Mapping[str, str],
-        batch: LoraBatch,
+        bank: Bank,
         probe_set: ProbeSet,
+        batch: LoraBatch | None = None,
     ) -> DeltaCache:
-        """Measure all adapters, or find them measured: named by base, bank, probes and the version of this code.
+        """Measure the adapters of a bank, or find their deltas in the cache.
 
-        `adapters` maps adapter id to task, in the order of `batch`. Raises ValueError for an empty bank.
+        The key holds base, bank, probes and the version of this code. `batch` is `bank.load()`, where that was called
+        before. Raises ValueError for an empty bank.
         """
-        if not adapters or len(adapters) != batch.n_adapters:
+        batch = bank.load() if batch is None else batch
+        if not bank.adapters or len(bank.adapters) != batch.n_adapters:
             raise ValueError(
-                f"{len(adapters)} adapter ids for {batch.n_adapters} adapters: each needs one"
+                f"{len(bank.adapters)} adapter ids for {batch.n_adapters} adapters: each needs one"
             )
-        key = content_hash("deltas", VERSION, base.hash, bank_hash, probe_set.hash, spec)
+        key = deltas_key(base, bank, probe_set)
 
         def write(entry: Path) -> None:
-            probes = encode_probes(base.tokenizer, probe_set, list(adapters.values())).to(
-                base.model.device
-            )
+            tasks = list(bank.adapters.values())
+            probes = encode_probes(base.tokenizer, probe_set, tasks).to(base.model.device)
             shared = probe_set.scope == "shared"
-            table = measure_deltas(base.model, spec, batch, probes, shared)
-            _write_deltas(entry / "deltas", table, adapters, probe_set, base.hash, shared)
+            table = measure_deltas(base.model, bank.spec, batch, probes, shared)
+            manifest = {
+                "version": VERSION,
+                "base": base.hash,
+                "probe_set": probe_set.hash,
+                "probes": probe_set.name,
+                "adapters": dict(bank.adapters),
+            }
+            _write_deltas(entry / "deltas", table, shared, manifest)
 
         return cls(build_entry(root, "deltas", key, write) / "deltas")
 
@@ -277,9 +282,9 @@ class DeltaCache:
         return torch.from_numpy(np.load(path, allow_pickle=False))
 
     def table(self, base: Base, probe_set: ProbeSet) -> DeltaTable:
-        """Everything at once, in the manifest's order. Raises UserError if made with another base or probes."""
+        """Read all deltas in the manifest's order. Raises UserError for another base or other probes."""
         manifest = self.manifest
-        if (manifest["base"], manifest["probe_set"]) != (base.hash, probe_set.hash):
+        if not base.is_named(manifest["base"]) or manifest["probe_set"] != probe_set.hash:
             raise UserError(
                 f"the deltas in {self.folder} belong to another base or probe set: build them again"
             )
@@ -288,23 +293,15 @@ class DeltaCache:
         return DeltaTable(probes, self.base_activation.expand_as(deltas).contiguous(), deltas)
 
 
-def _write_deltas(
-    folder: Path,
-    table: DeltaTable,
-    adapters: Mapping[str, str],
-    probe_set: ProbeSet,
-    base_hash: str,
-    shared: bool,
-) -> None:
+def deltas_key(base: Base, bank: Bank, probe_set: ProbeSet) -> str:
+    """Key of a bank's deltas in the cache: base, bank, probes and code version."""
+    return content_hash("deltas", VERSION, base.hash, bank.hash, probe_set.hash, bank.spec)
+
+
+def _write_deltas(folder: Path, table: DeltaTable, shared: bool, manifest: dict[str, Any]) -> None:
     folder.mkdir()
-    np.save(folder / "base_activation.npy", table.base_APQD[: 1 if shared else None].cpu().numpy())
-    for adapter_id, delta_PQD in zip(adapters, table.delta_APQD, strict=True):
+    base_APQD = table.base_APQD[:1] if shared else table.base_APQD
+    np.save(folder / "base_activation.npy", base_APQD.cpu().numpy())
+    for adapter_id, delta_PQD in zip(manifest["adapters"], table.delta_APQD, strict=True):
         np.save(folder / f"{adapter_id}.npy", delta_PQD.cpu().numpy())
-    manifest = {
-        "version": VERSION,
-        "base": base_hash,
-        "probe_set": probe_set.hash,
-        "probes": probe_set.name,
-        "adapters": dict(adapters),
-    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -1,9 +1,9 @@
-"""What a training will cost, before anything is built: parameters, FLOPs and peak memory from configs alone.
+"""Estimate the cost of a trial from its configuration: parameters, FLOPs and peak memory; nothing is built.
 
 The base's share comes from formulas (`llgbm.cost`), the generator's from a pass of the generator itself on the meta
 device under torch's FlopCounterMode, so that it holds for any generator. Evaluation is not counted.
 
-Letters: A adapters, V values of an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llgbm.delta import encode_probes
 from llgbm.generator import make_generator
@@ -25,6 +25,7 @@ from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.cost import BaseShape
 from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.probes import create_generic_probes
@@ -33,18 +34,18 @@ from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 
 FLOAT32 = 4
-# Tables as long as the generator: weights, gradients, two of AdamW, the best so far, one on AdamW's way. Its buffers
-# are held twice, in it and in the best so far.
+# Parameter-sized buffers: weights, gradients, two Adam moments, best checkpoint, one AdamW temporary. Buffers of the
+# generator exist twice: in it and in the best checkpoint.
 GENERATOR_TABLES = 6
-# Tables [A, V] of a step at its peak: tokens, adapters and teachers, and their gradients on the way back.
+# Tables [A, V] of a step at its peak: tokens, adapters and teachers, and their gradients.
 STEP_TABLES = 7
-# Tables [A, V] of a bank that a training holds: weights, and the same as tokens.
+# Tables [A, V] of a bank in memory: weights, and the same as tokens.
 BANK_TABLES = 2
 
 
 @dataclass(frozen=True)
 class TrialEstimate:
-    """The cost of one training. `memory` is in bytes, by what takes it."""
+    """Cost of one trial. `memory` maps each part to bytes."""
 
     base_parameters: int
     adapter_values: int
@@ -101,7 +102,7 @@ def estimate_trial(
 def weightless_generator(
     config: TrainingConfig, spec: LoraSpec, condition_width: int
 ) -> LoraGenerator:
-    """The generator of a training on the meta device: shapes without memory."""
+    """Build the generator of a trial on the meta device: shapes without memory."""
     with torch.device("meta"):
         statistics = Standardiser(torch.zeros(spec.n_values), torch.ones(spec.n_values))
         return make_generator(config.generator, spec, condition_width, statistics, config.seed)
@@ -110,7 +111,7 @@ def weightless_generator(
 def generator_flops(
     generator: LoraGenerator, config: TrainingConfig, condition_width: int
 ) -> float:
-    """A step's passes through the generator, there and back, as torch counts them."""
+    """FLOPs of a step's forward and backward pass through the generator, counted by torch."""
     condition = torch.zeros(config.batch_size, config.n_prompts, condition_width, device="meta")
     with FlopCounterMode(display=False) as counter:
         generator(condition).sum().backward()
@@ -118,7 +119,7 @@ def generator_flops(
 
 
 def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """A step's passes through the base under the generated adapters; none where λ_delta is 0."""
+    """FLOPs of a step's passes through the base under the generated adapters; 0 where λ_delta is 0."""
     if config.lambda_delta == 0:
         return 0.0
     texts = config.batch_size * config.n_probes
@@ -130,7 +131,7 @@ def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> 
 
 
 def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """What a step holds of its probes in the base, with the savers of memory that are on."""
+    """Bytes of the activations of a step's probes in the base, given the memory-saving settings."""
     if config.lambda_delta == 0:
         return 0.0
     at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
@@ -140,7 +141,7 @@ def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int
 
 
 def human(number: float, unit: str = "") -> str:
-    """12.3 G, 1.50 M, with a unit."""
+    """Format a number with an SI prefix and a unit: 12.3 GB, 1.5 MB."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {prefix}{unit}"
@@ -148,7 +149,7 @@ def human(number: float, unit: str = "") -> str:
 
 
 def table_of_memory(estimate: TrialEstimate) -> list[tuple[str, str]]:
-    """Rows for people: what takes how much, the sum last."""
+    """Rows of part and size, the sum last."""
     rows = [(name, human(value, "B")) for name, value in estimate.memory.items()]
     return [*rows, ("in all", human(estimate.peak_bytes, "B"))]
 
@@ -158,7 +159,7 @@ EXAMPLES_LOOKED_AT = 4
 
 
 class WorldSketch:
-    """What of a world can be known without building it: a base without weights, a tokenizer, the length of texts."""
+    """Outline of a world that is not built: a base without weights, a tokenizer, the lengths of texts."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
@@ -175,7 +176,7 @@ class WorldSketch:
             self.n_teachers = sum(entry["task"] in tasks for entry in found["adapters"].values())
 
     def estimate(self, config: TrainingConfig) -> TrialEstimate:
-        """The cost of one training in this world."""
+        """Estimate the cost of one trial in this world."""
         return estimate_trial(
             config,
             self.base,
@@ -195,7 +196,7 @@ class WorldSketch:
         return make_encoder(name, Base(self.base, self.tokenizer, "", "")).width
 
     def probe_tokens(self, config: TrainingConfig) -> int:
-        """Tokens of the longest probe; of trajectories, of the longest of a few examples a task."""
+        """Tokens of the longest probe. Trajectories are estimated from a few examples per task."""
         if config.delta_probes == "trajectory":
             return self.example_tokens[0]
         if config.delta_probes == "generic":
@@ -210,7 +211,7 @@ class WorldSketch:
 
     @property
     def example_tokens(self) -> tuple[int, int]:
-        """Tokens of the longest example looked at, and of the longest answer."""
+        """Tokens of the longest example that is sampled, and of the longest answer."""
         suite = self.config.suite
         examples = [
             e
@@ -223,7 +224,7 @@ class WorldSketch:
 
     @property
     def teacher_flops(self) -> float:
-        """All steps of all teachers; none where the bank is there."""
+        """FLOPs of training all teachers; 0 where a bank is given."""
         if self.config.bank is not None:
             return 0.0
         teachers, (tokens, answer) = self.config.teachers, self.example_tokens
@@ -239,4 +240,4 @@ def _base_without_weights(config: WorldConfig) -> tuple[PreTrainedModel, Any]:
             return new_model(model_size(config.size), tokenizer, 0), tokenizer
     folder: Path = find_model(config.base.path, download=False)
     model = nn.Module.to(weightless_model(str(folder)), DTYPES[config.base.dtype])
-    return model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return model, read_tokenizer(folder)

@@ -1,11 +1,11 @@
-"""The base model under A adapters at once, differentiable in the adapters.
+"""Run the base model under A adapters at once, differentiable in the adapters.
 
-Letters: A adapters, P probes, T tokens, Q marked positions, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class FunctionalLoRA:
-    """Runs a frozen base under many adapters in one pass, or gives one adapter's effective parameters.
+    """Frozen base model that runs under many adapters in one pass, or merges one into its parameters.
 
-    The base's own weights stop asking for gradients; nothing else of it is changed.
+    Sets `requires_grad` of the base to False and changes nothing else of it.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FunctionalLoRA:
         return ids
 
     def apply_lora_weights(self, lora_weights: StateDict) -> dict[str, Tensor]:
-        """All parameters of the base with W + scaling * B A in place of W, for `torch.func.functional_call`.
+        """Return the parameters of the base with W + scaling * B A for W, for `torch.func.functional_call`.
 
         Gradients flow to the adapter through B A. Raises ValueError for an adapter that does not fit the base.
         """
@@ -87,7 +87,7 @@ class FunctionalLoRA:
 
 
 def compute_delta_differentiable(
-    flora: FunctionalLoRA,
+    lora_model: FunctionalLoRA,
     batch: LoraBatch,
     probes: EncodedProbes,
     base_APQD: Tensor,
@@ -96,34 +96,34 @@ def compute_delta_differentiable(
 ) -> Tensor:
     """Δ of A adapters at the marked positions of their probes, [A, P, Q, D], with gradients to the adapters.
 
-    Two savers of memory leave values and gradients as they are and cost a forward pass each: with `probe_chunk` above
-    0 a backward pass holds so many probes of each adapter at a time, with `checkpointing` one block of the base.
-    Raises ValueError where the base's states are of other probes.
+    Two settings save memory for one more forward pass each and change no value: `probe_chunk` above 0 limits the
+    probes of each adapter in memory, `checkpointing` keeps the activations of one block. Raises ValueError where the
+    base's states are of other probes.
     """
-    batch.check(flora.spec)
+    batch.check(lora_model.spec)
 
     def states(probes: EncodedProbes) -> Tensor:
-        with adapters_applied(flora.model, batch, flora.spec.scaling, checkpointing):
-            return read_states(flora.model, probes)
+        with adapters_applied(lora_model.model, batch, lora_model.spec.scaling, checkpointing):
+            return read_states(lora_model.model, probes)
 
-    n_probes = probes.positions_APQ.shape[1]
-    if 0 < probe_chunk < n_probes:
-        pieces = [
-            probes.select(slice(None), slice(i, i + probe_chunk))
-            for i in range(0, n_probes, probe_chunk)
-        ]
-        states_APQD = torch.cat(
-            [
-                checkpoint(states, piece, use_reentrant=False, preserve_rng_state=False)
-                for piece in pieces
-            ],
-            dim=1,
-        )
-    else:
-        states_APQD = states(probes)
+    states_APQD = _in_chunks(states, probes, probe_chunk)
     if states_APQD.shape != base_APQD.shape:
         raise ValueError(
             f"base states have shape {tuple(base_APQD.shape)}, the probes give {tuple(states_APQD.shape)}: "
             "they were read at other probes"
         )
     return states_APQD - base_APQD
+
+
+def _in_chunks(
+    states: Callable[[EncodedProbes], Tensor], probes: EncodedProbes, probe_chunk: int
+) -> Tensor:
+    """Read [A, P, Q, D] at `probe_chunk` probes at a time, each chunk read again in the backward pass; 0 reads all."""
+    n_probes = probes.positions_APQ.shape[1]
+    if not 0 < probe_chunk < n_probes:
+        return states(probes)
+    pieces = []
+    for start in range(0, n_probes, probe_chunk):
+        chunk = probes.select(slice(None), slice(start, start + probe_chunk))
+        pieces.append(checkpoint(states, chunk, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(pieces, dim=1)

@@ -73,7 +73,7 @@ DELTA_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def delta_loss(
     kind: str, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """The named loss, averaged over all vectors, or over those where `valid` [...] is true.
+    """Compute the named loss, averaged over all vectors, or over those where `valid` [...] is true.
 
     Raises UserError for an unknown name, ValueError for other shapes, an empty batch, NaN, nothing valid, and for a
     teacher delta of length zero, which has no direction to follow.
@@ -164,7 +164,7 @@ class DeltaOnlyLoss:
     def __call__(
         self, delta_pred: Tensor, delta_teacher: Tensor, valid: Tensor | None = None
     ) -> Tensor:
-        """The loss, a scalar. Raises as `MultiTaskLoss`."""
+        """Compute the loss, a scalar. Raises as `MultiTaskLoss`."""
         loss = MultiTaskLoss(0.0, 1.0, self.loss_type, self.normalize)
         return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
 

@@ -1,4 +1,4 @@
-"""Probe texts with marked positions, at which the hidden state of a model is read. Knows no torch.
+"""Probe texts with marked positions, at which the hidden state of a model is read. Loads no torch.
 
 A probe without a continuation is read at its last token (Delta Activations, Xu et al. 2025). A probe with one is read
 at every position that predicts a token of the continuation: in a causal model the state there *is* the last-token
@@ -16,7 +16,7 @@ from llgbm.runtime import UserError, content_hash
 
 @dataclass(frozen=True)
 class Probe:
-    """A text, and the marked positions: the last token of `prompt`, or all that predict `continuation` and its end."""
+    """Text with marked positions: the last token of `prompt`, or all that predict `continuation` and its end."""
 
     prompt: str
     continuation: str | None = None
@@ -42,18 +42,18 @@ class ProbeSet:
 
     @classmethod
     def shared(cls, name: str, texts: Sequence[str]) -> ProbeSet:
-        """Texts read at their last token, the same for all adapters."""
+        """Create probes that are read at their last token, the same for all adapters."""
         return cls(name, "shared", {"shared": tuple(Probe(text) for text in texts)})
 
     @classmethod
     def trajectories(cls, probes: Mapping[str, Sequence[Probe]]) -> ProbeSet:
-        """Each task's own prompts continued by its teacher's answer."""
+        """Create probes of each task: its prompts continued by its teacher's answer."""
         return cls(
             "trajectory", "per_task", {task: tuple(of_task) for task, of_task in probes.items()}
         )
 
     def of(self, task: str) -> tuple[Probe, ...]:
-        """The probes that an adapter of this task is read at. Raises KeyError for a task without any."""
+        """Return the probes of a task's adapter. Raises KeyError for a task without any."""
         return self.probes["shared" if self.scope == "shared" else task]
 
     @property
@@ -94,12 +94,12 @@ _DOMAIN = {
 
 
 def create_generic_probes() -> ProbeSet:
-    """Five short instruction templates that name no task: they separate adapters with few tokens."""
+    """Create probes from five instruction templates that name no task."""
     return ProbeSet.shared("generic", [template.format(_GENERIC_FILLER) for template in _GENERIC])
 
 
 def create_domain_probes(domain: str, prompts: Sequence[str] = ()) -> ProbeSet:
-    """Probes of one domain: `math`, `code`, `commonsense`, or any name with the prompts given (a suite's own).
+    """Create probes of a domain: `math`, `code`, `commonsense`, or any name with `prompts`.
 
     Raises UserError for an unknown domain without prompts.
     """

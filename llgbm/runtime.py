@@ -1,67 +1,30 @@
-"""What every module may ask of the process it runs in: device, seeds, threads, logging, progress, errors for people."""
+"""Helpers for the running process: content hashes, device, seeds, memory, logging, progress, user errors."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
-import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from llgbm.identity import content_hash as content_hash
+from llgbm.identity import stream_seed as stream_seed
 
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: the message is one sentence, the exit status is 2, no traceback is shown."""
-
-
-def content_hash(*parts: Any, length: int = 16) -> str:
-    """Hash values that JSON can hold (dataclasses and paths included) to `length` hexadecimal digits.
-
-    A field that takes no part in comparisons (`compare=False`, such as where a file lies) takes none in the hash.
-    """
-    text = json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **_compared(value)}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
-
-
-def _compared(value: Any) -> Any:
-    """A value with its dataclasses, at any depth, turned into dictionaries of the fields that are compared."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _compared(getattr(value, f.name)) for f in fields(value) if f.compare}
-    if isinstance(value, (list, tuple)):
-        return [_compared(item) for item in value]
-    return (
-        {key: _compared(item) for key, item in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
-
-
-def stream_seed(*parts: Any) -> int:
-    """Derive a 63-bit seed from its parts, so that every random stream has a name and none depends on another."""
-    return int(content_hash(*parts, length=16), 16) >> 1
+    """User mistake: reported as one sentence with exit status 2 and no traceback."""
 
 
 def seed_everything(seed: int) -> None:
@@ -83,7 +46,7 @@ def pick_device(name: str = "auto") -> str:
 
 
 def release_device_memory() -> None:
-    """Hand memory back after a long pass: what torch caches on a device, and what the C library holds of the host's."""
+    """Return unused memory after a long pass: torch's device cache and the heap of the C library."""
     import torch
 
     gc.collect()
@@ -96,17 +59,17 @@ def release_device_memory() -> None:
 
 
 @cache
-def spare_collector() -> None:
-    """Once a process, when its libraries are loaded: keep them out of Python's collections of garbage.
+def freeze_gc() -> None:
+    """Exempt everything loaded so far from garbage collection, once per process.
 
-    With Ray, MLflow and transformers a collection takes 0.3 s, and there is one after every long pass.
+    With Ray, MLflow and transformers loaded a collection takes 0.3 s, and every long pass ends with one.
     """
     gc.collect()
     gc.freeze()
 
 
 def free_memory(device: str) -> float:
-    """Bytes that can still be had: of the GPU's memory, or of this machine's."""
+    """Return the free bytes of the GPU's memory, or of this machine's."""
     import psutil
     import torch
 
@@ -118,7 +81,7 @@ def free_memory(device: str) -> float:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of libraries off a stderr that is no terminal."""
+    """Turn progress bars of libraries off where stderr is no terminal."""
     if sys.stderr.isatty():
         return
     # Read by transformers, too, when they are imported; commands that need none do not pay for them here.
@@ -133,12 +96,20 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterab
 
 
 def progress_bar(label: str, total: int) -> tqdm:
-    """A progress bar to be moved by hand; silent where there is no terminal."""
+    """Return a progress bar to be moved by hand; silent where there is no terminal."""
     return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `name@revision`; a folder has no revision."""
+    if Path(name).expanduser().is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
 def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:
-    """Run a program: its own status, 2 and one sentence for a UserError (raised with `debug`), 130 for an interrupt."""
+    """Run a program; return its status, 2 after a UserError (raised with `debug`), 130 after an interrupt."""
     try:
         return command()
     except UserError as error:
@@ -152,5 +123,5 @@ def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "in
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal. Standard output stays free for results."""
+    """Print a line to stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""One loop. It calls `report(step, metrics) -> bool` (False stops) and `checkpoint(state)`; who listens is no matter.
+"""Training loop. It reports through callbacks and depends on neither Ray nor MLflow.
 
-Letters: A adapters, N prompts, C condition width, P probes, Q marked positions, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = (
-    1  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+    2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
 DELTA_PROBES = ("trajectory", "generic", "domain")
 DELTA_READINGS = ("per_probe", "mean")
@@ -48,20 +48,20 @@ DELTA_READINGS = ("per_probe", "mean")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A run as a value: everything that its numbers depend on, but for the data.
+    """Configuration of a trial: everything that its numbers depend on, apart from the data.
 
     `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
-    1.5B) where no `model_size` is named. A base that the user brought is a size of its own, called `base-…`.
+    1.5B) where no `model_size` is given. A user's own base is a size called `base-…`.
 
-    `activation_checkpointing` and `probe_chunk` (probes a pass, 0 for all) spend time to save memory; the gradients
-    stay the same.
+    `activation_checkpointing` and `probe_chunk` (probes per pass, 0 for all) trade time for memory and change no
+    gradient.
     """
 
     lambda_weight: float = 0.3
     lambda_delta: float = 1.0
     seed: int = 0
-    use_small_model: bool = True
-    model_family: str = "embedded"
+    use_small_model: bool = field(default=True, compare=False)
+    model_family: str = field(default="embedded", compare=False)
     model_size: str | None = None
     steps: int = 600
     batch_size: int = 16
@@ -113,7 +113,7 @@ class TrainingConfig:
         return content_hash(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, nested ones as dictionaries."""
+        """Convert to a dictionary, nested configurations too."""
         return asdict(self)
 
 
@@ -122,11 +122,19 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
 
 
+def _always(step: int, metrics: Mapping[str, float]) -> bool:
+    return True
+
+
+def _nothing(state: State) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What `train` gives back: the best generator by validation accuracy, and the step that it is from.
+    """Result of a training: the best generator by validation accuracy, and its step.
 
-    `steps_run` and `seconds` count all lives of a resumed run.
+    `steps_run` and `seconds` include those before a resume.
     """
 
     generator: LoraGenerator
@@ -136,15 +144,30 @@ class Outcome:
     seconds: float
 
 
-class Trial:
-    """The state of one training: generator, optimiser, loss, and the best generator so far."""
+def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
+    """Raise UserError for data of another size or other probes than the configuration names."""
+    for name in ("size", "delta_probes"):
+        asked = getattr(config, "model_size" if name == "size" else name)
+        found = getattr(data, name)
+        if found and asked != found:
+            raise UserError(
+                f"the configuration names {name} {asked!r}, its data are of {found!r}: build the world for the "
+                "configuration, or name what it was built for"
+            )
 
-    def __init__(self, config: TrainingConfig, data: ExperimentData, flora: FunctionalLoRA) -> None:
+
+class Trial:
+    """State of one training: generator, optimiser, loss, and the best generator so far."""
+
+    def __init__(
+        self, config: TrainingConfig, data: ExperimentData, lora_model: FunctionalLoRA
+    ) -> None:
         from accelerate import Accelerator
 
+        _check_data(config, data)
         seed_everything(config.seed)
-        self.config, self.data, self.flora = config, data, flora
-        on_cpu = flora.model.device.type == "cpu"
+        self.config, self.data, self.lora_model = config, data, lora_model
+        on_cpu = lora_model.model.device.type == "cpu"
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=config.mixed_precision,
@@ -153,7 +176,9 @@ class Trial:
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
-        generator = make_generator(config.generator, flora.spec, width, standardiser, config.seed)
+        generator = make_generator(
+            config.generator, lora_model.spec, width, standardiser, config.seed
+        )
         optimizer = torch.optim.AdamW(
             generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -168,7 +193,7 @@ class Trial:
             config.n_probes,
             config.seed,
         )
-        self.step, self.best_step, self.risen_step, self.best_score = 0, 0, 0, -math.inf
+        self.step, self.best_step, self.last_improvement, self.best_score = 0, 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
         self.spent, self._since = 0.0, time.perf_counter()
 
@@ -188,7 +213,7 @@ class Trial:
         )
 
     def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """One step; returns its losses. Raises FloatingPointError when the loss is not finite."""
+        """Take one step; return its losses. Raises FloatingPointError when the loss is not finite."""
         with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
             terms = self.compute_loss(batch)
             if not torch.isfinite(terms["loss"]):
@@ -205,7 +230,7 @@ class Trial:
         return {names[name]: value.item() for name, value in terms.items()}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The loss terms of a batch; what a λ of zero leaves unused is not computed."""
+        """Compute the loss terms of a batch; terms with a λ of 0 are skipped."""
         tokens = self.generator(batch["condition"])
         if self.config.lambda_delta == 0:
             return self.loss(tokens_pred=tokens, tokens_teacher=batch["tokens"])
@@ -219,14 +244,14 @@ class Trial:
         batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
         savers = (self.config.probe_chunk, self.config.activation_checkpointing)
         pred_APQD = compute_delta_differentiable(
-            self.flora, batch, teacher.probes, teacher.base_APQD, *savers
+            self.lora_model, batch, teacher.probes, teacher.base_APQD, *savers
         )
         if self.config.delta_reading == "mean":
             return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
         return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ
 
     def batches(self) -> Any:
-        """A loader from the present step to the last."""
+        """Return a loader from the present step to the last."""
         config = self.config
         loader = create_dataloader(
             self.dataset, config.batch_size, config.steps, config.seed, self.step
@@ -234,15 +259,15 @@ class Trial:
         return loader
 
     def keep_if_best(self, score: float) -> None:
-        """Remember the generator if no validation score before was higher; of equals, the longer trained one stays."""
+        """Keep the generator unless an earlier score was higher; of equal scores the later generator is kept."""
         if score > self.best_score:
-            self.risen_step = self.step
+            self.last_improvement = self.step
         if score >= self.best_score:
             self.best_score, self.best_step = score, self.step
             self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
 
     def state(self) -> State:
-        """Everything that a resumed run needs; tensors, numbers and dictionaries only."""
+        """Return everything that a resumed run needs: tensors, numbers, strings and dictionaries."""
         return {
             "step": self.step,
             "generator": self.accelerator.unwrap_model(self.generator).state_dict(),
@@ -250,77 +275,84 @@ class Trial:
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
-            "risen_step": self.risen_step,
+            "last_improvement": self.last_improvement,
             "best_score": self.best_score,
             "seconds": self.seconds,
         }
 
     def restore(self, state: State) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_step, self.risen_step = (
-            state["step"],
-            state["best_step"],
-            state["risen_step"],
-        )
+        self.step, self.best_step = state["step"], state["best_step"]
+        # Checkpoints written before the rename hold `risen_step`.
+        name = "last_improvement" if "last_improvement" in state else "risen_step"
+        self.last_improvement = state[name]
         self.best_score, self.best = state["best_score"], state["best"]
         self.spent, self._since = state["seconds"], time.perf_counter()
 
     @property
-    def stale(self) -> bool:
-        """Whether validation accuracy has not risen for `patience` evaluations."""
-        waited = (self.step - self.risen_step) // self.config.eval_every
+    def should_stop(self) -> bool:
+        """True where validation accuracy has not risen for `patience` evaluations."""
+        waited = (self.step - self.last_improvement) // self.config.eval_every
         return self.config.patience > 0 and waited >= self.config.patience
 
     @property
-    def can_be_kept(self) -> bool:
-        """Whether `state` says all: in the middle of an accumulation, gradients would be lost."""
+    def is_checkpointable(self) -> bool:
+        """False in the middle of an accumulation: the gradients so far are no part of `state`."""
         return self.step % self.config.gradient_accumulation == 0
 
     def remaining(self) -> Iterator[dict[str, float]]:
-        """Train step by step to the last or until stale; yield each step's losses, with `val/accuracy` when due."""
+        """Train step by step; yield the losses of each step, with `val/accuracy` after an evaluation."""
         config = self.config
         batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
-        while self.step < config.steps and not self.stale:
+        while self.step < config.steps and not self.should_stop:
             metrics = self.advance(next(batches))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(
-                    self.accelerator.unwrap_model(self.generator), self.data, self.flora, "val"
+                    self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"
                 )
                 self.keep_if_best(metrics["val/accuracy"])
             yield metrics
+
+    def run(
+        self,
+        report: Report = _always,
+        checkpoint: Callable[[State], None] = _nothing,
+        checkpoint_seconds: float = math.inf,
+    ) -> Outcome:
+        """Train to the end. Besides evaluations, every `checkpoint_seconds` call `checkpoint`; else as `train`."""
+        saved_at = time.perf_counter()
+        for metrics in self.remaining():
+            if not report(self.step, metrics):
+                break
+            due = "val/accuracy" in metrics or time.perf_counter() - saved_at >= checkpoint_seconds
+            if due and self.is_checkpointable:
+                checkpoint(self.state())
+                saved_at = time.perf_counter()
+        generator = self.accelerator.unwrap_model(self.generator)
+        if self.best:
+            generator.load_state_dict(self.best)
+        return Outcome(generator.eval(), self.best_step, self.best_score, self.step, self.seconds)
 
 
 def train(
     config: TrainingConfig,
     data: ExperimentData,
-    flora: FunctionalLoRA,
-    report: Report = lambda step, metrics: True,
-    checkpoint: Callable[[State], None] = lambda state: None,
+    lora_model: FunctionalLoRA,
+    report: Report = _always,
+    checkpoint: Callable[[State], None] = _nothing,
     state: State | None = None,
-    checkpoint_seconds: float = math.inf,
 ) -> Outcome:
-    """Train a generator; the one returned is the best on the validation tasks.
+    """Train a generator; return the best one by validation accuracy.
 
-    `report` gets the losses of every step and, every `eval_every` steps, `val/accuracy` and `val/delta_cosine`; it ends
-    the run by returning False. `checkpoint` gets a state after those steps were reported, and whenever
-    `checkpoint_seconds` have passed since the last; `state` goes on from one. The same config, data and machine give
-    the same numbers (float32 CPU: to the last bit). Raises FloatingPointError when the loss is not finite.
+    Each step calls `report(step, metrics)` with its losses; False ends the run. Every `eval_every` steps the metrics
+    hold `val/accuracy` and `val/delta_cosine` too, and `checkpoint(state)` is called after the report. Pass such a
+    `state` to resume. The same config, data and machine give the same numbers (float32 on the CPU: the same bits).
+    Raises FloatingPointError when the loss is not finite.
     """
-    trial = Trial(config, data, flora)
+    trial = Trial(config, data, lora_model)
     if state is not None:
         trial.restore(state)
-    kept = time.perf_counter()
-    for metrics in trial.remaining():
-        if not report(trial.step, metrics):
-            break
-        due = "val/accuracy" in metrics or time.perf_counter() - kept >= checkpoint_seconds
-        if due and trial.can_be_kept:
-            checkpoint(trial.state())
-            kept = time.perf_counter()
-    generator = trial.accelerator.unwrap_model(trial.generator)
-    if trial.best:
-        generator.load_state_dict(trial.best)
-    return Outcome(generator.eval(), trial.best_step, trial.best_score, trial.step, trial.seconds)
+    return trial.run(report, checkpoint)

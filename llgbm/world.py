@@ -1,9 +1,10 @@
-"""A world: base, bank, conditions and deltas of one model, built once and found again by content."""
+"""Worlds: base, bank, conditions and deltas of one model, built once and cached by content."""
 
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from llgbm.cache import build_entry, entry_is_whole
 from llgbm.dataset import ExperimentData
 from llgbm.delta import VERSION as DELTA_VERSION
-from llgbm.delta import DeltaCache, DeltaTable
+from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
-from llgbm.generator.conditions import build_conditions, make_encoder
+from llgbm.generator.conditions import build_conditions, conditions_key, encoder_hash, make_encoder
 from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
@@ -37,11 +38,14 @@ VERSIONS = {
 }
 
 
+NAMED_ENCODERS = ("minilm", "base")
+
+
 @dataclass(frozen=True)
 class WorldConfig:
-    """Everything that a world depends on.
+    """Configuration of a world. `encoder_hash` follows from `encoder`.
 
-    Without a `base` the embedded one of this size is built for the suite; with one, `size` is what it is called.
+    Without a `base` the embedded base of this `size` is pretrained for the suite; with one, `size` is its label.
     Without a `bank` the teachers are trained.
     """
 
@@ -49,14 +53,19 @@ class WorldConfig:
     suite: Suite = SyntheticSuite()
     pretrain: PretrainConfig = PretrainConfig()
     teachers: TeacherConfig = TeacherConfig()
-    encoder: str = "minilm"
+    encoder: str = field(default="minilm", compare=False)
     delta_probes: str = "trajectory"
     eval_examples: int = 24
     smoke: bool = False
     base: BaseSource | None = None
     bank: BankSource | None = None
+    encoder_hash: str = ""
 
     def __post_init__(self) -> None:
+        # Workers have another working folder; and an encoder is known by its content, wherever it lies.
+        if Path(self.encoder).expanduser().is_dir() and self.encoder not in NAMED_ENCODERS:
+            object.__setattr__(self, "encoder", str(Path(self.encoder).expanduser().resolve()))
+        object.__setattr__(self, "encoder_hash", encoder_hash(self.encoder))
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
             raise UserError(
                 f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}"
@@ -69,36 +78,36 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class World:
-    """A built world."""
+    """Built world: base, bank, data, and the base under adapters."""
 
     config: WorldConfig
     base: Base
     bank: Bank
     data: ExperimentData
-    flora: FunctionalLoRA
+    lora_model: FunctionalLoRA
 
     def to(self, device: str) -> World:
-        """The same world on a device. The base model is moved in place; the data is copied where it must be."""
+        """Move the world to a device: the base in place, the data as a copy where needed."""
         nn.Module.to(self.base.model, device)
         return replace(self, data=self.data.to(device))
 
     @property
     def n_bytes(self) -> int:
-        """About how much memory its tensors take: the base, the teachers' weights and their deltas."""
+        """Bytes of its large tensors: the base, the teachers' weights and their deltas."""
         tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
         deltas = [tensor for table in tables for tensor in (table.base_APQD, table.delta_APQD)]
         return sum(t.nbytes for t in (*self.base.model.parameters(), self.data.values_AV, *deltas))
 
 
 def base_key(config: WorldConfig) -> str:
-    """The name of a world's own base in the cache."""
+    """Key of a pretrained base in the cache."""
     return content_hash(
-        "base", MODEL_VERSION, model_size(config.size), config.suite.fingerprint, config.pretrain
+        "base", MODEL_VERSION, model_size(config.size), config.suite, config.pretrain
     )
 
 
 def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
-    """What of a world is in the cache and what would be built, part by part; nothing is loaded or written."""
+    """Say for each part of a world if it is cached or would be built; nothing is loaded or written."""
     if config.base is not None:
         base, found = config.base.path, config.base.hash
     else:
@@ -116,7 +125,7 @@ def describe_world(cache: Path, config: WorldConfig) -> dict[str, str]:
 
 
 def build_base(cache: Path, config: WorldConfig, device: str) -> Base:
-    """The base of a world: loaded where one is named, else pretrained or found by size, suite, settings and version.
+    """Load the base of a world, or pretrain it; the cache key holds size, suite, settings and version.
 
     Raises UserError for a suite that no base can be built for.
     """
@@ -148,23 +157,25 @@ def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World
         bank = config.bank.open(base, config.suite)
     else:
         bank = build_bank(cache, base, config.suite, config.teachers)
-    return World(config, base, bank, gather_data(cache, config, base, bank), make_flora(base, bank))
+    return World(
+        config, base, bank, gather_data(cache, config, base, bank), make_lora_model(base, bank)
+    )
 
 
-def make_flora(base: Base, bank: Bank) -> FunctionalLoRA:
-    """The base under adapters of the bank's rank, alpha and target modules."""
+def make_lora_model(base: Base, bank: Bank) -> FunctionalLoRA:
+    """Wrap the base for adapters of the bank's rank, alpha and target modules."""
     return FunctionalLoRA(base.model, bank.spec.rank, bank.spec.alpha, bank.spec.target_modules)
 
 
 def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> ExperimentData:
-    """Conditions, weights, deltas and evaluation examples of a bank, row for row."""
+    """Gather conditions, weights, deltas and evaluation examples of a bank, row for row."""
     batch = bank.load()
     tasks = tuple(bank.adapters.values())
     suite, encoder = config.suite, make_encoder(config.encoder, base)
     sets = delta_probe_sets(suite, bank, base)
 
     def table(probe_set: ProbeSet) -> DeltaTable:
-        store = DeltaCache.build(cache, base, bank.spec, bank.hash, bank.adapters, batch, probe_set)
+        store = DeltaCache.build(cache, base, bank, probe_set, batch)
         return store.table(base, probe_set)
 
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
@@ -173,13 +184,14 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         for task in tasks
         for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
     ]
+    multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
         families=tuple(suite.task(task).family for task in tasks),
         rows=rows_by_part(suite, bank),
         values_AV=batch.flatten(bank.spec),
-        multitask_V=build_multitask(cache, base, suite, config.teachers, bank.spec),
+        multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
@@ -187,13 +199,22 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         examples=encode_examples(base, examples),
         n_examples=config.eval_examples,
         encoder=encoder.name,
-        hash=content_hash("data", base.hash, bank.hash, config.eval_examples),
+        hash=content_hash(
+            "data",
+            (base.hash, bank.hash, suite, config.eval_examples),
+            conditions_key(encoder, bank, suite.nonsense_prompts),
+            {name: deltas_key(base, bank, sets[name]) for name in tables},
+            hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
+        ),
+        encoder_hash=encoder.hash,
+        size=config.size,
+        delta_probes=config.delta_probes,
     )
     return data.to(base.model.device)
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
-    """The probe sets that `--delta-probes` picks from; the suite's own prompts as the base reads them."""
+    """Return the probe sets that `--delta-probes` names; the suite's prompts are in the base's chat template."""
     domain = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in suite.probe_examples]
     return {
         "generic": create_generic_probes(),
@@ -203,7 +224,7 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
 
 
 def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
-    """Rows of each part: all teachers of a training task, the first teacher of a held-out one."""
+    """Rows of each part: all teachers of a training task, the first teacher of a held-out task."""
     part_of = {
         task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)
     }
@@ -215,7 +236,7 @@ def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
 
 
 def smoke_world(world: WorldConfig) -> WorldConfig:
-    """The same kind of world at toy settings: it shows that everything runs, and nothing about the method."""
+    """Reduce a world to toy settings: a check that everything runs, with meaningless accuracies."""
     return replace(
         world,
         smoke=True,

@@ -13,7 +13,9 @@ from tuning.report import StudyRecord
 
 FOLDER = Path(__file__).parent / "data" / "formats"
 # Relative to a copy of FOLDER, which is the current folder of whatever reads them.
-BASE, DATA, CACHE, STORE = Path("base"), Path("data"), Path("cache"), Path("store")
+BASE, DATA, STORE = Path("base"), Path("data"), Path("store")
+# The same entries as version 0.1.0 named them, and under the names of today.
+OLDER_CACHE, CACHE = Path("cache"), Path("cache-2")
 TOPICS = ("river", "stone", "cloud", "tiger")
 PROMPTS = ["What follows river number 3?", "What follows river number 4?"]
 ROOT_MARK = "{the folder that the store was made in}"

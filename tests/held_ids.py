@@ -10,28 +10,29 @@ on the machine: they are of recipes, and of the weights in `tests/data/formats`.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from formats import BASE, DATA, FOLDER, TOPICS
 from held import TABLES, compare_or_write
 
-from llgbm.delta import DeltaCache
-from llgbm.evaluation.baselines import known_baselines
 from llgbm.models.cost import BaseShape
 from llgbm.models.load import BaseSource, load_base
-from llgbm.probes import Probe, ProbeSet, create_generic_probes
+from llgbm.models.pretrain import PretrainConfig
+from llgbm.probes import create_generic_probes
 from llgbm.tasks.files import FileSuite
-from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
 from llgbm.teachers.build import bank_key
 from llgbm.teachers.peft import PeftRun, peft_adapter
 from llgbm.teachers.train import Run, SFTConfig, TeacherConfig
+from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, base_key, build_world
 from tuning.arguments import parse_arguments, study_of
 from tuning.studies import STUDIES, Study
@@ -68,6 +69,7 @@ def all_ids() -> dict[str, Any]:
             "worlds": worlds,
             "cache": cache_ids(Path(cache)),
             "folders": folder_ids(),
+            "defaults": json.loads(json.dumps(default_settings())),
         }
 
 
@@ -98,31 +100,35 @@ def world_ids(world: WorldConfig) -> dict[str, str]:
 
 
 def cache_ids(cache: Path) -> dict[str, list[str]]:
-    """Build a world of one-step teachers on the base of the fixtures; return the names of all that is cached then."""
-    teachers = TeacherConfig(
-        1, 2.0, steps=1, examples=1, condition_train=2, condition_evaluation=2, trajectories=1
-    )
-    suite = SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)
-    source = BaseSource.find(str(BASE))
+    """Build a world on base and bank of the fixtures; return the names of all that is cached then.
+
+    Baselines are left out: they are named by the weights of a multi-task LoRA, which differ between processors.
+    """
+    teachers = TeacherConfig(1, 2.0, steps=1, examples=1)
+    river, stone, cloud = TOPICS[:3]
     for encoder in ("minilm", "base"):
-        # Trajectories are a teacher's own words: they differ from processor to processor.
         config = WorldConfig(
             "base-base",
-            suite,
+            FileSuite.open(DATA, [river], [stone], [cloud]),
             teachers=teachers,
             encoder=encoder,
-            delta_probes="domain",
             eval_examples=2,
-            base=source,
+            base=BaseSource.find(str(BASE)),
+            bank=BankSource.find("bank"),
         )
-        world = build_world(cache, config, "cpu")
-        known_baselines(cache, world)
-    told = ProbeSet.trajectories(
-        {task: [Probe(f"What {task}", " nothing")] for task in suite.split.tasks}
-    )
-    bank = world.bank
-    DeltaCache.build(cache, world.base, bank.spec, bank.hash, bank.adapters, bank.load(), told)
-    return {kind.name: sorted(entries(kind)) for kind in sorted(cache.iterdir())}
+        build_world(cache, config, "cpu")
+    kinds = (kind for kind in sorted(cache.iterdir()) if kind.is_dir())
+    return {kind.name: sorted(entries(kind)) for kind in kinds}
+
+
+def default_settings() -> dict[str, Any]:
+    """Return all fields of the default configurations: ids leave them out, so that a changed default shows here."""
+    configs = (TrainingConfig(), PretrainConfig(), TeacherConfig(), SFTConfig())
+    found = {type(config).__name__: asdict(config) for config in configs}
+    world = asdict(WorldConfig())
+    # Its content is that of a package, whose version is pinned elsewhere.
+    del world["encoder_hash"]
+    return {**found, "WorldConfig": world}
 
 
 def entries(kind: Path) -> Iterator[str]:

@@ -109,14 +109,14 @@ def _metrics(accuracy: float) -> dict[str, float]:
 def _write_artifacts(folder: Path, accuracy: Mapping[str, float], seed: int) -> None:
     rng = np.random.default_rng(seed)
     by_operation = {operation: rng.normal(0, 2, WIDTH) for operation in OPERATIONS}
-    teacher_TD = np.stack(
+    teacher_JD = np.stack(
         [by_operation[task.split("-")[0]] + rng.normal(0, 0.5, WIDTH) for task in accuracy]
     )
-    generated_TD = teacher_TD + rng.normal(0, 0.4, teacher_TD.shape)
+    generated_JD = teacher_JD + rng.normal(0, 0.4, teacher_JD.shape)
     (folder / "deltas").mkdir()
     tensors = {
-        "teacher": teacher_TD.astype(np.float32),
-        "predicted": generated_TD.astype(np.float32),
+        "teacher": teacher_JD.astype(np.float32),
+        "predicted": generated_JD.astype(np.float32),
     }
     save_file(
         tensors, folder / "deltas" / "test.safetensors", {"tasks": json.dumps(list(accuracy))}

@@ -44,7 +44,7 @@ from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.tasks.files import FileSuite
 from llgbm.teachers.build import build_bank, make_bank
 from llgbm.teachers.train import SFTConfig, TeacherConfig
-from llgbm.world import World, WorldConfig, gather_data, make_flora
+from llgbm.world import World, WorldConfig, gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.report import find_study, read_study
 from tuning.run_ablation import main as run_ablation
@@ -83,13 +83,14 @@ def make_all(here: Path) -> None:
     DATA.mkdir()
     for topic in TOPICS:
         write_rows(DATA, topic, rows(topic, 32))
-    write_bank(Path("bank"))
+    shutil.copytree(FOLDER / "bank", "bank")  # of version 1: nothing writes it any more
+    write_bank(Path("bank-2"))
     shutil.copy(HERE / "tiny_study.py", "study.py")
     write_cache(study_of(parse_arguments(ARGUMENTS)).worlds[0])
     if status := run_ablation([*ARGUMENTS, "--cache", str(CACHE), "--max-concurrent", "1"]):
         raise SystemExit(status)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for kept in (BASE, DATA, CACHE, Path("bank")):
+    for kept in (BASE, DATA, CACHE, Path("bank"), Path("bank-2")):
         shutil.copytree(kept, FOLDER / kept, ignore=shutil.ignore_patterns(".*", "sweeps"))
     keep_store(here)
     keep_bundles(here)
@@ -128,9 +129,9 @@ def write_cache(config: WorldConfig) -> None:
     base = load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
     world = World(
-        config, base, bank, gather_data(CACHE, config, base, bank), make_flora(base, bank)
+        config, base, bank, gather_data(CACHE, config, base, bank), make_lora_model(base, bank)
     )
-    known_baselines(CACHE, world)
+    known_baselines(CACHE, world.data, world.lora_model)
 
 
 def keep_store(here: Path) -> None:

@@ -1,241 +1,96 @@
-"""The command line of the main job, and the study that it asks for."""
+"""Read the command line of the main job into frozen options, and make the study that they ask for."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import Field, fields, replace
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from llgbm.models.load import SIZES
 from llgbm.runtime import UserError
-from tuning.studies import STUDIES, Study, StudyOptions
+from tuning.studies import Study, StudyOptions
 from tuning.studies.from_file import make_study, whole_name
-from tuning.studies.own_world import add_real_arguments, own_worlds
-from tuning.studies.spec import SAMPLERS, VAL_METRICS
-from tuning.sweep.artifacts import KEEP_ARTIFACTS
+from tuning.studies.options import (
+    GROUPS,
+    KEEP_ARTIFACTS,
+    SCHEDULERS,
+    SEARCHES,
+    Options,
+    RunOptions,
+    StoreOptions,
+    StudyArguments,
+    read_options,
+)
+from tuning.studies.own_world import custom_worlds
+from tuning.studies.spec import SAMPLERS
 
-SEARCHES = ("grid", *reversed(SAMPLERS))
-SCHEDULERS = ("none", "asha")
-POINTS = 20
+PARTS = (StudyArguments, RunOptions, StoreOptions)
 
 
-def parse_arguments(
-    arguments: Sequence[str] | None, description: str | None = None
-) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, description: str | None = None) -> Options:
     """Read the command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [OPTIONS]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_study(parser.add_argument_group("what is run"))
-    add_real_arguments(parser)
-    _add_search(
-        parser.add_argument_group("search (how a study's trials are chosen, and stopped early)")
-    )
-    _add_execution(parser.add_argument_group("how it is run"))
-    _add_stores(parser.add_argument_group("where things are kept"))
-    parsed = parser.parse_args(arguments)
-    parsed.study = parsed.study and whole_name(parsed.study)
-    return parsed
-
-
-def _add_study(what: Any) -> None:
-    what.add_argument(
-        "--study",
-        metavar="NAME",
-        help=f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
-        "(default: phase_4_5, or optuna_lambda for a search)",
-    )
-    what.add_argument(
-        "--model-size", nargs="+", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: nano)"
-    )
-    what.add_argument(
-        "--lambda-weight", nargs="+", type=float, metavar="λ", help="weights of the weight loss"
-    )
-    what.add_argument(
-        "--lambda-delta", nargs="+", type=float, metavar="λ", help="weights of the delta loss"
-    )
-    what.add_argument(
-        "--learning-rate",
-        nargs="+",
-        type=float,
-        metavar="X",
-        help="learning rates (default: 0.002)",
-    )
-    what.add_argument(
-        "--generator", nargs="+", metavar="NAME", help="generators by name (default: default)"
-    )
-    what.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="seeds (default: 0 1 2; of a search: 0 1)"
-    )
-    what.add_argument(
-        "--steps", type=int, metavar="N", help="training steps of each trial (default: 600)"
-    )
-    what.add_argument(
-        "--batch-size", type=int, metavar="N", help="tasks in a training step (default: 16)"
-    )
-    what.add_argument(
-        "--activation-checkpointing", action="store_true", help="less memory a step, for more time"
-    )
-    what.add_argument(
-        "--probe-chunk",
-        type=int,
-        metavar="N",
-        help="probes in one pass (default: all; less memory)",
-    )
-    what.add_argument(
-        "--delta-probes", default="trajectory", help="trajectory (default), generic or domain"
-    )
-    what.add_argument(
-        "--encoder",
-        default="minilm",
-        help="minilm (default), base, or a sentence-transformers folder",
-    )
-    what.add_argument(
-        "--metric",
-        metavar="NAME",
-        help="what the best generator is chosen by and asha judges by, on validation tasks: "
-        f"{' or '.join(VAL_METRICS)} (default: the study's, which is {VAL_METRICS[0]})",
-    )
-    what.add_argument(
-        "--smoke",
-        action="store_true",
-        help="toy settings: shows that everything runs, nothing else",
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for part in PARTS:
+        hints = get_type_hints(part)
+        for one in fields(part):
+            _add_option(groups[one.metadata["group"]], one, hints[one.name])
+    parsed = vars(parser.parse_args(arguments))
+    parsed["study"] = parsed["study"] and whole_name(parsed["study"])
+    return Options(
+        read_options(StudyArguments, parsed),
+        read_options(RunOptions, parsed),
+        read_options(StoreOptions, parsed),
     )
 
 
-def _add_search(search: Any) -> None:
-    search.add_argument(
-        "--search",
-        metavar="HOW",
-        help="grid: the study's own list of trials; random or optuna (TPE): points drawn from its space, of which "
-        "two numbers after --lambda-weight, --lambda-delta or --learning-rate are a range and one fixes the value "
-        "(default: what the study is made for)",
-    )
-    search.add_argument(
-        "--num-samples",
-        type=int,
-        metavar="N",
-        help=f"points of a search, earlier runs' included (default: {POINTS})",
-    )
-    search.add_argument(
-        "--objectives",
-        nargs="+",
-        metavar="NAME",
-        help=f"what a search maximises, as mean over a point's seeds: one or both of {', '.join(VAL_METRICS)} "
-        "(default: the metric)",
-    )
-    search.add_argument(
-        "--scheduler",
-        default="none",
-        metavar="NAME",
-        help="none (default); or asha: stop the worse half of the trials at a quarter and at half of their steps",
-    )
+def _add_option(group: Any, one: Field, hint: Any) -> None:
+    """Add an option as its field's type says: a flag, one value, or several."""
+    how: dict[str, Any] = {"help": one.metadata["help"], "default": one.default}
+    if hint is bool:
+        how["action"] = "store_true"
+    else:
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+        how |= {"metavar": one.metadata["metavar"], "type": kinds[0]}
+    if get_origin(how.get("type")) is tuple:
+        how |= {"nargs": "+", "type": get_args(how["type"])[0]}
+    group.add_argument(_spelled(one.name), **how)
 
 
-def _add_execution(how: Any) -> None:
-    how.add_argument(
-        "--resume",
-        metavar="STUDY_ID",
-        help="go on with a study that was interrupted or killed: its id, or `latest`; what finished is not run again",
-    )
-    how.add_argument(
-        "--retry-failed", action="store_true", help="run the failed trials again, and no others"
-    )
-    how.add_argument(
-        "--fresh", action="store_true", help="run all trials anew, those that finished before too"
-    )
-    how.add_argument(
-        "--cpus-per-trial", type=float, metavar="X", help="CPUs of a trial (default: 1)"
-    )
-    how.add_argument(
-        "--gpus-per-trial", type=float, metavar="X", help="GPUs of a trial, fractions allowed"
-    )
-    how.add_argument(
-        "--max-concurrent", type=int, metavar="N", help="trials at once (default: what fits)"
-    )
-    how.add_argument(
-        "--address", metavar="ADDRESS", help="a Ray cluster: auto, host:port or ray://host:port"
-    )
-    how.add_argument(
-        "--estimate",
-        action="store_true",
-        help="print parameters, FLOPs and memory of the study's trials, from their shapes alone; run nothing",
-    )
-    how.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the trials, what is there already and what it would cost; run nothing",
-    )
-    how.add_argument("--debug", action="store_true", help="show tracebacks")
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _add_stores(where: Any) -> None:
-    where.add_argument(
-        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
-    )
-    where.add_argument("--experiment", default="llgbm", help="MLflow experiment (default: llgbm)")
-    where.add_argument(
-        "--cache", default=".llgbm", metavar="DIR", help="where worlds are kept (default: ./.llgbm)"
-    )
-    where.add_argument(
-        "--storage-path",
-        metavar="DIR",
-        help="where unfinished trials keep their state, a folder or s3://… that all machines reach "
-        "(default: CACHE/sweeps)",
-    )
-    where.add_argument(
-        "--keep-checkpoints", action="store_true", help="keep the state of finished trials too"
-    )
-    where.add_argument(
-        "--keep-artifacts",
-        choices=KEEP_ARTIFACTS,
-        default="all",
-        help="whose generated adapters are kept: of all trials, of the best, or none (default: all)",
-    )
-    where.add_argument(
-        "--keep-best",
-        type=int,
-        default=1,
-        metavar="K",
-        help="how many trials a size are the best, for --keep-artifacts best (default: 1)",
-    )
-    where.add_argument(
-        "--optuna-storage",
-        metavar="URL",
-        help="where a search is kept (default: optuna.db beside the MLflow store)",
-    )
-
-
-def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the arguments ask for. Raises UserError for a bad value."""
+def study_of(options: Options) -> Study:
+    """Make the study that the options ask for. Raises UserError for a bad value."""
+    arguments = options.study
     _one_of("search", arguments.search, SEARCHES)
     _one_of("scheduler", arguments.scheduler, SCHEDULERS)
-    name = arguments.study or ("optuna_lambda" if arguments.search in SAMPLERS else "phase_4_5")
-    study = make_study(name, _options(arguments))
+    default = "optuna_lambda" if arguments.search in SAMPLERS else "phase_4_5"
+    study_options = _study_options(arguments, download=not options.run.is_preview)
+    study = make_study(arguments.study or default, study_options)
     if arguments.metric is not None:
         study = replace(study, metric=arguments.metric)
-    return _searched(study, arguments) if _wants_search(study, arguments) else study
+    if not _wants_search(study, arguments):
+        return study
+    return _searched(study, arguments)
 
 
-def points_of(arguments: argparse.Namespace) -> int:
-    """How many points a search is to have in the end."""
-    return POINTS if arguments.num_samples is None else arguments.num_samples
-
-
-def _options(arguments: argparse.Namespace) -> StudyOptions:
-    def several(values: list | None) -> tuple | None:
-        return None if values is None else tuple(values)
-
-    worlds = own_worlds(arguments)
+def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
+    worlds = custom_worlds(arguments, download)
     return StudyOptions(
-        model_sizes=tuple(world.size for world in worlds) or several(arguments.model_size),
+        model_sizes=tuple(world.size for world in worlds) or arguments.model_size,
         own_worlds=worlds,
-        lambda_weight=several(arguments.lambda_weight),
-        lambda_delta=several(arguments.lambda_delta),
-        learning_rates=several(arguments.learning_rate),
-        generators=several(arguments.generator),
-        seeds=several(arguments.seeds),
+        lambda_weight=arguments.lambda_weight,
+        lambda_delta=arguments.lambda_delta,
+        learning_rates=arguments.learning_rate,
+        generators=arguments.generator,
+        seeds=arguments.seeds,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         activation_checkpointing=arguments.activation_checkpointing or None,
@@ -251,8 +106,8 @@ def _one_of(what: str, value: str | None, allowed: Sequence[str]) -> None:
         raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
 
 
-def _wants_search(study: Study, arguments: argparse.Namespace) -> bool:
-    """Whether points are drawn from the study's space. Raises UserError where the study and the options disagree."""
+def _wants_search(study: Study, arguments: StudyArguments) -> bool:
+    """Say if points are drawn from the study's space. Raises UserError if the options do not fit the study."""
     if study.space is not None:
         if arguments.search == "grid":
             raise UserError(
@@ -265,19 +120,88 @@ def _wants_search(study: Study, arguments: argparse.Namespace) -> bool:
         )
     for option in ("num_samples", "objectives", "optuna_storage"):
         if getattr(arguments, option) is not None:
-            raise UserError(
-                f"--{option.replace('_', '-')} is for a search: add --search random or optuna"
-            )
+            raise UserError(f"{_spelled(option)} is for a search: add --search random or optuna")
     return False
 
 
-def _searched(study: Study, arguments: argparse.Namespace) -> Study:
-    """The study with the sampler and objectives asked for."""
+def _searched(study: Study, arguments: StudyArguments) -> Study:
+    """Give the study the sampler and the objectives asked for."""
     assert study.space is not None
-    if arguments.num_samples is not None and arguments.num_samples < 1:
+    if arguments.n_points < 1:
         raise UserError(f"num-samples is {arguments.num_samples}; it must be at least 1")
-    objectives = arguments.objectives or (None if arguments.metric is None else [arguments.metric])
-    changes: dict[str, Any] = {} if objectives is None else {"objectives": tuple(objectives)}
+    changes: dict[str, Any] = {}
+    if arguments.metric is not None:
+        changes["objectives"] = (arguments.metric,)
+    if arguments.objectives is not None:
+        changes["objectives"] = arguments.objectives
     if arguments.search is not None:
         changes["sampler"] = arguments.search
     return replace(study, space=replace(study.space, **changes))
+
+
+def check_together(options: Options) -> None:
+    """Raise UserError for options that contradict each other, or that do nothing beside each other."""
+    run, stores = options.run, options.stores
+    if run.fresh and (run.resume or run.retry_failed):
+        raise UserError(
+            "--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh"
+        )
+    if run.retry_failed and options.study.num_samples is not None:
+        raise UserError("--retry-failed draws no new points: leave out --num-samples")
+    _one_of("policy for --keep-artifacts", stores.keep_artifacts, KEEP_ARTIFACTS)
+    if stores.keep_best is not None and stores.keep_artifacts != "best":
+        raise UserError("--keep-best is for --keep-artifacts best: add that, or leave it out")
+    if stores.keep_best is not None and stores.keep_best < 1:
+        raise UserError(f"--keep-best is {stores.keep_best}; it must be at least 1")
+
+
+ABOUT_DELTA = ("delta_probes", "activation_checkpointing", "probe_chunk")
+
+
+def check_used(options: Options, study: Study) -> None:
+    """Raise UserError for an option that changes nothing in this study."""
+    arguments = options.study
+    about_delta = [name for name in ABOUT_DELTA if name in arguments.given]
+    if about_delta and not _has_delta_loss(study):
+        raise UserError(
+            f"{_spelled(about_delta[0])} is about the delta loss, which no trial of this study has (λ_d is 0 "
+            "everywhere): leave it out, or give --lambda-delta values above 0"
+        )
+    probes = [trial.config.n_probes for trial in (*study.trials, *_base_of(study))]
+    if arguments.probe_chunk is not None and arguments.probe_chunk >= max(probes):
+        raise UserError(
+            f"--probe-chunk {arguments.probe_chunk} splits nothing, since a trial has {max(probes)} probes: give less"
+        )
+    if arguments.scheduler != "none" and len(study.trials) == 1:
+        raise UserError(
+            f"{arguments.scheduler} compares trials, and this study has one: leave --scheduler out"
+        )
+    if arguments.study is not None and ".py" in arguments.study:
+        _check_own_study(options, study)
+
+
+def _base_of(study: Study) -> tuple:
+    return (study.space.base,) if study.space else ()
+
+
+def _has_delta_loss(study: Study) -> bool:
+    if study.space and study.space.lambda_delta[1] > 0:
+        return True
+    return any(trial.config.lambda_delta > 0 for trial in study.trials)
+
+
+def _check_own_study(options: Options, study: Study) -> None:
+    """Raise UserError if a study from a file stays the same when the value of a given option is another one."""
+    for name in ("lambda_weight", "lambda_delta", "learning_rate", "seeds", "steps", "batch_size"):
+        value = getattr(options.study, name)
+        if value is None:
+            continue
+        other: Any = value + 1 if isinstance(value, int) else tuple(2 * one + 1 for one in value)
+        try:
+            changed = study_of(replace(options, study=replace(options.study, **{name: other})))
+        except UserError:
+            continue  # The file looks at the option, or it would not have refused this value.
+        if changed == study:
+            raise UserError(
+                f"{_spelled(name)} changes nothing in study {study.name}, whose file does not use it: leave it out"
+            )

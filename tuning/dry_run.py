@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -13,18 +12,22 @@ from tabulate import tabulate
 from llgbm.estimate import TrialEstimate, WorldSketch, human
 from llgbm.world import describe_world
 from tuning.search.points import count_states, drawn_trials, find_search
+from tuning.studies.options import Options
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.costs import Costs, PastRun, kind_of
+from tuning.sweep.cluster import Resources
+from tuning.sweep.run import read_past_runs
+from tuning.tracking.costs import Costs, kind_of
+from tuning.tracking.runs import TrialResult
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a study, those of a search as far as they are drawn, and how many are still to be drawn."""
+    """The trials of a study (of a search: those drawn so far), and the number still to be drawn."""
 
     study: Study
     trials: tuple[TrialSpec, ...]
     undrawn: int
-    runs: Sequence[PastRun]
+    runs: Sequence[TrialResult]
 
     @cached_property
     def finished(self) -> frozenset[str]:
@@ -32,36 +35,33 @@ class Plan:
 
     @property
     def to_run(self) -> list[TrialSpec]:
-        """Each with a trial that stands for it: a search's base for one that is not drawn yet."""
-        base = self.study.space.trials(_middle(self.study))[0] if self.study.space else None
+        """The trials left to run; the middle of the space stands for each one that is not drawn yet."""
         drawn = [trial for trial in self.trials if trial.id not in self.finished]
-        return drawn + ([base] * self.undrawn if base else [])
+        if self.study.space is None:
+            return drawn
+        ranges = self.study.space.ranges.items()
+        middle = {name: (low * high) ** 0.5 for name, (low, high) in ranges}
+        return drawn + [self.study.space.trials(middle)[0]] * self.undrawn
 
 
-def _middle(study: Study) -> dict[str, float]:
-    assert study.space is not None
-    return {name: (low * high) ** 0.5 for name, (low, high) in study.space.ranges.items()}
+def show_preview(study: Study, options: Options, resources: Resources) -> None:
+    """Print what `--estimate` and `--dry-run` ask for; nothing is run or written."""
+    if options.run.estimate:
+        print(estimate_study(study))
+    if options.run.dry_run:
+        show_plan(study, options, resources.concurrent)
 
 
-def show_plan(
-    study: Study,
-    cache: Path,
-    runs: Sequence[PastRun],
-    concurrent: int,
-    optuna_url: str,
-    n_points: int,
-) -> None:
-    """Print the trial table, what of each world is built, and what the rest would cost."""
+def show_plan(study: Study, options: Options, concurrent: int) -> None:
+    """Print the trial table, the state of each world, and the cost of the trials left to run."""
+    runs, cache = read_past_runs(options), options.stores.cache_folder
     plan = Plan(study, study.trials, 0, runs)
     if study.space:
-        plan = _show_space(study, runs, optuna_url, n_points)
+        plan = _show_space(study, runs, options.optuna_url, options.study.n_points)
     costs = Costs(runs)
     if plan.trials:
-        print(
-            tabulate(
-                [_row(trial, plan, costs) for trial in plan.trials], HEADERS, disable_numparse=True
-            )
-        )
+        rows = [_row(trial, plan, costs) for trial in plan.trials]
+        print(tabulate(rows, HEADERS, disable_numparse=True))
     for world in study.worlds:
         print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
         for part, built in describe_world(cache, world).items():
@@ -87,17 +87,18 @@ HEADERS = (
 def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     config = trial.config
     seconds = costs.seconds(config)
-    done = trial.id in plan.finished
+    state = ("to run", "no past run" if seconds is None else duration(seconds))
+    if trial.id in plan.finished:
+        state = ("finished", "")
     return (
         *(trial.id, trial.name, config.model_size, config.generator.name),
         *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", f"{config.learning_rate:g}"),
-        *(config.seed, config.steps, "finished" if done else "to run"),
-        "" if done else "no past run" if seconds is None else duration(seconds),
+        *(config.seed, config.steps, *state),
     )
 
 
-def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points: int) -> Plan:
-    """Print what is searched and what Optuna has of it; the plan of its trials."""
+def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_points: int) -> Plan:
+    """Print the space and the points that Optuna has drawn; return the plan of its trials."""
     space = study.space
     assert space is not None
     found = find_search(study, optuna_url)
@@ -105,17 +106,19 @@ def _show_space(study: Study, runs: Sequence[PastRun], optuna_url: str, n_points
     print(f"{study.id}: {space.describe()}")
     known = ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
     print(f"points: {n_points} wanted; in the Optuna study: {known}\n")
-    trials = drawn_trials(space, found) if found else ()
+    trials: tuple[TrialSpec, ...] = ()
+    if found:
+        trials = drawn_trials(space, found)
     missing = max(0, n_points * len(space.seeds) - len(trials))
     return Plan(study, trials, missing, runs)
 
 
 def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:
-    """One or two sentences: how many trials are left, how long they would take, and what that is based on."""
-    left = plan.to_run
-    drawn = f", {plan.undrawn} of them still to be drawn" if plan.undrawn else ""
-    total = len(plan.trials) + plan.undrawn
-    head = f"{total} trials, {total - len(left)} finished already, {len(left)} to run{drawn}"
+    """Say how many trials are left, how long they would take, and on what that is based."""
+    left, total = plan.to_run, len(plan.trials) + plan.undrawn
+    head = f"{total} trials, {total - len(left)} finished already, {len(left)} to run"
+    if plan.undrawn:
+        head += f", {plan.undrawn} of them still to be drawn"
     if not left:
         return f"{head}."
     seconds = [costs.seconds(trial.config) for trial in left]
@@ -124,8 +127,9 @@ def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:
         return f"{head}; no past run of their kind in this experiment to estimate their time from."
     kinds = {kind_of(trial.config): costs.basis(trial.config) for trial in left}
     wall = max(sum(known) / concurrent, max(known))
-    without = len(left) - len(known)
-    rest = f" and nothing for {without} trials of a kind that has no past run" if without else ""
+    rest = ""
+    if without := len(left) - len(known):
+        rest = f" and nothing for {without} trials of a kind that has no past run"
     return (
         f"{head}: about {duration(wall)} at {concurrent} at a time ({duration(sum(known))} in all), counted from "
         f"{sum(kinds.values())} past runs of the same size, generator, batch and losses{rest}; "
@@ -134,18 +138,22 @@ def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """72 s, 14 min, 3.2 h."""
+    """Format seconds: 72 s, 14 min, 3.2 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def estimate_study(study: Study) -> str:
-    """A line a configuration (parameters, FLOPs, memory of a trial), then the world and the sum, for people.
+    """Describe the cost of each configuration (parameters, FLOPs, memory of a trial) and of the whole study.
 
     Raises UserError for a base that is not on this machine, or of another kind than Qwen2 and Llama.
     """
-    trials = list(study.trials) or ([study.space.base] if study.space else [])
+    trials = list(study.trials)
+    if study.space:
+        trials = [study.space.base]
     worlds = {world.hash: WorldSketch(world) for world in study.worlds}
     found = [(trial, worlds[trial.world.hash].estimate(trial.config)) for trial in trials]
     total = sum(estimate.flops for _, estimate in found)

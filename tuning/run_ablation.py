@@ -1,5 +1,7 @@
 """The main job: worlds, baselines, a Ray Tune sweep tracked in MLflow, registration of the best, a report.
 
+python tuning/run_ablation.py --smoke        # toy settings: shows in a minute that everything runs
+python tuning/run_ablation.py --dry-run      # what the default study would run, and what it would cost
 python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--seeds 0 1 2] ...
 """
 
@@ -7,121 +9,114 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-from llgbm.runtime import UserError, exit_status, quiet_libraries, say
-from llgbm.world import build_world
-from tuning.arguments import parse_arguments, points_of, study_of
-from tuning.dry_run import estimate_study, show_plan
+from llgbm.runtime import exit_status, quiet_libraries, say
+from llgbm.world import World, build_world
+from tuning.arguments import check_together, check_used, parse_arguments, study_of
+from tuning.dry_run import show_preview
 from tuning.registry.register import register_best
 from tuning.report.document import publish_report
 from tuning.report.record import log_baselines
+from tuning.studies.options import Options
 from tuning.studies.spec import Study
-from tuning.sweep.artifacts import best_trials, check_policy, keep_best_adapters
-from tuning.sweep.checkpoints import study_lock
-from tuning.sweep.cluster import Resources, check_resources, connect_ray, terminate_as_interrupt
+from tuning.sweep.artifacts import best_trials, keep_best_adapters
+from tuning.sweep.asha import rungs
+from tuning.sweep.checkpoints import check_storage
+from tuning.sweep.cluster import choose_resources, terminate_as_interrupt
 from tuning.sweep.resume import (
     ARGUMENTS_TAG,
     begin_anew,
     check_same_study,
-    recorded_arguments,
-    study_arguments,
+    recorded_options,
 )
-from tuning.sweep.run import cache_of, open_points, open_store, optuna_storage, run_trials, rungs
-from tuning.tracking.costs import past_runs
+from tuning.sweep.run import Job, open_store, run_trials
 from tuning.tracking.notes import describe_facts, log_datasets, study_params, study_tags
-from tuning.tracking.runs import read_trials
-from tuning.tracking.study import StudyTracker, status_on_exit
+from tuning.tracking.ownership import check_not_run, own_study, reap
+from tuning.tracking.runs import TrialResult, read_trials
+from tuning.tracking.study import status_on_exit
 
 
-def run(arguments: Namespace) -> int:
-    """Run the study that the arguments ask for; return the exit status."""
-    if arguments.fresh and (arguments.resume or arguments.retry_failed):
-        raise UserError(
-            "--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh"
-        )
-    check_policy(arguments.keep_artifacts, arguments.keep_best)
-    study = None if arguments.resume else study_of(arguments)
-    nodes = connect_ray(arguments.address) if arguments.address else None
-    resources = check_resources(
-        arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.max_concurrent, nodes
-    )
-    if study is None:
-        arguments, recorded = recorded_arguments(
-            arguments, parse_arguments([]), open_store(arguments)
-        )
-        study = study_of(arguments)
-        check_same_study(study, recorded)
-    if arguments.scheduler != "none":
+def run(options: Options) -> int:
+    """Run the study that the options ask for; return the exit status."""
+    check_together(options)
+    if not options.run.resume:
+        # A mistake in the study is told before a cluster is joined.
+        study = study_of(options)
+        check_used(options, study)
+    resources = choose_resources(options.run)
+    if options.run.resume:
+        options, study = recorded_study(options)
+    if options.study.scheduler != "none":
         rungs(study)
-    if arguments.estimate:
-        print(estimate_study(study))
-    if arguments.dry_run:
-        runs = past_runs(arguments.tracking_uri, Path.cwd(), arguments.experiment)
-        show_plan(
-            study,
-            cache_of(arguments),
-            runs,
-            resources.concurrent,
-            optuna_storage(arguments),
-            points_of(arguments),
-        )
-    if arguments.estimate or arguments.dry_run:
+    if options.run.is_preview:
+        show_preview(study, options, resources)
         return 0
-    tracker = open_store(arguments)
-    storage = arguments.storage_path or str(cache_of(arguments) / "sweeps")
-    storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
-    with study_lock(storage, study.id):
-        return run_study(study, arguments, storage, tracker, resources)
+    check_storage(options.stores.storage)
+    tracker = open_store(options)
+    reap(tracker.tracking_uri, tracker.experiment_id)
+    check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
+    worlds = build_worlds(study, options)
+    return run_study(Job(study, options, worlds, tracker, options.stores.storage, resources))
 
 
-def run_study(
-    study: Study,
-    arguments: Namespace,
-    storage: str,
-    tracker: StudyTracker,
-    resources: Resources,
-) -> int:
-    """Build what a study needs, run what is left of it, register the best and report; return the exit status."""
-    worlds = {world.hash: build_world(cache_of(arguments), world) for world in study.worlds}
+def recorded_study(options: Options) -> tuple[Options, Study]:
+    """Make the study again that `--resume` names, as it was recorded; return it with its options."""
+    options, recorded = recorded_options(options, open_store(options))
+    study = study_of(options)
+    check_same_study(study, recorded)
+    return options, study
+
+
+def build_worlds(study: Study, options: Options) -> dict[str, World]:
+    """Build the worlds of a study, or read them from the cache; by hash."""
+    worlds = {world.hash: build_world(options.stores.cache_folder, world) for world in study.worlds}
     for world in worlds.values():
         say(describe_facts(world))
-    if arguments.fresh:
-        begin_anew(study, tracker, storage)
-    search = open_points(study, arguments, tracker) if study.space else None
+    return worlds
+
+
+def run_study(job: Job) -> int:
+    """Run what is left of a study, register the best generator and report; return the exit status."""
+    study, tracker, worlds = job.study, job.tracker, job.worlds
+    if job.options.run.fresh:
+        tracker.supersede_study(study.id)
     tags = {
-        ARGUMENTS_TAG: json.dumps(study_arguments(arguments)),
-        "llgbm.resources": resources.describe(),
+        ARGUMENTS_TAG: json.dumps(job.options.study.record()),
+        "llgbm.resources": job.resources.describe(),
     }
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
-    with status_on_exit(tracker):
-        log_baselines(tracker, worlds, cache_of(arguments))
+    with own_study(tracker, study.id) as ownership, status_on_exit(tracker):
+        if job.options.run.fresh:
+            begin_anew(study, tracker, job.storage, ownership)
+        log_baselines(tracker, worlds, job.options.stores.cache_folder)
         log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
-        study = run_trials(study, arguments, worlds, storage, tracker, resources, search)
+        study = run_trials(job, ownership)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-        if arguments.keep_artifacts == "best":
-            by_trial = {trial.id: worlds[trial.world.hash] for trial in study.trials}
-            best = best_trials(results, study.metric, arguments.keep_best)
-            keep_best_adapters(tracker.client, by_trial, best)
-        registered = register_best(study, worlds, results, tracker, study.metric)
+        keep_adapters(job, study, results)
+        registered = register_best(study, worlds, results, tracker, job.options.stores.cache_folder)
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
-    return (
-        0
-        if all(r.status == "FINISHED" for r in results) and len(results) == len(study.trials)
-        else 1
-    )
+    finished = [result for result in results if result.status == "FINISHED"]
+    return int(not len(finished) == len(results) == len(study.trials))
+
+
+def keep_adapters(job: Job, study: Study, results: Sequence[TrialResult]) -> None:
+    """Write the adapters of the best trials, if only theirs are kept."""
+    stores = job.options.stores
+    if stores.keep_artifacts == "best":
+        by_trial = {trial.id: job.worlds[trial.world.hash] for trial in study.trials}
+        best = best_trials(results, study.metric, stores.keep_best or 1)
+        keep_best_adapters(job.tracker.client, by_trial, best)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and translate errors: 2 for a user's mistake, 130 for an interrupt, 1 for failed trials."""
-    parsed = parse_arguments(arguments, __doc__)
+    options = parse_arguments(arguments, __doc__)
     quiet_libraries()
     terminate_as_interrupt()
     return exit_status(
-        lambda: run(parsed), parsed.debug, "interrupted: unfinished runs are marked KILLED"
+        lambda: run(options), options.run.debug, "interrupted: unfinished runs are marked KILLED"
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError, exit_status, say
 from tuning.report.groups import CHOOSING, MAIN
 from tuning.tracking.runs import TRIAL_TAG, parent_runs
-from tuning.tracking.store import connect, existing_uri, explained, local_tracking_uri, shown
+from tuning.tracking.store import connect, existing_uri, local_tracking_uri, redact, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +96,7 @@ def prepare(tracking_uri: str) -> list[tuple[str, str]]:
 
     Raises UserError if the store fails.
     """
-    with explained(tracking_uri):
+    with store_errors(tracking_uri):
         client = connect(tracking_uri)
         found = []
         for experiment in client.search_experiments():
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     uri = existing_uri(arguments.tracking_uri or local_tracking_uri(Path.cwd()))
     if uri.startswith("http"):
         raise UserError(
-            f"{shown(uri)} is a server that shows its pages itself: open it in a browser."
+            f"{redact(uri)} is a server that shows its pages itself: open it in a browser."
         )
     experiments = prepare(uri)
     for name, experiment_id in experiments:

@@ -95,8 +95,9 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
 def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
     """Import adapters; return what the bank holds."""
     from llgbm.models.load import BaseSource
-    from llgbm.teachers.bank import check_bank_address, show_bank
+    from llgbm.teachers.bank import show_bank
     from llgbm.teachers.imported import ImportOptions, import_bank
+    from llgbm.teachers.writer import check_bank_address
 
     options = ImportOptions(
         tuple(arguments.accept_base),

@@ -131,31 +131,36 @@ def _load_base(arguments: argparse.Namespace) -> Base:
 
     if not arguments.base and not arguments.adapter:
         raise UserError("there is no base: name it with --base")
-    named = (
-        arguments.base
-        or read_adapter_config(_parse(arguments.adapter[0])[1])["base_model_name_or_path"]
-    )
-    return load_base(named, pick_device())
+    if arguments.base:
+        return load_base(arguments.base, pick_device())
+    config = read_adapter_config(_parse(arguments.adapter[0])[1])
+    named, revision = config["base_model_name_or_path"], config["revision"]
+    if not named:
+        raise UserError(f"{arguments.adapter[0]} does not name its base: name it with --base")
+    return load_base(f"{named}@{revision}" if revision else named, pick_device())
 
 
 def _parse(named: str) -> tuple[str, Path]:
-    """Name and folder of `NAME=DIR`, or of `DIR`, which names itself."""
-    name, _, folder = named.rpartition("=")
-    return name or Path(folder).name, Path(folder)
+    """Return name and folder of `NAME=DIR`, or of `DIR`, which names itself and may hold an `=` too."""
+    name, sign, folder = named.partition("=")
+    if not sign or "/" in name or Path(named).expanduser().is_dir():
+        path = Path(named).expanduser()
+        return path.name, path
+    path = Path(folder).expanduser()
+    return name or path.name, path
 
 
 def _adapter_system(base: Base, named: str) -> System:
     from llgbm.evaluation.benchmark import System
-    from llgbm.lora import LoraBatch, LoraSpec
-    from llgbm.lora.adapters import load_adapter, read_adapter_config
+    from llgbm.lora import LoraBatch
+    from llgbm.lora.external import read_external
 
     name, folder = _parse(named)
-    config = read_adapter_config(folder)
-    spec = LoraSpec.from_model(
-        base.model, config["r"], config["lora_alpha"], tuple(config["target_modules"])
-    )
-    batch = LoraBatch.from_state_dicts([load_adapter(folder, spec)])
-    return System(name, batch.to(base.model.device), spec)
+    plain = read_external(folder, base.model)
+    for text in plain.converted:
+        say(f"{name}, converted to plain LoRA: {text}")
+    batch = LoraBatch.from_state_dicts([plain.state])
+    return System(name, batch.to(base.model.device), plain.spec)
 
 
 def _generated_system(
@@ -166,6 +171,7 @@ def _generated_system(
     from llgbm.lora import LoraBatch
 
     bundle = open_bundle(arguments.generator, arguments.tracking_uri)
+    bundle.check_base(base)
     count = min(16, len(suite.datasets[task].rows["prompts"]))
     prompts = [example.prompt for example in suite.examples(task, "prompts", count, "condition")]
     batch = LoraBatch.from_state_dicts([bundle.generate(prompts)])

@@ -89,8 +89,8 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing; return where the bank is and how good its teachers are."""
     from llgbm.models.load import BaseSource
     from llgbm.tasks.files import FileSuite
-    from llgbm.teachers.bank import check_bank_address
     from llgbm.teachers.build import make_bank
+    from llgbm.teachers.writer import check_bank_address
 
     check_bank_address(arguments.out)
     suite = FileSuite.open(

@@ -1,9 +1,9 @@
-"""What a generator must beat, and its upper bound. They know training tasks only; choices use validation tasks."""
+"""Baselines and the teacher upper bound, fitted on training tasks and tuned on validation tasks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,67 @@ from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import LoraBatch
 from llgbm.runtime import content_hash
-from llgbm.world import VERSIONS, World
 
-VERSION = 1
+VERSION = 2
+PREFIX = "baseline"
+UPPER_BOUND = "teacher"
 RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
-def known_baselines(cache: Path, world: World) -> dict[str, dict[str, float]]:
-    """The numbers of every baseline on the held-out tasks of a world, by name; measured once and kept in the cache."""
-    key = content_hash("baselines", VERSION, VERSIONS, world.config, world.data.hash)
+def known_baselines(
+    cache: Path, data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
+) -> dict[str, dict[str, float]]:
+    """Measure every baseline on the tasks of one part, or read its numbers from the cache; by name."""
+    key = content_hash("baselines", VERSION, data.hash, part)
 
     def write(folder: Path) -> None:
         found = {
             name: dict(result.metrics)
-            for name, result in evaluate_baselines(world.data, world.flora).items()
+            for name, result in evaluate_baselines(data, lora_model, part).items()
         }
         (folder / "metrics.json").write_text(json.dumps(found, indent=1))
 
     return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
 
 
+def to_metrics(baselines: Mapping[str, Mapping[str, float]], size: str = "") -> dict[str, float]:
+    """Name the numbers of baselines as metrics: `baseline/<name>/<number>`, or `baseline/<name>_<size>/<number>`.
+
+    A study of several model sizes names the size. `from_metrics` is the inverse.
+    """
+    suffix = f"_{size}" if size else ""
+    return {
+        f"{PREFIX}/{name}{suffix}/{number}": value
+        for name, numbers in baselines.items()
+        for number, value in numbers.items()
+    }
+
+
+def from_metrics(
+    metrics: Mapping[str, float], sizes: Iterable[str] = ()
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Read the baselines among metrics, by size, name and number; other metrics are passed over.
+
+    The size is "" where `to_metrics` was given none. `sizes` are those of the study.
+    """
+    # The longest first: a size may end in the name of another.
+    suffixes = {f"_{size}": size for size in sorted(sizes, key=len, reverse=True)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for metric, value in metrics.items():
+        prefix, *rest = metric.split("/")
+        if prefix != PREFIX or len(rest) != 2:
+            continue
+        slug, number = rest
+        suffix = next(filter(slug.endswith, suffixes), "")
+        by_name = found.setdefault(suffixes.get(suffix, ""), {})
+        by_name.setdefault(slug.removesuffix(suffix), {})[number] = value
+    return found
+
+
 def evaluate_baselines(
-    data: ExperimentData, flora: FunctionalLoRA, part: str = "test"
+    data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
 ) -> dict[str, PartResult]:
-    """Results of every baseline on the tasks of one part, by name."""
+    """Evaluate every baseline on the tasks of one part; return results by name."""
     rows = list(data.rows[part])
     makers = {
         "base": no_adapter,
@@ -52,52 +89,58 @@ def evaluate_baselines(
         "ridge": ridge,
         "best_single": best_single,
     }
-    flat = {name: make(data, flora, rows) for name, make in makers.items()}
+    flat = {name: make(data, lora_model, rows) for name, make in makers.items()}
     return {
-        name: evaluate_adapters(LoraBatch.unflatten(flora.spec, values), data, flora, rows)
+        name: evaluate_adapters(
+            LoraBatch.unflatten(lora_model.spec, values), data, lora_model, rows
+        )
         for name, values in flat.items()
     }
 
 
-def no_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The base alone: adapters of zeros, [A, V]."""
+def no_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Adapters of zeros [A, V]: the base alone."""
     return torch.zeros_like(data.values_AV[list(rows)])
 
 
-def teacher(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The task's own teacher, the upper bound, [A, V]."""
+def teacher(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Teachers of the tasks themselves [A, V], the upper bound."""
     return data.values_AV[list(rows)]
 
 
-def multitask_lora(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The one adapter trained on all training tasks together, for every task, [A, V]."""
+def multitask_lora(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Multi-task LoRA for every task [A, V]: one adapter trained on all training tasks together."""
     return data.multitask_V.expand(len(rows), -1)
 
 
-def mean_adapter(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The mean of all training teachers for every task, [A, V]."""
+def mean_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Mean of all training teachers, for every task [A, V]."""
     return data.values_AV[list(data.rows["train"])].mean(0).expand(len(rows), -1)
 
 
-def nearest_teacher(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The training teacher whose mean prompt embedding is nearest by cosine, [A, V]."""
+def nearest_teacher(
+    data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]
+) -> Tensor:
+    """Training teacher with the nearest mean prompt embedding by cosine [A, V]."""
     train = list(data.rows["train"])
     known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
     asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
     return data.values_AV[train][(asked @ known.T).argmax(1)]
 
 
-def best_single(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """The one training teacher that is best on the validation tasks, for every task, [A, V]."""
+def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Training teacher with the best validation accuracy, for every task [A, V]."""
     train, val = list(data.rows["train"]), list(data.rows["val"])
     scores = []
     for index in train:
-        everywhere = LoraBatch.unflatten(flora.spec, data.values_AV[[index]].expand(len(val), -1))
-        scores.append(accuracy_per_adapter(flora, everywhere, data, val).mean().item())
+        everywhere = LoraBatch.unflatten(
+            lora_model.spec, data.values_AV[[index]].expand(len(val), -1)
+        )
+        scores.append(accuracy_per_adapter(lora_model, everywhere, data, val).mean().item())
     return data.values_AV[[train[int(np.argmax(scores))]]].expand(len(rows), -1)
 
 
-def ridge(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
     """Ridge regression from the mean prompt embedding to standardised weights, [A, V].
 
     The penalty is the one with the best accuracy on the validation tasks.
@@ -115,8 +158,8 @@ def ridge(data: ExperimentData, flora: FunctionalLoRA, rows: Sequence[int]) -> T
         return standardiser.decode(tokens)
 
     def score(model: Ridge) -> float:
-        batch = LoraBatch.unflatten(flora.spec, predict(model, val))
-        return accuracy_per_adapter(flora, batch, data, val).mean().item()
+        batch = LoraBatch.unflatten(lora_model.spec, predict(model, val))
+        return accuracy_per_adapter(lora_model, batch, data, val).mean().item()
 
     models = [Ridge(alpha=penalty).fit(inputs, outputs) for penalty in RIDGE_PENALTIES]
     return predict(max(models, key=score), rows)

@@ -1,6 +1,6 @@
-"""What adapters are worth on datasets in files: answers generated greedily and read, choices scored by likelihood.
+"""Accuracy of adapters on datasets in files: greedy answers are parsed, choices are scored by likelihood.
 
-Every accuracy stands beside what needs no model: always the commonest answer of the training rows, and chance.
+Each accuracy comes with two that need no model: the commonest training answer, and chance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ANSWER_TOKENS = {"choice": 16, "truth": 16, "number": 320, "text": 320}
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: the base, under one adapter or none, after `shots` solved examples or none."""
+    """System under test: the base, with an adapter or without, after `shots` solved examples."""
 
     name: str
     adapter: LoraBatch | None = None
@@ -36,10 +36,25 @@ class System:
     shots: int = 0
 
     def applied(self, base: Base) -> Any:
-        """A context in which the base is this system."""
+        """Return a context in which the adapter is applied to the base."""
         if self.adapter is None or self.spec is None:
             return nullcontext()
         return adapters_applied(base.model, self.adapter, self.spec.scaling)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows of one dataset that all systems answer, in at most `max_tokens` tokens (by kind where it is None)."""
+
+    suite: FileSuite
+    task: str
+    examples: Sequence[Example]
+    max_tokens: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of answer that the dataset asks for."""
+        return self.suite.datasets[self.suite.task(self.task).name].kind
 
 
 def measure(
@@ -50,40 +65,30 @@ def measure(
     count: int,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of each system on the same `count` rows of a dataset, with what it stands beside.
+    """Measure the accuracy of each system on the same `count` rows, with the trivial baselines of these rows.
 
-    Raises UserError for a dataset that is not there or more rows than it has.
+    Raises UserError for an unknown dataset, or more rows than it has.
     """
     kind = suite.datasets[suite.task(task).name].kind
     examples = suite.examples(task, "evaluation", count, "benchmark")
-    known = suite.datasets[task].rows["train"]
-    found = {
-        system.name: _measure_one(base, suite, kind, task, system, examples, max_tokens)
-        for system in systems
-    }
+    known = [row.example for row in suite.datasets[task].rows["train"]]
+    questions = Questions(suite, task, examples, max_tokens)
     return {
         "task": task,
         "kind": kind,
         "examples": count,
-        "majority": majority_accuracy(kind, [row.example for row in known], examples),
+        "majority": majority_accuracy(kind, known, examples),
         "chance": round(chance_accuracy(kind, examples), 4),
-        "systems": found,
+        "systems": {system.name: _measure_one(base, system, questions) for system in systems},
     }
 
 
-def _measure_one(
-    base: Base,
-    suite: FileSuite,
-    kind: Kind,
-    task: str,
-    system: System,
-    examples: Sequence[Example],
-    max_tokens: int | None,
-) -> dict[str, Any]:
-    shots = solved_examples(suite, task, system.shots)
+def _measure_one(base: Base, system: System, asked: Questions) -> dict[str, Any]:
+    kind, examples = asked.kind, asked.examples
+    shots = solved_examples(asked.suite, asked.task, system.shots)
     prompts = [chat_prompt(base.tokenizer, e.prompt, e.system, shots) for e in examples]
     with system.applied(base):
-        responses = respond(base, prompts, max_tokens or ANSWER_TOKENS[kind], system.name)
+        responses = respond(base, prompts, asked.max_tokens or ANSWER_TOKENS[kind], system.name)
         likeliest = likeliest_rivals(base, kind, prompts, examples)
     return score_responses(kind, examples, responses, likeliest)
 
@@ -116,7 +121,7 @@ def respond(base: Base, prompts: Sequence[str], max_tokens: int, label: str) -> 
 def likeliest_rivals(
     base: Base, kind: Kind, prompts: Sequence[str], examples: Sequence[Example]
 ) -> list[str] | None:
-    """Of the responses that each question allows, the one with the highest probability; None for open questions."""
+    """Return the most likely of the answers that each question allows; None for open questions."""
     allowed = [rivals(kind, e.prompt) for e in examples]
     if not all(allowed):
         return None
@@ -139,7 +144,7 @@ def score_responses(
     responses: Sequence[str],
     likeliest: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Shares of right answers (with a 95 % interval), of responses with any answer, and of those in the form asked.
+    """Fractions of right answers (with a 95 % interval), of parsed responses, and of those in the form asked.
 
     A response without an answer, or with two, is wrong.
     """
@@ -160,12 +165,12 @@ def score_responses(
 
 
 def share(truths: Sequence[bool]) -> float:
-    """The share of what is true, to four digits."""
+    """Fraction that is true, to four digits."""
     return round(sum(truths) / len(truths), 4)
 
 
 def gold(kind: Kind, example: Example) -> str:
-    """The answer of a row. Raises UserError for a response that holds none, or two."""
+    """Parse the reference answer of a row. Raises UserError for a response without one, or with two."""
     answer = extract(kind, example.prompt, example.answer)
     if answer is None:
         raise UserError(
@@ -175,19 +180,19 @@ def gold(kind: Kind, example: Example) -> str:
 
 
 def majority_accuracy(kind: Kind, known: Sequence[Example], examples: Sequence[Example]) -> float:
-    """How often the commonest answer of the rows `known` is right."""
+    """Accuracy of always giving the commonest answer of the rows `known`."""
     commonest = Counter(gold(kind, e) for e in known).most_common(1)[0][0]
     return share([gold(kind, e) == commonest for e in examples])
 
 
 def chance_accuracy(kind: Kind, examples: Sequence[Example]) -> float:
-    """How often a fair die over the allowed answers is right; 0 for open questions."""
+    """Accuracy of a uniform guess over the allowed answers; 0 for open questions."""
     allowed = [len(rivals(kind, e.prompt)) for e in examples]
     return sum(1 / n for n in allowed if n) / len(examples)
 
 
 def wilson(right: int, n: int) -> list[float]:
-    """The 95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a fraction (Wilson 1927)."""
     from scipy.stats import binomtest
 
     interval = binomtest(right, n).proportion_ci(method="wilson")

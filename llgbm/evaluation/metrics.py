@@ -1,6 +1,6 @@
-"""What a generator is worth on tasks that it never saw: the numbers that every result carries.
+"""Metrics of generated adapters on held-out tasks, reported with every result.
 
-Letters: A adapters, N prompts, C condition width, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import LoraGenerator
-from llgbm.lora.adapters import LoraBatch, delta_w_error, delta_w_inner
-from llgbm.lora.apply import adapters_applied, chunks
-from llgbm.models.scoring import right_answers
+from llgbm.lora.adapters import LoraBatch
+from llgbm.lora.geometry import delta_w_error, delta_w_inner
+from llgbm.models import scoring
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
@@ -38,23 +37,25 @@ class PartResult:
 
 
 def evaluate_generator(
-    generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str
+    generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> PartResult:
-    """All numbers of a generator on one part (`train`, `val`, `test`), adapters written from evaluation prompts."""
+    """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts."""
     rows = list(data.rows[part])
     conditions = data.conditions.evaluation_ANC[rows]
     adapters = generator.generate(conditions)
-    result = evaluate_adapters(adapters, data, flora, rows)
+    result = evaluate_adapters(adapters, data, lora_model, rows)
     shuffled = generator.generate(data.conditions.evaluation_ANC[other_task(data, rows)])
     nonsense = generator.generate(data.conditions.nonsense_NC[None].expand(len(rows), -1, -1))
     controls = {
-        "accuracy_shuffled_prompts": accuracy_per_adapter(flora, shuffled, data, rows)
+        "accuracy_shuffled_prompts": accuracy_per_adapter(lora_model, shuffled, data, rows)
         .mean()
         .item(),
-        "accuracy_nonsense_prompts": accuracy_per_adapter(flora, nonsense, data, rows)
+        "accuracy_nonsense_prompts": accuracy_per_adapter(lora_model, nonsense, data, rows)
         .mean()
         .item(),
-        "nearest_teacher_distance": nearest_teacher_distance(adapters, data, flora).mean().item(),
+        "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
+        .mean()
+        .item(),
         "diversity": diversity(adapters),
     }
     return PartResult(
@@ -68,15 +69,15 @@ def evaluate_generator(
 
 
 def evaluate_adapters(
-    adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA, rows: list[int]
+    adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA, rows: list[int]
 ) -> PartResult:
     """Accuracy, deltas and ΔW error of given adapters on the tasks at `rows`; generators and baselines alike."""
-    accuracy_A = accuracy_per_adapter(flora, adapters, data, rows)
-    delta_AD = mean_delta(flora, adapters, data.shared_deltas, rows)
-    generic_AD = mean_delta(flora, adapters, data.generic_deltas, rows)
+    accuracy_A = accuracy_per_adapter(lora_model, adapters, data, rows)
+    delta_AD = mean_delta(lora_model, adapters, data.shared_deltas, rows)
+    generic_AD = mean_delta(lora_model, adapters, data.generic_deltas, rows)
     teacher_AD = data.shared_deltas.mean_AD[rows]
     cosine_A = cosine_similarity(delta_AD, teacher_AD, dim=-1)
-    teachers = LoraBatch.unflatten(flora.spec, data.values_AV[rows])
+    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
     metrics = {
         "accuracy": accuracy_A.mean().item(),
         "delta_cosine": cosine_A.mean().item(),
@@ -94,7 +95,7 @@ def evaluate_adapters(
 
 
 def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
-    """The mean of a task's values, in order of first appearance: a training task may have several teachers."""
+    """Average the values of each task, in order of first appearance; a training task may have several teachers."""
     found: dict[str, list[float]] = {}
     for task, value in zip(tasks, values_A.tolist(), strict=True):
         found.setdefault(task, []).append(value)
@@ -102,8 +103,10 @@ def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
 
 
 def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
-    """For each row, one of another task, of the same part where that has one: one that shares neither operation nor
-    format, as near as there is. Raises ValueError for data of a single task."""
+    """Pick for each row one of another task, which shares as few parts of its name as possible.
+
+    It is of the same part where that has another task. Raises ValueError for data of a single task.
+    """
     names = [set(task.split("-")) for task in data.tasks]
 
     def others(i: int, among: list[int]) -> list[int]:
@@ -121,10 +124,10 @@ def other_task(data: ExperimentData, rows: list[int]) -> list[int]:
 
 
 def nearest_teacher_distance(
-    adapters: LoraBatch, data: ExperimentData, flora: FunctionalLoRA
+    adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA
 ) -> Tensor:
     """|ΔW - ΔW_teacher| / |ΔW_teacher| to the nearest training teacher, [A]: near 0 means it was copied."""
-    teachers = LoraBatch.unflatten(flora.spec, data.values_AV[list(data.rows["train"])])
+    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[list(data.rows["train"])])
     own, cross, squares = _inner_products(adapters, teachers)
     distances = (own[:, None] + squares[None] - 2 * cross).clamp_min(0).sqrt() / squares.sqrt()[
         None
@@ -157,40 +160,37 @@ def diversity(adapters: LoraBatch) -> float:
 
 
 def evaluate(
-    generator: LoraGenerator, data: ExperimentData, flora: FunctionalLoRA, part: str
+    generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> dict[str, float]:
-    """What a generator can be chosen by, from the evaluation prompts of a part's tasks.
+    """Metrics for model selection, from the evaluation prompts of a part's tasks.
 
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
     """
     rows = list(data.rows[part])
     batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    delta_AD = mean_delta(flora, batch, data.shared_deltas, rows)
+    delta_AD = mean_delta(lora_model, batch, data.shared_deltas, rows)
     cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
     return {
-        f"{part}/accuracy": accuracy_per_adapter(flora, batch, data, rows).mean().item(),
+        f"{part}/accuracy": accuracy_per_adapter(lora_model, batch, data, rows).mean().item(),
         f"{part}/delta_cosine": cosine_A.mean().item(),
     }
 
 
 def mean_delta(
-    flora: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]
+    lora_model: FunctionalLoRA, adapters: LoraBatch, reference: DeltaTable, rows: list[int]
 ) -> Tensor:
     """Δ [A, D] of adapters, read with the instrument that the reference (shared probes) was read with."""
     probes = reference.probes.select(rows)
-    return measure_deltas(flora.model, flora.spec, adapters, probes, shared=True).mean_AD
+    return measure_deltas(lora_model.model, lora_model.spec, adapters, probes, shared=True).mean_AD
 
 
 def accuracy_per_adapter(
-    flora: FunctionalLoRA, batch: Any, data: ExperimentData, rows: list[int], chunk: int = 24
+    lora_model: FunctionalLoRA,
+    batch: LoraBatch,
+    data: ExperimentData,
+    rows: list[int],
+    chunk: int = 24,
 ) -> Tensor:
-    """Exact match [A] of adapters on the evaluation examples of the tasks at `rows`."""
-    pieces = []
-    for piece in chunks(len(rows), data.n_examples * data.examples.input_ids_ST.shape[1], chunk):
-        with (
-            torch.no_grad(),
-            adapters_applied(flora.model, batch.select(piece), flora.spec.scaling),
-        ):
-            right = right_answers(flora.model, data.examples_of(rows[piece]))
-        pieces.append(right.view(-1, data.n_examples).float().mean(1))
-    return torch.cat(pieces)
+    """Return the exact-match accuracy [A] of adapters on the evaluation examples of the tasks at `rows`."""
+    texts = data.examples_of(rows)
+    return scoring.accuracy_per_adapter(lora_model.model, lora_model.spec, batch, texts, chunk)

@@ -27,7 +27,7 @@ def make_generator(
     standardiser: Standardiser,
     seed: int,
 ) -> LoraGenerator:
-    """A fresh generator by name; the same seed gives the same weights. Raises UserError for an unknown name."""
+    """Create a generator by name; the same seed gives the same weights. Raises UserError for an unknown name."""
     if config.name not in GENERATORS:
         raise UserError(f"unknown generator {config.name!r}; there are: {', '.join(GENERATORS)}")
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""A trained generator as a folder that stands alone: prompts in, a PEFT adapter out."""
+"""Self-contained folder of a trained generator: prompts in, a PEFT adapter out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from llgbm.lora.adapters import (
     adapter_output,
     write_adapter_files,
 )
-from llgbm.models.load import load_base
+from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
 
 
 @dataclass(frozen=True)
 class GeneratorBundle:
-    """A generator with what it was made from: base, bank and encoder by name and hash."""
+    """Generator with its provenance: base, bank and encoder by name and hash."""
 
     generator: LoraGenerator
     facts: dict[str, Any]
@@ -52,14 +52,30 @@ class GeneratorBundle:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The encoder that the generator was trained with."""
+        """Encoder that the generator was trained with. Raises UserError where the one found here is another."""
         name = self.facts["encoder"]
         if name.startswith("base:"):
-            return BaseModelEncoder(load_base(self.facts["base_path"]))
-        return MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+            base = load_base(self.facts["base_path"])
+            self.check_base(base)
+            return BaseModelEncoder(base)
+        encoder = MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+        # Bundles of version 0.1.0 know the encoder by its name only.
+        if self.facts.get("encoder_hash", encoder.hash) != encoder.hash:
+            raise UserError(
+                f"the encoder {name} is not the one that this generator was trained with (other files): bring that one"
+            )
+        return encoder
+
+    def check_base(self, base: Base) -> None:
+        """Raise UserError unless the generator was trained for this base."""
+        if not base.is_named(self.facts["base_hash"]):
+            raise UserError(
+                f"the generator was trained for the base {self.facts['base_path']}, not for {base.path} (other files): "
+                "name that base"
+            )
 
     def generate(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """One adapter's PEFT state dict from the unlabelled prompts of one task. Raises UserError for no prompt."""
+        """Generate one adapter as a PEFT state dict from prompts of one task. Raises UserError for no prompt."""
         texts = [p.strip() for p in prompts if p.strip()]
         if not texts:
             raise UserError(
@@ -68,7 +84,7 @@ class GeneratorBundle:
         return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
 
     def adapter_config(self) -> dict[str, Any]:
-        """The `adapter_config.json` of its adapters."""
+        """Content of `adapter_config.json` for its adapters."""
         return adapter_config(self.generator.spec, self.facts["base_path"])
 
     def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:

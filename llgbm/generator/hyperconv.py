@@ -1,4 +1,4 @@
-"""The HyperConv generator of Drag-and-Drop LLMs, on its grid of tokens."""
+"""HyperConv generator of Drag-and-Drop LLMs, on its grid of tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llgbm.lora.adapters import LoraBatch, LoraSpec
 
 
 class TokenStandardiser:
-    """The map between flat adapters [A, V] and DnD's tokens [A, T, H, W], NaN where a token has padding.
+    """Map flat adapters [A, V] to DnD's tokens [A, U, X, Y] and back; padding is NaN.
 
-    Without a `token_size` it follows from the spec. Raises DndError for one that does not fit the matrices.
+    Without a `token_size` the spec sets it. Raises DndError for one that does not fit the matrices.
     """
 
     def __init__(self, spec: LoraSpec, token_size: Sequence[int] | None = None) -> None:
@@ -28,11 +28,11 @@ class TokenStandardiser:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(T, H, W)."""
+        """(U, X, Y)."""
         return self.n_tokens, *self.tokenizer.token_size
 
     def encode(self, values_AV: Tensor) -> Tensor:
-        """Tokens [A, T, H, W]. Raises DndError for values that are not finite."""
+        """Tokens [A, U, X, Y]. Raises DndError for values that are not finite."""
         batch = LoraBatch.unflatten(self.spec, values_AV)
         sides = {"A": batch.a, "B": batch.b}
         return self.tokenizer.tokenize(
@@ -40,7 +40,7 @@ class TokenStandardiser:
         )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The way back from `encode`, [A, T, H, W] to [A, V]; differentiable, whatever stands in the padding."""
+        """Invert `encode`: [A, U, X, Y] to [A, V]. Differentiable; padding is ignored."""
         state = self.tokenizer.detokenize(self._like, tokens)
         return torch.cat(
             [state[_key(name, side)].flatten(1) for name, side, _ in self.spec.pieces], dim=1
@@ -52,24 +52,25 @@ def _key(module: str, side: str) -> str:
 
 
 def _empty(shape: tuple[int, int]) -> Tensor:
-    """A matrix of a shape that holds no memory."""
+    """Return a matrix of a shape that takes no memory."""
     return torch.empty(1).expand(shape)
 
 
 KERNEL_SIZE = 3
+# Bundles and checkpoints written before tokens had a letter of their own.
+OLDER_NAMES = {"start_UXY": "start_TXY", "spread_UXY": "spread_TXY"}
 
 
 class HyperConvGenerator(LoraGenerator):
-    """The decoder of Drag-and-Drop LLMs (`dnd`), which writes all tokens of an adapter at once.
+    """Decoder of Drag-and-Drop LLMs (`dnd`), which predicts all tokens of an adapter at once.
 
-    The decoder reads features of a fixed number of prompts and writes tokens of whatever scale; here it is framed by
-    two things. The pooled prompts are laid out as its features by a residual trunk and one linear, so that any number
-    of prompts in any order will do. And what it writes is counted from the mean token of the training adapters in
-    units of the spread there, so that training starts from the mean adapter, as it does for the default.
+    Two additions adapt it. A residual trunk and a linear layer turn the pooled prompts into the decoder's features, so
+    that any number of prompts in any order works. Its outputs are standardised by mean and spread of the training
+    tokens, so that training starts from the mean adapter, as it does for the default generator.
     """
 
-    start_TXY: Tensor
-    spread_TXY: Tensor
+    start_UXY: Tensor
+    spread_UXY: Tensor
 
     def __init__(
         self,
@@ -89,8 +90,9 @@ class HyperConvGenerator(LoraGenerator):
         self.layout = nn.Linear(config.hidden, math.prod(features[0]))
         self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
         start, spread = token_statistics(self._tokens, standardiser)
-        self.register_buffer("start_TXY", start)
-        self.register_buffer("spread_TXY", spread)
+        self.register_buffer("start_UXY", start)
+        self.register_buffer("spread_UXY", spread)
+        self.register_load_state_dict_pre_hook(_rename_older)
 
     @property
     def standardiser(self) -> TokenStandardiser:
@@ -100,20 +102,28 @@ class HyperConvGenerator(LoraGenerator):
         state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
         for block in self.trunk:
             state_AH = block(state_AH)
-        features_ANLC = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)
-        return self.start_TXY + self.spread_TXY * self.decoder(features_ANLC)
+        features = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)
+        return self.start_UXY + self.spread_UXY * self.decoder(features)
+
+
+def _rename_older(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for name, older in OLDER_NAMES.items():
+        if prefix + older in state:
+            state[prefix + name] = state.pop(prefix + older)
 
 
 def hyperconv_features(n_tokens: int, height: int, width: int) -> list[tuple[int, int, int]]:
-    """Feature shapes of the decoder for tokens [T, X, Y]: a quarter of the tokens in their own size, then all."""
+    """Feature shapes of the decoder for tokens [U, X, Y]: first a quarter of the tokens, then all."""
     return [(max(4, n_tokens // 4), height, width), (n_tokens, height, width)]
 
 
 def token_statistics(
     tokens: TokenStandardiser, statistics: Standardiser, n_draws: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Mean and spread [T, X, Y] of the tokens of adapters drawn value by value from these statistics; 0 and 1 in the
-    padding, and everywhere where the statistics are without values (on the meta device, for an estimate)."""
+    """Estimate mean and spread [U, X, Y] of tokens from adapters drawn value by value from these statistics.
+
+    They are 0 and 1 in the padding, and everywhere on the meta device.
+    """
     if statistics.mean_V.is_meta:
         return torch.zeros(tokens.shape, device="meta"), torch.ones(tokens.shape, device="meta")
     noise_AV = torch.randn(

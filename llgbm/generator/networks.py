@@ -1,7 +1,6 @@
 """Generators: condition to adapters. One abstract class; its implementations are final.
 
-Letters: A adapters, N prompts, C condition width, M adapted modules, H hidden width, V values of an adapter, R rank;
-T tokens, X and Y their height and width.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llgbm.runtime import UserError
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Which generator, and its widths: `blocks` residual blocks of width `hidden` read the prompts."""
+    """Name and widths of a generator: `blocks` residual blocks of width `hidden` read the prompts."""
 
     name: str = "default"
     hidden: int = 320
@@ -42,7 +41,7 @@ class TokenMap(Protocol):
 
 
 class LoraGenerator(nn.Module, ABC):
-    """Reads N prompt embeddings of each task and predicts its whole adapter as tokens, in a space that it names."""
+    """Network from N prompt embeddings of a task to the tokens of its whole adapter."""
 
     mean_V: Tensor
     scale_V: Tensor
@@ -61,7 +60,7 @@ class LoraGenerator(nn.Module, ABC):
     @property
     @abstractmethod
     def standardiser(self) -> TokenMap:
-        """The map between flat adapters [A, V] and the tokens [A, ...] that are predicted."""
+        """Map between flat adapters [A, V] and predicted tokens [A, ...]."""
 
     @abstractmethod
     def forward(self, condition_ANC: Tensor) -> Tensor:
@@ -99,10 +98,12 @@ class LoraGenerator(nn.Module, ABC):
 
 
 class ModuleCodeGenerator(LoraGenerator):
-    """The default. A residual trunk reads the pooled prompts; every (layer, module) has a code that modulates the
-    trunk's output (FiLM, Perez et al. 2018); one linear head a kind of module writes its full A and B.
+    """Default generator: residual trunk, a FiLM code for every module (Perez et al. 2018), linear heads.
 
-    The path from prompts to weights is linear but for the residual blocks, since task parts add up in weight space.
+    The trunk reads the pooled prompts. The code of a (layer, module) modulates the trunk's output. One head per kind
+    of module predicts its full A and B.
+
+    Apart from the residual blocks the map from prompts to weights is linear: task parts add up in weight space.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ResidualBlock(nn.Module):
 
 
 def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
-    """Writes A then B, flat. Small at the start, so that training starts from the mean adapter."""
+    """Create the head that predicts A then B, flat; small weights make training start from the mean adapter."""
     head = nn.Linear(hidden, rank * (shape.n_in + shape.n_out))
     nn.init.normal_(head.weight, std=0.1 / hidden**0.5)
     nn.init.zeros_(head.bias)
@@ -164,14 +165,14 @@ def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Standardiser:
-    """The affine map between flat adapters and the space that generators predict in: (x - mean) / scale, each [V]."""
+    """Standardisation of flat adapters to the tokens that generators predict: (x - mean) / scale, each [V]."""
 
     mean_V: Tensor
     scale_V: Tensor
 
     @classmethod
     def fit(cls, values_AV: Tensor) -> Standardiser:
-        """Mean and standard deviation of every value over the adapters given (the training ones only).
+        """Compute mean and standard deviation of every value over training adapters.
 
         A value that hardly varies takes a tenth of the median deviation as its scale. Raises ValueError for fewer than
         two adapters.

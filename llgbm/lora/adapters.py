@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llgbm.losses import EPSILON
+from llgbm.lora.plain import check_plain
 from llgbm.output import ADAPTER_PATTERNS, Output
-from llgbm.runtime import UserError, content_hash
+from llgbm.runtime import UserError, content_hash, split_revision
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_PICKLE = "adapter_model.bin"
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"
 )
-# Settings of PEFT under which an adapter is no longer W + alpha / rank * B A.
-_OTHER_LORA = (
-    "use_rslora",
-    "use_dora",
-    "alpha_pattern",
-    "rank_pattern",
-    "modules_to_save",
-    "layer_replication",
-)
+# Kinds of numbers that weights are read in; whole numbers are those of quantised adapters.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Parts of a model that are no part of its text decoder, by their usual names.
+OTHER_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 StateDict = Mapping[str, Tensor]
 
 
@@ -76,18 +73,28 @@ class LoraSpec:
         alpha: float,
         target_modules: Sequence[str] = TARGET_MODULES,
     ) -> LoraSpec:
-        """Read the Linear layers called `target_modules` off a model, in its own order. Raises UserError if none."""
+        """Read the Linear layers called `target_modules` off a model's text decoder, in its own order.
+
+        Raises UserError for a name without such a layer, and for the experts of a mixture: they read tokens of several
+        texts at once, so that adapters would mix.
+        """
         wanted = set(target_modules)
         found = tuple(
             LinearShape(name, module.in_features, module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
+            for name, module in _text_layers(model)
+            if name.rsplit(".", 1)[-1] in wanted
         )
         missing = wanted - {shape.kind for shape in found}
         if missing:
             raise UserError(
                 f"the base model has no Linear layer called {', '.join(sorted(missing))}: "
                 "name target modules that it has"
+            )
+        experts = [shape.name for shape in found if _EXPERT.search(shape.name)]
+        if experts:
+            raise UserError(
+                f"{experts[0]} is an expert of a mixture, which reads tokens of several texts at once: adapters of "
+                "several tasks would mix there; name target modules of its attention only"
             )
         return cls(found, rank, alpha)
 
@@ -118,6 +125,16 @@ class LoraSpec:
     @property
     def hash(self) -> str:
         return content_hash(self)
+
+
+def _text_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the Linear layers of a model's text decoder; its head and its towers for images are no part of that."""
+    find: Any = getattr(model, "get_decoder", None)
+    inside = set((find() if find else model).modules())
+    for name, module in model.named_modules():
+        is_text = module in inside and not OTHER_TOWERS & set(name.split("."))
+        if is_text and isinstance(module, nn.Linear):
+            yield name, module
 
 
 @dataclass(frozen=True)
@@ -248,15 +265,18 @@ def _check_alike(
 
 
 def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
-    """Content of `adapter_config.json`: the fields that make an adapter plain LoRA; PEFT fills in its own defaults.
+    """Return the fields of `adapter_config.json` that make an adapter plain LoRA; PEFT fills in its own defaults.
 
-    PEFT itself is not asked: importing it takes longer than generating an adapter.
+    `base` is a folder, a hub id, or id@revision. PEFT itself is not asked: importing it takes longer than
+    generating an adapter.
     """
+    name, revision = split_revision(base)
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": spec.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -296,27 +316,46 @@ def save_adapter(folder: Path, state: StateDict, config: Mapping[str, Any]) -> N
 
 
 def load_adapter(folder: Path, spec: LoraSpec | None = None) -> dict[str, Tensor]:
-    """Read one PEFT adapter's state dict as float32.
+    """Read the state dict of a plain adapter as float32; `lora.external` reads those of others.
 
-    Raises UserError for a missing, truncated or foreign file, for NaN or infinite values and, where a `spec` is given,
-    for another rank, alpha or base shape, or a kind of LoRA whose factor on B A is not alpha / rank.
+    Raises UserError as `read_adapter_weights` and, where a `spec` is given, for another rank, alpha or base shape, or a
+    kind of LoRA whose factor on B A is not alpha / rank.
+    """
+    state = {key: tensor.float() for key, tensor in read_adapter_weights(folder).items()}
+    if spec is not None:
+        _check_adapter(folder, state, spec)
+    return state
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of one adapter as they are saved.
+
+    Raises UserError for a missing, truncated or foreign file, for whole numbers, and for NaN or infinite values.
     """
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
+        if (folder / ADAPTER_PICKLE).is_file():
+            raise UserError(
+                f"{folder} holds {ADAPTER_PICKLE}, a pickle, which is not read here: load it with PEFT and save it "
+                f"again, which writes {ADAPTER_WEIGHTS}"
+            )
         raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS}: name the folder of a PEFT adapter")
     try:
-        state = {k: v.float() for k, v in load_file(weights).items()}
+        state = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{weights} is truncated or no safetensors file ({error}): make or fetch it again"
         ) from error
     for key, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{weights} holds {key} as {str(tensor.dtype).removeprefix('torch.')}: a quantised adapter cannot be "
+                "read here; save it as float32, float16 or bfloat16"
+            )
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{weights} holds NaN or infinite values in {key}: train this adapter again or leave it out"
             )
-    if spec is not None:
-        _check_adapter(folder, state, spec)
     return state
 
 
@@ -326,18 +365,15 @@ def _check_adapter(folder: Path, state: StateDict, spec: LoraSpec) -> None:
     except ValueError as error:
         raise UserError(f"the adapter in {folder} does not fit the base: {error}") from error
     config = read_adapter_config(folder)
-    odd = [name for name in _OTHER_LORA if config.get(name)] + ["bias"] * (
-        config.get("bias", "none") != "none"
-    )
-    if odd:
+    check_plain(folder, config, convert=False)
+    check_scale(folder, LoraSpec(spec.modules, config["r"], config["lora_alpha"]), spec)
+
+
+def check_scale(folder: Path, found: LoraSpec, spec: LoraSpec) -> None:
+    """Raise UserError unless an adapter has the rank and alpha of `spec`."""
+    if (found.rank, found.alpha) != (spec.rank, float(spec.alpha)):
         raise UserError(
-            f"the adapter in {folder} sets {', '.join(odd)}, which plain LoRA does not have: "
-            "it would be read wrongly here; make it without"
-        )
-    found = (config["r"], config["lora_alpha"])
-    if found != (spec.rank, float(spec.alpha)):
-        raise UserError(
-            f"the adapter in {folder} has rank {found[0]} and alpha {found[1]:g}; "
+            f"the adapter in {folder} has rank {found.rank} and alpha {found.alpha:g}; "
             f"here they are {spec.rank} and {spec.alpha:g}: leave it out or set rank and alpha to match"
         )
 
@@ -346,56 +382,32 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json`; r is an int, lora_alpha a float. Raises UserError for a missing or foreign file."""
     config_file = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(config_file.read_text())
-        if not config["target_modules"]:
-            raise ValueError("it names no target module")
-        return {
-            "base_model_name_or_path": "",
-            **config,
-            "r": int(config["r"]),
-            "lora_alpha": float(config["lora_alpha"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = json.loads(config_file.read_text(encoding="utf-8-sig"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        _check_fields(config)
+    except FileNotFoundError as error:
         raise UserError(
-            f"{config_file} is missing or no adapter config: make or fetch the adapter again"
+            f"{folder} holds no {ADAPTER_CONFIG}: name the folder of a PEFT adapter"
         ) from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{config_file} is no adapter config ({error}): make or fetch the adapter again"
+        ) from error
+    base = config.get("base_model_name_or_path") or ""
+    named = {"revision": None, **config, "base_model_name_or_path": base}
+    return {**named, "r": rank, "lora_alpha": alpha}
 
 
-def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
-    """Relative error |ΔW_pred - ΔW_teacher| / |ΔW_teacher| over all modules of each adapter, [A]; free of the gauge.
-
-    |B A - B' A'|² = tr(BᵀB AAᵀ) + tr(B'ᵀB' A'A'ᵀ) - 2 tr(BᵀB' A'Aᵀ): no ΔW is formed, R² numbers a module. float32.
-    """
-    if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
-        raise ValueError(
-            "predicted and teacher adapters differ in modules or in number: they are of different bases"
-        )
-    error = sum(
-        _inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n)
-        for n in pred.a
-    )
-    size = sum(_inner(teacher, teacher, n) for n in pred.a)
-    return (torch.as_tensor(error).clamp_min(0) / torch.as_tensor(size).clamp_min(EPSILON)).sqrt()
-
-
-def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:
-    """Inner products <ΔW_i, ΔW_j> of all adapters of two batches over all modules, [A_left, A_right].
-
-    Raises ValueError where the modules differ.
-    """
-    if left.a.keys() != right.a.keys():
-        raise ValueError("the two batches adapt different modules: they are of different bases")
-    total = torch.zeros(
-        left.n_adapters, right.n_adapters, device=next(iter(left.a.values())).device
-    )
-    for name in left.a:
-        bb = torch.einsum("ior,jos->ijrs", left.b[name].float(), right.b[name].float())
-        aa = torch.einsum("irk,jsk->ijrs", left.a[name].float(), right.a[name].float())
-        total += (bb * aa).sum((-2, -1))
-    return total
-
-
-def _inner(left: LoraBatch, right: LoraBatch, name: str) -> Tensor:
-    bb = left.b[name].float().transpose(1, 2) @ right.b[name].float()
-    aa = left.a[name].float() @ right.a[name].float().transpose(1, 2)
-    return (bb * aa).sum((-2, -1))
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for fields of types that PEFT would not write."""
+    base = config.get("base_model_name_or_path")
+    if not (base is None or isinstance(base, str)):
+        raise ValueError("its base_model_name_or_path is no text")
+    targets = config.get("target_modules")
+    if not targets and not config.get("target_parameters"):
+        raise ValueError("it names no target module")
+    if not isinstance(targets, (str, list, type(None))):
+        raise ValueError("its target_modules are no names")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"its {name} is no table")

@@ -131,8 +131,20 @@ def final_hidden(
 
 
 def head_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """LM-head logits of hidden states [..., D]."""
-    return base.get_output_embeddings()(hidden)
+    """Return the LM head's logits of hidden states [..., D], with the scales and the soft cap of the model's own head.
+
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite divides by `logits_scaling`, Gemma-2
+    caps at `final_logit_softcapping`. `load_base` refuses models whose head does anything else.
+    """
+    logits = base.get_output_embeddings()(hidden)
+    config = base.config.get_text_config()
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if factor := getattr(config, name, None):
+            logits = logits * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def chunks(n_rows: int, tokens_a_row: int, at_most: int = 48) -> list[slice]:

@@ -2,7 +2,7 @@
 
 The formulas are for blocks as Qwen2, Llama and Mistral have them: two norms, attention with fused kernels (its T x T
 scores are never stored), a gated MLP. FLOPs are counted as torch's FlopCounterMode counts them, a multiplication and an
-addition as two. Letters: S texts, T tokens, D hidden size, R rank.
+addition as two. Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations

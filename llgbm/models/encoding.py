@@ -1,6 +1,6 @@
 """Texts to padded token ids. The one place where prompts and answers become tensors.
 
-Letters: S texts, T tokens.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from llgbm.runtime import UserError
 
 IGNORED = -100
 
@@ -52,19 +54,60 @@ def chat_prompt(
     ]
     if system is None:
         return "".join(text for _, text in turns)
-    if system:
-        turns.insert(0, ("system", system))
     if not tokenizer.chat_template:
-        return "".join(f"{text}\n" for _, text in turns)
-    messages = [{"role": role, "content": text} for role, text in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        lines = [system, *(text for _, text in turns)] if system else [text for _, text in turns]
+        return "".join(f"{text}\n" for text in lines)
+    return _by_template(tokenizer, turns, system)
+
+
+def _by_template(tokenizer: Any, turns: Sequence[tuple[str, str]], system: str) -> str:
+    """Put turns into the tokenizer's template; where that has no system turn, the system text goes before the first
+    prompt. Raises UserError for a template that takes no such turns."""
+    (role, first), *rest = turns
+    ways = [[("system", system), *turns], [(role, f"{system}\n\n{first}"), *rest]]
+    reason = ""
+    for way in ways if system else [list(turns)]:
+        messages = [{"role": role, "content": text} for role, text in way]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (
+            Exception
+        ) as error:  # a template raises what its author wrote, or any error of jinja2
+            reason = str(error)
+            continue
+        if system.strip() in text:
+            return text
+        reason = "it leaves the system text out"
+    raise UserError(
+        f"the chat template of the tokenizer in {tokenizer.name_or_path} takes no such turns ({reason[:200]}): mend "
+        "it, or leave the chat format out"
+    )
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text by itself; most put none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for place in range(len(full) - len(plain) + 1):
+        if full[place : place + len(plain)] == plain:
+            return list(full[:place])
+    return []
+
+
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of prompts, behind the tokenizer's start token unless a text begins with that already."""
+    start = start_tokens(tokenizer)
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [row if row[: len(start)] == start else [*start, *row] for row in rows]
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
     """Encode (prompt, answer) pairs; each answer is closed by the end token. Raises ValueError for no pair."""
     if not pairs:
         raise ValueError("no text to encode: a batch needs at least one prompt with its answer")
-    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    prompts = prompt_tokens(tokenizer, [p for p, _ in pairs])
     answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
     closed = [[*ids, tokenizer.eos_token_id] for ids in answers]
     width = max(len(p) + len(a) for p, a in zip(prompts, closed, strict=True)) - 1
@@ -77,15 +120,18 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPai
     return EncodedPairs(ids, targets)
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [S, T] and attention mask [S, T] of prompts. Raises ValueError for none or an empty one."""
-    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
-    if not rows or not all(rows):
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], padding: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Return padded ids [S, T] and attention mask [S, T] of prompts. Raises ValueError for none or an empty one."""
+    rows = prompt_tokens(tokenizer, prompts) if prompts else []
+    if not rows or not all(prompts) or not all(rows):
         raise ValueError("no text to encode, or an empty one: each prompt needs at least one token")
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+        place = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
+        ids[index, place] = torch.tensor(row)
+        mask[index, place] = 1
     return ids, mask

@@ -1,12 +1,13 @@
 """Base models by size name: built and pretrained here (`nano`, `micro`), or found in a folder or on the hub.
 
-Letters: S texts, T tokens, D hidden size.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llgbm.cache import hash_files
-from llgbm.runtime import UserError, content_hash
+from llgbm.cache import describe_file, hash_files
+from llgbm.lora.apply import final_hidden, head_logits
+from llgbm.models.folder import (
+    NO_BASE,
+    check_weights,
+    first_line,
+    read_config,
+    read_tokenizer,
+    refusal,
+)
+from llgbm.runtime import UserError, content_hash, split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,17 +65,29 @@ SIZES: dict[str, ModelSize] = {
 FAMILIES = {"embedded": ("nano", "micro"), "qwen2.5": ("qwen2.5-0.5b", "qwen2.5-1.5b")}
 OWN_PREFIX = "base-"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NO_BASE = "no base model can be loaded from {}: "
+IDENTITY_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+)
+COMMIT = r"[0-9a-f]{40}"
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its tokenizer, its folder and the hash of its weights."""
+    """A loaded base model with its tokenizer, its name, the hash of its files, and the folder of these."""
 
     model: PreTrainedModel
     tokenizer: Any
     path: str
     hash: str
+    folder: Path | None = None
+
+    def is_named(self, hash: str) -> bool:
+        """Compare with a hash that was kept in a bank or a bundle; version 0.1.0 hashed fewer files."""
+        if self.folder is None or hash == self.hash:
+            return hash == self.hash
+        return hash == older_base_hash(self.folder, self.model.dtype)
 
 
 def model_size(name: str) -> ModelSize:
@@ -98,54 +120,123 @@ def qwen2_config(size: ModelSize, **more: Any) -> Any:
 
 
 def weightless_model(name: str) -> PreTrainedModel:
-    """A model on the meta device from its config alone: a size by name, or a folder with a `config.json`.
+    """Make a model on the meta device from its config alone: a size by name, or a folder with a `config.json`.
 
     Its shapes are real, it holds no weights and takes no memory. Raises UserError for a name that is neither.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    else:
-        config = qwen2_config(model_size(name))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    folder = Path(name)
+    config = read_config(folder) if folder.is_dir() else qwen2_config(model_size(name))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise refusal(
+            name, f"its config.json describes no model ({first_line(error)}): fetch it again"
+        ) from error
 
 
 def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
     """Load a base from a local folder or a hub id, frozen and in eval mode.
 
-    Raises UserError when there is nothing to load under that name.
+    Raises UserError where there is nothing to load under that name, and for a model that is read wrongly here.
     """
     folder = find_model(path)
-    try:
-        model, tokenizer = _read_model(folder, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            NO_BASE.format(path)
-            + "name a folder in the Hugging Face layout with config.json, *.safetensors and the "
-            f"tokenizer's files ({str(error).splitlines()[0]})"
-        ) from error
+    config = read_config(folder)
+    check_weights(folder)
+    tokenizer = read_tokenizer(folder)
+    model = _read_model(folder, dtype)
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise refusal(
+            path,
+            f"its tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}: fetch the tokenizer that goes "
+            "with it",
+        )
+    model.generation_config = _greedy(model, tokenizer)
     nn.Module.to(model, device).eval().requires_grad_(False)
-    return Base(model, tokenizer, str(path), base_hash(folder, dtype))
+    _check_reading(model, path)
+    return Base(model, tokenizer, pinned_name(str(path), folder), base_hash(folder, dtype), folder)
 
 
-def _read_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer. Decoding is plain greedy, whatever the folder's own settings for generation say."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+def pinned_name(name: str, folder: Path) -> str:
+    """Name a hub model with the commit that was found: `name@commit`. A folder keeps its name."""
+    if Path(name).expanduser().is_dir() or not re.fullmatch(COMMIT, folder.name):
+        return name
+    return f"{split_revision(name)[0]}@{folder.name}"
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no end token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), trust_remote_code=False, use_safetensors=True, **{_dtype_name(): dtype}
+
+def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{_dtype_name(): dtype},
+        )
+    except Exception as error:
+        raise refusal(
+            folder,
+            f"its weights do not fit its config.json, or cannot be loaded ({first_line(error)}): fetch both again",
+        ) from error
+    model, said = loaded
+    if missing := sorted(said["missing_keys"]):
+        raise refusal(
+            folder,
+            f"its files lack {len(missing)} weights of the model, such as {missing[0]}: fetch them again",
+        )
+    return model
+
+
+def _greedy(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """Return settings for plain greedy decoding, up to any of the model's own end tokens or the tokenizer's."""
+    from transformers import GenerationConfig
+
+    own = getattr(model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    ends = [tokenizer.eos_token_id, *(end for end in listed if end is not None)]
+    ends = list(dict.fromkeys(ends))
+    return GenerationConfig(
+        do_sample=False,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return model, tokenizer
+
+
+def _check_reading(model: PreTrainedModel, path: str | Path) -> None:
+    """Check that states and head, read apart, give the model's own logits, and that no state depends on later tokens.
+
+    Raises UserError for a model of which that is not so: losses and deltas would be of another model.
+    """
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    changed = torch.cat([ids[:, :3], ids[:, :1]], dim=1)
+    try:
+        with torch.no_grad():
+            states = final_hidden(model, ids)
+            wanted = model(input_ids=ids, use_cache=False).logits.float()
+            got = head_logits(model, states).float()
+            others = final_hidden(model, changed)[:, :3]
+    except Exception as error:
+        raise refusal(
+            path, f"a {model.config.model_type} model cannot be run here ({first_line(error)})"
+        ) from error
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not _are_close(got, wanted, tolerance):
+        raise refusal(
+            path, f"the head of a {model.config.model_type} model does more than is known here"
+        )
+    if not _are_close(others.float(), states[:, :3].float(), tolerance):
+        raise refusal(
+            path, f"a {model.config.model_type} model looks at later tokens: it does not write text"
+        )
+
+
+def _are_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1e-6))
 
 
 def find_model(name: str | Path, download: bool = True) -> Path:
@@ -157,23 +248,25 @@ def find_model(name: str | Path, download: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
         raise UserError(
             NO_BASE.format(name)
-            + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct, or id@revision"
         )
+    hub_id, revision = split_revision(str(name))
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=patterns, local_files_only=not download)
+        found = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download
         )
+        return Path(found)
     except (OSError, ValueError) as error:
         raise UserError(
             NO_BASE.format(name)
             + "it is no folder here, not in the hub's cache, and the hub cannot be asked or does "
-            f"not know it; where there is a network run `hf download {name} --local-dir DIR`, bring the folder here "
+            f"not know it; where there is a network run `hf download {hub_id} --local-dir DIR`, bring the folder here "
             "and name it (HF_HUB_OFFLINE=1 keeps the hub out altogether)"
         ) from error
 
@@ -192,7 +285,10 @@ class BaseSource:
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; there are: {', '.join(DTYPES)}")
         folder = find_model(name, download)
-        path = str(folder.resolve()) if Path(name).expanduser().is_dir() else name
+        read_config(folder)
+        check_weights(folder)
+        is_folder = Path(name).expanduser().is_dir()
+        path = str(folder.resolve()) if is_folder else pinned_name(name, folder)
         return cls(path, base_hash(folder, DTYPES[dtype]), dtype)
 
     def load(self, device: str) -> Base:
@@ -207,17 +303,17 @@ class BaseSource:
 
 def check_size(name: str, folder: Path) -> None:
     """Raise UserError unless the model in a folder has the shape that its size name says."""
-    from transformers import AutoConfig
-
-    size, config = (
-        model_size(name),
-        AutoConfig.from_pretrained(str(folder), trust_remote_code=False),
-    )
-    found = (config.hidden_size, config.num_hidden_layers, config.intermediate_size)
-    if found != (size.hidden, size.layers, size.intermediate):
+    size, config = model_size(name), read_config(folder)
+    wanted = {
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "intermediate_size": size.intermediate,
+    }
+    found = tuple(getattr(config, key, None) for key in wanted)
+    if found != tuple(wanted.values()):
         raise UserError(
             f"{folder} is no {name}: it has hidden size, layers and intermediate size {found}, "
-            f"{name} has {(size.hidden, size.layers, size.intermediate)}; leave the size out or name another folder"
+            f"{name} has {tuple(wanted.values())}; leave the size out or name another folder"
         )
 
 
@@ -230,14 +326,20 @@ def _dtype_name() -> str:
 
 
 def base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
-    """Hash the weights, config and tokenizer of a local base, and the dtype that it is used in."""
-    found = hash_files(_identity_files(Path(path)))
-    return found if dtype == torch.float32 else content_hash(found, str(dtype))
+    """Hash all files of a local base that its numbers depend on, and the dtype that it is used in."""
+    files = [[path.name, describe_file(path)[1]] for path in _identity_files(Path(path))]
+    return content_hash("base model", files, str(dtype))
 
 
 def _identity_files(folder: Path) -> list[Path]:
-    """What a base is: weights, config, tokenizer, and its chat template where it has one."""
-    kinds: Iterable[str] = (
+    """List weights, configs, and everything that a tokenizer reads."""
+    return sorted({path for kind in IDENTITY_FILES for path in folder.glob(kind)})
+
+
+def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
+    """Hash a base as version 0.1.0 did, which left most files of the tokenizer out: older banks are named by it."""
+    folder = Path(path)
+    kinds = (
         "*.safetensors",
         "config.json",
         "tokenizer.json",
@@ -245,11 +347,15 @@ def _identity_files(folder: Path) -> list[Path]:
         "merges.txt",
         "*.jinja",
     )
+    files = [path for kind in kinds for path in folder.glob(kind)]
     settings = folder / "tokenizer_config.json"
-    own_template = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
-    return sorted(
-        [
-            *(path for kind in kinds for path in folder.glob(kind)),
-            *([settings] if own_template else []),
-        ]
-    )
+    if settings.is_file() and '"chat_template"' in settings.read_text(
+        encoding="utf-8", errors="replace"
+    ):
+        files.append(settings)
+    found = hash_files(sorted(files))
+    if dtype == torch.float32:
+        return found
+    return hashlib.sha256(
+        json.dumps([found, str(dtype)], separators=(",", ":")).encode()
+    ).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Score a model: answer loss, greedy decoding and exact match, alone or under many adapters.
 
-Letters: A adapters, B examples an adapter, S texts, T tokens.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
-from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.encoding import (
+    EncodedPairs,
+    chat_prompt,
+    encode_pairs,
+    encode_prompts,
+    prompt_tokens,
+)
 from llgbm.models.load import Base
 from llgbm.tasks.suite import Example
 
@@ -22,10 +28,15 @@ if TYPE_CHECKING:
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Mean cross-entropy over the answer tokens (and the end token); the prompt is not learnt."""
+    """Return the mean cross-entropy over the answer tokens and the end token; the prompt is not learnt."""
+    return _answer_losses(model, texts, "mean")
+
+
+def _answer_losses(model: PreTrainedModel, texts: EncodedPairs, reduction: str) -> Tensor:
     marked = texts.targets_ST >= 0
     logits = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked])
-    return nn.functional.cross_entropy(logits.float(), texts.targets_ST[marked])
+    targets = texts.targets_ST[marked]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
@@ -45,12 +56,9 @@ def adapter_losses(
 
 
 def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Cross-entropy [S, T] of every answer token, 0 elsewhere, under whatever adapters are applied."""
+    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under the adapters that are applied."""
+    losses = _answer_losses(model, texts, "none")
     marked = texts.targets_ST >= 0
-    states = final_hidden(model, texts.input_ids_ST)[marked]
-    losses = nn.functional.cross_entropy(
-        head_logits(model, states).float(), texts.targets_ST[marked], reduction="none"
-    )
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
@@ -73,7 +81,7 @@ def greedy_answers(
         raise ValueError(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
-    longest = max(len(ids) for own in prompts for ids in base.tokenizer(list(own))["input_ids"])
+    longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
     answers: list[list[str]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
@@ -84,20 +92,16 @@ def greedy_answers(
 
 
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
-    """Greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
-    encoded = base.tokenizer(
-        list(prompts),
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_token_type_ids=False,
-    ).to(base.model.device)
+    """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
+    ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
-        ids = cast(Any, base.model).generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
-    return base.tokenizer.batch_decode(
-        ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+        written = cast(Any, base.model).generate(
+            input_ids=ids.to(base.model.device),
+            attention_mask=mask.to(base.model.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+        )
+    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def exact_match(
@@ -120,12 +124,24 @@ def exact_match(
         raise ValueError(
             f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
         )
-    texts, n = encode_examples(base, [e for own in examples for e in own]), len(examples[0])
+    texts = encode_examples(base, [e for own in examples for e in own])
+    return accuracy_per_adapter(base.model, spec, batch, texts, chunk)
+
+
+def accuracy_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    n = len(texts) // batch.n_adapters
     pieces = []
-    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], chunk):
+    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
-        with torch.no_grad(), adapters_applied(base.model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(base.model, own).view(-1, n).float().mean(1))
+        with torch.no_grad(), adapters_applied(model, batch.select(rows), spec.scaling):
+            pieces.append(right_answers(model, own).view(-1, n).float().mean(1))
     return torch.cat(pieces)
 
 
@@ -133,15 +149,22 @@ def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
     states = final_hidden(model, texts.input_ids_ST)[marked]
-    pieces = states.split(max(1, PASS_LOGITS // model.config.vocab_size))
-    right = (
-        torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
-        == texts.targets_ST[marked]
-    )
+    pieces = states.split(max(1, PASS_LOGITS // model.config.get_text_config().vocab_size))
+    likeliest = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
+    targets = texts.targets_ST[marked]
+    right = likeliest == targets
+    ends = torch.tensor(end_tokens(model), device=right.device)
+    right |= torch.isin(targets, ends) & torch.isin(likeliest, ends)
     wrong = torch.zeros(marked.shape, dtype=torch.bool, device=right.device).masked_scatter(
         marked, ~right
     )
     return ~wrong.any(1)
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that decoding stops at."""
+    ends = model.generation_config.eos_token_id
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:

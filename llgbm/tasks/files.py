@@ -11,7 +11,7 @@ import difflib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -324,9 +324,13 @@ class FileSuite(Suite):
     def available(self, purpose: Purpose) -> int:
         return min(len(dataset.rows[purpose]) for dataset in self.datasets.values())
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+
     @cached_property
     def fingerprint(self) -> str:
-        return content_hash("files", VERSION, self)
+        return content_hash("files", VERSION, self.split, self.digest, self.limit, self.skip_bad)
 
     @cached_property
     def probe_examples(self) -> tuple[Example, ...]:

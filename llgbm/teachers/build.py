@@ -1,11 +1,10 @@
 """Build a bank of teachers for a suite, and the multi-task LoRA.
 
-Letters: A adapters, B examples an adapter, V values of an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry, write_json
+from llgbm.cache import build_entry
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -24,11 +23,11 @@ from llgbm.lora.adapters import (
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs, chat_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import base_accuracy, encode_examples, exact_match, greedy_answers
+from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
-from llgbm.teachers.bank import LISTING, Bank, BankFolder, check_bank_address, open_bank
+from llgbm.teachers.bank import Bank
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
     Run,
@@ -38,11 +37,15 @@ from llgbm.teachers.train import (
     example_source,
     train_teachers,
 )
+from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
+
+# Longest answer in a trajectory.
+TRAJECTORY_TOKENS = 24
 
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """The name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite.fingerprint, config)
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -51,91 +54,46 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
     key = bank_key(base.hash, suite, config)
 
     def write(folder: Path) -> None:
+        target = BankWriter(folder, base, spec, {"method": "cache", "key": key})
+        target.start()
         tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
-        streams = [
-            f"teacher {config.seed} {index % config.per_task}" for index in range(len(tasks))
-        ]
-        batch = train_teachers(
-            base, spec, config, example_source(suite, base, tasks, streams, config)
-        )
-        _write_bank(folder, base, suite, config, tasks, batch, spec)
+        numbers = [index % config.per_task for index in range(len(tasks))]
+        streams = [f"teacher {config.seed} {number}" for number in numbers]
+        source = example_source(suite, base, tasks, streams, config)
+        states = train_teachers(base, spec, config, source).to_state_dicts()
+        trained = []
+        for task, number, state in zip(tasks, numbers, states, strict=True):
+            prompts = condition_prompts(suite, task, config, (number, config.per_task))
+            trained.append(NewAdapter(f"{task}_{number}", task, state, prompts))
+        target.add(trained)
+        _measure(target, suite, config)
 
-    return Bank.open(build_entry(root, "banks", key, write), spec, key)
-
-
-def _write_bank(
-    folder: Path,
-    base: Base,
-    suite: Suite,
-    config: TeacherConfig,
-    tasks: Sequence[str],
-    batch: LoraBatch,
-    spec: LoraSpec,
-) -> None:
-    ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
-    settings = adapter_config(spec, base.path)
-    for index, (adapter_id, task, state) in enumerate(
-        zip(ids, tasks, batch.to_state_dicts(), strict=True)
-    ):
-        own = (
-            folder
-            / "checkpoints"
-            / check_name(task, "the task")
-            / check_name(adapter_id, "the adapter")
-        )
-        own.mkdir(parents=True)
-        write_adapter_files(own, state, settings)
-        share = (index % config.per_task, config.per_task)
-        (own / "prompts.json").write_text(json.dumps(condition_prompts(suite, task, config, share)))
-    index_bank(folder, base, suite, config, batch, spec)
+    return Bank.cached(build_entry(root, "banks", key, write), spec)
 
 
-def index_bank(
-    folder: Path, base: Base, suite: Suite, config: TeacherConfig, batch: LoraBatch, spec: LoraSpec
-) -> None:
-    """Measure the teachers of a suite, `per_task` a task in the order of its tasks; write trajectories and list."""
-    tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
-    ids = [f"{task}_{index % config.per_task}" for index, task in enumerate(tasks)]
+def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
+    """Finish the bank of a suite (`per_task` adapters a task) with the accuracy and the answers of its teachers."""
+    base, tasks = target.base, suite.split.tasks
+    ids = [f"{task}_{number}" for task in tasks for number in range(config.per_task)]
     n_examples = min(32, suite.available("evaluation"))
-    examples = [
-        suite.examples(task, "evaluation", n_examples, "teacher accuracy") for task in tasks
-    ]
-    accuracy_A = exact_match(base, spec, batch, examples)
+    by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
+    examples = [own for own in by_task for _ in range(config.per_task)]
+    accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(
-            base, [e for own in examples[:: config.per_task] for e in own]
-        ),
+        "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),
     }
-    write_json(folder / "trajectories.json", _own_answers(base, suite, config, batch, spec))
-    listing = {
-        "adapters": dict(zip(ids, tasks, strict=True)),
-        "facts": facts,
-        "accuracy": dict(zip(ids, accuracy_A.tolist(), strict=True)),
-    }
-    write_json(folder / "bank.json", listing)
-
-
-def _own_answers(
-    base: Base, suite: Suite, config: TeacherConfig, batch: LoraBatch, spec: LoraSpec
-) -> dict[str, list[tuple[str, str]]]:
-    """Prompts of each task with its first teacher's greedy answers."""
-    firsts = batch.select(slice(0, None, config.per_task))
-    tasks = suite.split.tasks
-    share = (0, config.per_task)
-    own = [suite.examples(t, "train", config.trajectories, "trajectory", share) for t in tasks]
-    prompts = [
-        [chat_prompt(base.tokenizer, e.prompt, e.system) for e in examples] for examples in own
-    ]
-    answers = greedy_answers(base, spec, firsts, prompts)
-    return {
-        t: list(zip(p, a, strict=True)) for t, p, a in zip(tasks, prompts, answers, strict=True)
-    }
+    accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
+    asked = {}
+    for task in tasks:
+        own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
+        asked[task] = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in own]
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
-    """Train whatever adapter of the suite's tasks is missing or torn in `out`; measure them; give the bank.
+    """Train the adapters of the suite's tasks that are missing or torn in `out`, measure all, and open the bank.
 
     Raises UserError for a folder that holds something else, and FloatingPointError where a loss is not finite.
     """
@@ -144,38 +102,26 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
     out = check_bank_address(out).path
     teachers = config.teachers
     spec = LoraSpec.from_model(base.model, teachers.rank, teachers.alpha)
-    settings = {**config.settings, "data": suite.fingerprint}
-    target = BankFolder(out, base, spec, settings)
-    runs = [
-        Run(task, k, config, suite, base)
-        for task in suite.split.tasks
-        for k in range(config.subsets)
-    ]
+    target = BankWriter(out, base, spec, {**config.settings, "data": suite.fingerprint})
+    runs = []
+    for task in suite.split.tasks:
+        runs += [Run(task, subset, config, suite, base) for subset in range(config.subsets)]
     for adapter_id in (i for run in runs for i in run.adapter_ids):
         check_name(adapter_id, "the adapter")
     with target.opened():
         open_runs = [run for run in runs if target.missing(run.adapter_ids)]
         if open_runs:
-            say(
-                f"{len(runs) - len(open_runs)} of {len(runs)} runs are done; {len(open_runs)} to go"
-            )
-            (out / LISTING).unlink(missing_ok=True)
-            (_train_with_peft if config.method == "peft" else _train_batched)(target, open_runs)
-        if not (out / LISTING).is_file():
-            ids = [i for run in runs for i in reversed(run.adapter_ids)]
-            tasks = {i: run.task for run in runs for i in reversed(run.adapter_ids)}
-            states = [load_adapter(out / "checkpoints" / tasks[i] / i, spec) for i in ids]
-            batch = _on(LoraBatch.from_state_dicts(states), base)
-            index_bank(out, base, suite, teachers, batch, spec)
-    return open_bank(out, base)
+            done = len(runs) - len(open_runs)
+            say(f"{done} of {len(runs)} runs are done; {len(open_runs)} to go")
+            target.reopen()
+            train = _train_with_peft if config.method == "peft" else _train_batched
+            train(target, open_runs)
+        if not target.is_finished:
+            _measure(target, suite, teachers)
+    return Bank.open(out, base)
 
 
-def _on(batch: LoraBatch, base: Base) -> LoraBatch:
-    device = base.model.device
-    return LoraBatch(*({n: t.to(device) for n, t in side.items()} for side in (batch.a, batch.b)))
-
-
-def _train_batched(target: BankFolder, runs: Sequence[Run]) -> None:
+def _train_batched(target: BankWriter, runs: Sequence[Run]) -> None:
     """Groups of runs at once. A group that was killed is trained again, those before it stay."""
     at_once = runs[0].config.at_once or _that_fit(target, runs[0])
     groups = [runs[i : i + at_once] for i in range(0, len(runs), at_once)]
@@ -183,10 +129,8 @@ def _train_batched(target: BankFolder, runs: Sequence[Run]) -> None:
         batch = train_teachers(
             target.base, target.spec, group[0].config.teachers, _together(group, target.base)
         )
-        for run, state in zip(group, batch.to_state_dicts(), strict=True):
-            target.add(
-                run.adapter_ids[0], run.task, state, run.prompts, run.facts(run.config.steps)
-            )
+        states = batch.to_state_dicts()
+        target.add([run.adapter(state) for run, state in zip(group, states, strict=True)])
 
 
 def _together(runs: Sequence[Run], base: Base) -> Callable[[int], EncodedPairs]:
@@ -194,7 +138,7 @@ def _together(runs: Sequence[Run], base: Base) -> Callable[[int], EncodedPairs]:
     return lambda step: encode_examples(base, [example for at in sources for example in at(step)])
 
 
-def _that_fit(target: BankFolder, run: Run) -> int:
+def _that_fit(target: BankWriter, run: Run) -> int:
     """How many runs can be trained at once in the memory that is free. Raises UserError for none."""
     shape = BaseShape.of(target.base.model, target.spec)
     states = 4 * 4 * target.spec.n_values
@@ -227,9 +171,7 @@ def build_multitask(
         EXAMPLES_A_STEP,
         STEPS_OVER_TEACHER,
     )
-    key = content_hash(
-        "multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite.fingerprint, recipe
-    )
+    key = content_hash("multitask", MULTITASK_VERSION, TEACHERS_VERSION, base.hash, suite, recipe)
 
     def write(folder: Path) -> None:
         own = replace(config, steps=STEPS_OVER_TEACHER * config.steps, examples=EXAMPLES_A_STEP)

@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llgbm.cache import describe_file, write_json
+from llgbm.cache import describe_file
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    LoraBatch,
     LoraSpec,
     StateDict,
-    load_adapter,
+    check_scale,
     read_adapter_config,
 )
+from llgbm.lora.external import AdapterReader, PlainAdapter
+from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import greedy_answers
 from llgbm.output import STAGE, check_name
-from llgbm.runtime import UserError, content_hash, progress, say
-from llgbm.teachers.bank import (
-    LISTING,
-    PROMPTS,
-    TRAJECTORIES,
-    Bank,
-    BankFolder,
-    Prompts,
-    check_bank_address,
-    open_bank,
-    read_manifest,
-)
+from llgbm.runtime import UserError, content_hash, progress, say, split_revision
+from llgbm.teachers.bank import PROMPTS, Bank, Prompts
+from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
 PURPOSES = ("train", "evaluation")
+# Fields of an adapter's config that decide how its weights are read.
+DECIDING = ("use_rslora", "rank_pattern", "alpha_pattern")
+# Folders that hold a state of a training, and say nothing of its task.
+STATE = re.compile(
+    r"(?i)(checkpoint|ckpt|step|epoch|iter|iteration|seed|run|version|global_step)[-_]?\d+|v?\d+"
+    r"|(checkpoint|ckpt)[-_](final|best|last|latest)|final|best|last|latest|adapter|adapters|adapter_model|lora|peft"
+    r"|(final|best|last)[-_](model|adapter|checkpoint|lora)|checkpoints?|outputs?|model|results?|default"
+)
+Checked = tuple["ExternalAdapter", PlainAdapter, Prompts]
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalAdapter:
     """An adapter of someone else: its folder, its task, and where it was fetched from."""
 
     folder: Path
@@ -84,64 +87,118 @@ def import_bank(
     base, rank, alpha or target modules, values that are not finite, and an adapter without prompts.
     """
     out = check_bank_address(out).path
-    found = [
-        foreign
-        for source in sources
-        for foreign in find_adapters(source, options.task, besides=out)
-    ]
-    spec = _spec_of(found[0].folder, base)
-    given = _read_json(prompts_file) if prompts_file else {}
+    found: list[ExternalAdapter] = []
+    for source in sources:
+        found += find_adapters(source, options.task, besides=out)
+    given = read_json(prompts_file) if prompts_file else {}
     names = {base.path, *options.accept_bases}
-    checked = [
-        (f, _checked(f, spec, names), _prompts_of(f, given))
-        for f in progress(found, "checking adapters")
-    ]
+    reader = AdapterReader(base.model)
+    checked = []
+    for external in progress(found, "checking adapters"):
+        _check_base(external, names)
+        plain = reader.read(external.folder)
+        checked.append((external, plain, _prompts_of(external, given)))
+    spec = _common_spec(checked)
     taken = _described(checked)
-    contents = sorted([t.foreign.task, t.digest, content_hash(t.prompts)] for t in taken.values())
+    _say_what_was_done(checked)
+    contents = sorted([t.external.task, t.digest, content_hash(t.prompts)] for t in taken.values())
     settings = {"method": "import", "adapters": content_hash(contents), **options.settings}
-    target = BankFolder(out, base, spec, settings)
+    target = BankWriter(out, base, spec, settings)
     with target.opened(keep_half=False):
-        if not (out / LISTING).is_file() or target.missing(list(taken)):
-            (out / LISTING).unlink(missing_ok=True)
-            for adapter_id, one in taken.items():
-                one.add_to(target, adapter_id)
-            _finish(target, options)
-    return open_bank(out, base)
+        if not target.is_finished or target.missing(list(taken)):
+            target.reopen()
+            target.add([one.adapter(i) for i, one in taken.items() if not one.is_in(target, i)])
+            _finish(target, taken, options)
+    return Bank.open(out, base)
+
+
+def _common_spec(checked: Sequence[Checked]) -> LoraSpec:
+    """Return the shapes of the first adapter. Raises UserError naming one that has others."""
+    spec = checked[0][1].spec
+    for external, plain, _ in checked:
+        if plain.spec.modules != spec.modules:
+            odd = sorted(set(plain.spec.target_modules) ^ set(spec.target_modules))
+            raise UserError(
+                f"the adapter in {external.folder} and that in {checked[0][0].folder} differ in the modules that they "
+                f"adapt ({', '.join(odd)}): a bank's adapters adapt the same ones"
+            )
+        if plain.spec.rank != spec.rank:
+            raise UserError(
+                f"the adapter in {external.folder} is of another rank, {plain.spec.rank}, than that in "
+                f"{checked[0][0].folder}, {spec.rank}: a bank's adapters have one"
+            )
+        check_scale(external.folder, plain.spec, spec)
+    return spec
+
+
+def _say_what_was_done(checked: Sequence[Checked]) -> None:
+    """Say which adapters were converted, and which folders make up one task."""
+    converted: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
+    for external, plain, _ in checked:
+        places.setdefault(external.task, []).append(external.source)
+        for text in plain.converted:
+            converted.setdefault(text, []).append(external.source)
+    for text, sources in converted.items():
+        say(f"converted to plain LoRA: {text} ({len(sources)} adapters, such as {sources[0]})")
+    for task, sources in places.items():
+        if any(Path(source).name != Path(sources[0]).name for source in sources):
+            say(f"task {task}: {', '.join(sources)}")
 
 
 @dataclass(frozen=True)
 class Taken:
     """An adapter that was checked: where it is from, its values, its prompts, and the SHA-256 of its file."""
 
-    foreign: Foreign
+    external: ExternalAdapter
     state: StateDict
     prompts: Prompts
     digest: str
 
-    def add_to(self, target: BankFolder, adapter_id: str) -> None:
-        """Write it into a bank, unless it is there."""
-        known = target.adapters.get(adapter_id, {}).get("source_sha256") == self.digest
-        if not known or target.missing([adapter_id]):
-            facts = {"source": self.foreign.source, "source_sha256": self.digest}
-            target.add(adapter_id, self.foreign.task, self.state, self.prompts, facts)
+    def adapter(self, adapter_id: str) -> NewAdapter:
+        facts = {"source": self.external.source, "source_sha256": self.digest}
+        return NewAdapter(adapter_id, self.external.task, self.state, self.prompts, facts)
+
+    def is_in(self, target: BankWriter, adapter_id: str) -> bool:
+        """Say if a bank holds this adapter, whole."""
+        known = target.entries.get(adapter_id, {}).get("source_sha256") == self.digest
+        return known and not target.missing([adapter_id])
 
 
-def _described(checked: Sequence[tuple[Foreign, StateDict, Prompts]]) -> dict[str, Taken]:
-    """The adapters by their ids in the bank. Raises UserError for an id that no folder can bear."""
+def _described(checked: Sequence[Checked]) -> dict[str, Taken]:
+    """Return the adapters by their ids in the bank; of the same weights for one task, the first only."""
     taken: dict[str, Taken] = {}
-    numbers: dict[str, int] = {}
-    for foreign, state, prompts in checked:
-        number = numbers[foreign.task] = numbers.get(foreign.task, -1) + 1
-        digest = describe_file(foreign.folder / ADAPTER_WEIGHTS)[1]
-        adapter_id = check_name(f"{foreign.task}_{number}", "the adapter")
-        taken[adapter_id] = Taken(foreign, state, _cut(prompts, checked), str(digest))
+    numbers: Counter[str] = Counter()
+    known: set[tuple[str, str]] = set()
+    for external, plain, prompts in checked:
+        digest = digest_of(external.folder)
+        if (external.task, digest) in known:
+            say(
+                f"{external.source} is left out: it is the same as an earlier one of {external.task}"
+            )
+            continue
+        known.add((external.task, digest))
+        adapter_id = check_name(f"{external.task}_{numbers[external.task]}", "the adapter")
+        numbers[external.task] += 1
+        taken[adapter_id] = Taken(external, plain.state, _cut(prompts, checked), digest)
     return taken
 
 
-def find_adapters(source: str, task: str | None, besides: Path | None = None) -> list[Foreign]:
-    """The adapters in a folder (itself one, or any depth above some) or of a hub id; those in `besides` do not count.
+def digest_of(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights, and of its config where that decides how they are read."""
+    weights = str(describe_file(folder / ADAPTER_WEIGHTS)[1])
+    config = read_adapter_config(folder)
+    deciding = {name: config[name] for name in DECIDING if not is_empty(config.get(name))}
+    return content_hash(weights, deciding, length=64) if deciding else weights
 
-    Raises UserError for none, and for a name that no task can have.
+
+def find_adapters(
+    source: str, task: str | None, besides: Path | None = None
+) -> list[ExternalAdapter]:
+    """Return the adapters in a folder (itself one, or any depth above some) or of a hub id; none in `besides`.
+
+    Of several states of one training the last comes first, so that it stands for its task. Raises UserError for no
+    adapter, and for a name that no task can have.
     """
     root = Path(source).expanduser()
     if not root.is_dir():
@@ -158,7 +215,11 @@ def find_adapters(source: str, task: str | None, besides: Path | None = None) ->
         raise UserError(
             f"{source} holds no {ADAPTER_CONFIG}{where}: name a PEFT adapter's folder, one above it, or a hub id"
         )
-    return [Foreign(f, task or _task_of(f, root, source), _place(f, root, source)) for f in folders]
+    adapters = []
+    for folder in sorted(folders, key=_last_state_first):
+        own = task or _task_of(folder, root, source)
+        adapters.append(ExternalAdapter(folder, own, _place(folder, root, source)))
+    return adapters
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -166,17 +227,44 @@ def _is_unfinished(path: Path) -> bool:
     return any(part.startswith(STAGE) for part in path.parts)
 
 
+def _last_state_first(folder: Path) -> tuple[str, str, int]:
+    """Sort folders by name, but states of a training by their number, from the last."""
+    numbered = STATE.fullmatch(folder.name)
+    if numbered is None:
+        return str(folder), "", 0
+    steps = re.search(r"\d+$", folder.name)
+    return str(folder.parent), "state", -int(steps.group()) if steps else -sys.maxsize
+
+
 def _task_of(folder: Path, root: Path, source: str) -> str:
-    """In the layout `{task}/{task}_{idx}` the task; else the folder's (or the hub repository's) own name."""
-    above = folder.resolve().parent.name
-    if folder != root and above and folder.name.rpartition("_")[0] == above:
-        return check_name(above, "the task")
-    name = (source if folder == root else folder.name).rstrip("/").rsplit("/", 1)[-1]
-    if name in ("", ".", ".."):
+    """Return the task that a folder's place names.
+
+    That is the folder's own name (for a hub repository, the repository's), but that of the folder above for one of a
+    layout `{task}/{task}_{idx}` and for a state of a training, such as `checkpoint-50` or `final`.
+    """
+    top = folder
+    while top != root and STATE.fullmatch(top.name):
+        top = top.parent
+    name = top.name
+    if top == root:
+        name = _name_of_source(source)
+    elif top.name.rpartition("_")[0] == top.parent.name:
+        name = top.parent.name
+    if name in ("", ".", "..") or STATE.fullmatch(name):
         raise UserError(
-            f"{source!r} does not say what the task of its adapter is called: name it with --task"
+            f"{_place(folder, root, source)!r} does not say what the task of its adapter is called: name it with --task"
         )
     return check_name(name, "the task")
+
+
+def _name_of_source(source: str) -> str:
+    """Return the last name of a source that is none of a training's states; "" where it has none."""
+    if not Path(source).expanduser().is_dir():
+        return source.rsplit("/", 1)[-1]
+    names = [part for part in Path(source).expanduser().parts if part not in ("/", ".", "..")]
+    while names and STATE.fullmatch(names[-1]):
+        names.pop()
+    return names[-1] if names else ""
 
 
 def _place(folder: Path, root: Path, source: str) -> str:
@@ -197,64 +285,64 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _spec_of(folder: Path, base: Base) -> LoraSpec:
-    """Rank, alpha and targets of the first adapter; the others must have the same."""
-    config = read_adapter_config(folder)
-    keys = load_adapter(folder)
-    kinds = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in keys}
-    try:
-        return LoraSpec.from_model(base.model, config["r"], config["lora_alpha"], sorted(kinds))
-    except UserError as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit the base {base.path}: {error}"
-        ) from error
-
-
-def _checked(foreign: Foreign, spec: LoraSpec, names: set[str]) -> StateDict:
-    """The adapter's values. Raises UserError for one of another base, rank or kind, or not finite."""
-    state = load_adapter(foreign.folder, spec)
-    named = read_adapter_config(foreign.folder)["base_model_name_or_path"]
+def _check_base(external: ExternalAdapter, names: set[str]) -> None:
+    """Raise UserError for an adapter that names another base."""
+    named = read_adapter_config(external.folder)["base_model_name_or_path"]
     if named and _short(named) not in {_short(name) for name in names}:
         raise UserError(
-            f"the adapter in {foreign.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
+            f"the adapter in {external.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
             f"it out, or say with --accept-base {named} that the two are one model"
         )
-    return state
 
 
 def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a file of JSON, past a byte-order mark. Raises UserError for one that is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({error}): name a file of prompts"
         ) from error
 
 
-def _prompts_of(foreign: Foreign, given: Any) -> Prompts:
-    """An adapter's prompts: those given for its task, or in the file beside it; a plain list is parted in two."""
-    beside = foreign.folder / PROMPTS
-    found = given.get(foreign.task) if isinstance(given, dict) else None
-    if found is None and beside.is_file():
-        found = _read_json(beside)
+def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
+    """Return an adapter's prompts: those given for its task, or in the file beside it or above it.
+
+    A plain list is parted in two. Raises UserError for none.
+    """
+    found = given.get(external.task) if isinstance(given, dict) else None
+    if found is None:
+        places = [folder / PROMPTS for folder in (external.folder, *_above(external))]
+        beside = [place for place in places if place.is_file()]
+        found = read_json(beside[0]) if beside else None
     if isinstance(found, list):
         known = len(found) - len(found) // 3
         found = {"train": found[:known], "evaluation": found[known:]}
     if not isinstance(found, dict) or not all(_are_prompts(found.get(p)) for p in PURPOSES):
         raise UserError(
-            f"the adapter in {foreign.folder} has no prompts: put a {PROMPTS} beside it, or name task {foreign.task!r} "
-            'in --prompts, as {"train": [...], "evaluation": [...]} or one list of at least three'
+            f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name task "
+            f'{external.task!r} in --prompts, as {{"train": [...], "evaluation": [...]}} or one list of at least three'
         )
     if both := set(found["train"]) & set(found["evaluation"]):
         raise UserError(
-            f"a prompt of the adapter in {foreign.folder} is for training and evaluation both ({min(both)[:60]!r}): "
+            f"a prompt of the adapter in {external.folder} is for training and evaluation both ({min(both)[:60]!r}): "
             "keep them apart"
         )
     return {purpose: list(found[purpose]) for purpose in PURPOSES}
+
+
+def _above(external: ExternalAdapter) -> list[Path]:
+    """Return the folders from an adapter's up to the one that bears the name of its task; none without such a one."""
+    above: list[Path] = []
+    for folder in external.folder.parents:
+        above.append(folder)
+        if folder.name == external.task:
+            return above
+    return []
 
 
 def _are_prompts(found: Any) -> bool:
@@ -265,7 +353,7 @@ def _are_prompts(found: Any) -> bool:
     )
 
 
-def _cut(prompts: Prompts, everyone: Sequence[tuple[Foreign, StateDict, Prompts]]) -> Prompts:
+def _cut(prompts: Prompts, everyone: Sequence[Checked]) -> Prompts:
     """As many prompts as the adapter with fewest has: pools of all adapters are of one size."""
     return {
         purpose: prompts[purpose][: min(len(p[purpose]) for _, _, p in everyone)]
@@ -273,21 +361,13 @@ def _cut(prompts: Prompts, everyone: Sequence[tuple[Foreign, StateDict, Prompts]
     }
 
 
-def _finish(target: BankFolder, options: ImportOptions) -> None:
-    """Let each task's first adapter answer its prompts (the trajectories), then write the list that ends a bank."""
-    adapters = {i: entry["task"] for i, entry in read_manifest(target.folder)["adapters"].items()}
-    firsts = {task: i for i, task in reversed(adapters.items())}
-    folders = [target.folder / "checkpoints" / task / i for task, i in firsts.items()]
-    batch = LoraBatch.from_state_dicts([load_adapter(folder, target.spec) for folder in folders])
-    pools = [_read_json(folder / PROMPTS)["train"][: options.trajectories] for folder in folders]
+def _finish(target: BankWriter, taken: Mapping[str, Taken], options: ImportOptions) -> None:
+    """Finish the bank with the answers of each task's first adapter to its own prompts."""
     system = "" if options.chat else None
-    asked = [
-        [chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool] for pool in pools
-    ]
-    say(f"answers of {len(firsts)} adapters to {len(asked[0])} prompts each")
-    answers = greedy_answers(target.base, target.spec, batch, asked, options.max_tokens)
-    pairs = {
-        t: list(zip(p, a, strict=True)) for t, p, a in zip(firsts, asked, answers, strict=True)
-    }
-    write_json(target.folder / TRAJECTORIES, pairs)
-    write_json(target.folder / LISTING, {"adapters": adapters, "facts": {}})
+    asked: dict[str, list[str]] = {}
+    for one in taken.values():
+        pool = one.prompts["train"][: options.trajectories]
+        prompts = [chat_prompt(target.base.tokenizer, prompt, system) for prompt in pool]
+        asked.setdefault(one.external.task, prompts)
+    say(f"answers of {len(asked)} adapters to {len(next(iter(asked.values())))} prompts each")
+    target.finish(list(taken), asked, {"facts": {}}, options.max_tokens)

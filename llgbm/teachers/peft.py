@@ -25,13 +25,13 @@ from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import answer_loss, encode_examples
 from llgbm.runtime import content_hash, free_memory, progress, progress_bar
-from llgbm.teachers.bank import BankFolder
 from llgbm.teachers.train import Run, adam_with_decay, shared_initial_a
+from llgbm.teachers.writer import BankWriter
 
 STATES = ".states"
 
 
-def _train_with_peft(target: BankFolder, runs: Sequence[Run]) -> None:
+def _train_with_peft(target: BankWriter, runs: Sequence[Run]) -> None:
     shape = BaseShape.of(target.base.model, target.spec)
     with peft_adapter(target.base, target.spec) as model:
         for run in progress(runs, "runs", total=len(runs)):
@@ -77,9 +77,7 @@ class PeftRun:
         )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.step, self.loss = 0, math.nan
-        self.key = content_hash(
-            config.settings, base.hash, run.suite.fingerprint, run.task, run.subset
-        )
+        self.key = content_hash(config.settings, base.hash, run.suite, run.task, run.subset)
 
     def advance(self) -> None:
         """One step: its examples in `accumulation` pieces, weighted by their tokens as if they were one."""
@@ -117,7 +115,7 @@ class PeftRun:
             str(self.run.base.model.device)
         )
 
-    def finish(self, target: BankFolder) -> None:
+    def finish(self, target: BankWriter) -> None:
         """Train to the last step; leave adapters and, every few steps, a state to go on from."""
         config = self.run.config
         bar = progress_bar(
@@ -127,9 +125,7 @@ class PeftRun:
             self.advance()
             bar.update()
             if self.step in config.saved_at:
-                adapter_id = self.run.adapter_ids[config.saved_at.index(self.step)]
-                facts = {**self.run.facts(self.step), "loss": round(self.loss, 6)}
-                target.add(adapter_id, self.run.task, self.adapter(), self.run.prompts, facts)
+                target.add([self.run.adapter(self.adapter(), self.step, loss=round(self.loss, 6))])
             if self.step % config.every == 0 and self.step < config.steps:
                 self.save(target.folder)
         bar.close()
@@ -163,7 +159,7 @@ class PeftRun:
             os.fsync(stream.fileno())
         os.replace(stage, file)
 
-    def resume(self, target: BankFolder) -> None:
+    def resume(self, target: BankWriter) -> None:
         """Go on from the run's saved state, unless an adapter from before that step must be made again."""
         file = self._state_file(target.folder)
         if not file.is_file():

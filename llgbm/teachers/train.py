@@ -1,6 +1,6 @@
 """Train teacher adapters, many at once through the batched primitive.
 
-Letters: A adapters, B examples an adapter.
+Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.lora.adapters import LoraBatch, LoraSpec, StateDict
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples
 from llgbm.runtime import UserError, progress, release_device_memory, stream_seed
 from llgbm.tasks.suite import Example, Suite
+from llgbm.teachers.writer import NewAdapter
 
 TEACHERS_VERSION = 1
 
@@ -222,6 +223,10 @@ class Run:
     def prompts(self) -> dict[str, list[str]]:
         return condition_prompts(self.suite, self.task, self.config.teachers, self.share)
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """What the manifest says of an adapter."""
-        return {"subset": f"{self.subset + 1} of {self.config.subsets}", "step": step}
+    def adapter(self, state: StateDict, step: int | None = None, **facts: Any) -> NewAdapter:
+        """Return the adapter that the run leaves at a step (default: its last), for a bank."""
+        step = step or self.config.steps
+        adapter_id = self.adapter_ids[self.config.saved_at.index(step)]
+        subset = f"{self.subset + 1} of {self.config.subsets}"
+        told = {"subset": subset, "step": step, **facts}
+        return NewAdapter(adapter_id, self.task, state, self.prompts, told)

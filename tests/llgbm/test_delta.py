@@ -29,6 +29,7 @@ from llgbm.lora.adapters import adapter_config, save_adapter
 from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet, create_generic_probes
 from llgbm.runtime import UserError
+from llgbm.teachers.bank import Bank
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 ADAPTERS = {"first_0": "first", "last_0": "last", "last_1": "last"}
@@ -208,9 +209,8 @@ Build = Callable[..., DeltaCache]
 @pytest.fixture
 def build(tmp_path: Path, tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch) -> Build:
     def make(probe_set: ProbeSet, base: Base = tiny_base, bank: str = "bank") -> DeltaCache:
-        return DeltaCache.build(
-            tmp_path / "cache", base, tiny_spec, bank, ADAPTERS, tiny_adapters, probe_set
-        )
+        own = Bank(tmp_path, bank, tiny_spec, ADAPTERS)
+        return DeltaCache.build(tmp_path / "cache", base, own, probe_set, tiny_adapters)
 
     return make
 
@@ -309,13 +309,6 @@ def test_nothing_to_measure_is_refused(
 ) -> None:
     for adapters in ({}, {"first_0": "first"}):
         with pytest.raises(ValueError, match="each needs one"):
-            DeltaCache.build(
-                tmp_path,
-                tiny_base,
-                tiny_spec,
-                "bank",
-                adapters,
-                tiny_adapters,
-                create_generic_probes(),
-            )
+            bank = Bank(tmp_path, "bank", tiny_spec, adapters)
+            DeltaCache.build(tmp_path, tiny_base, bank, create_generic_probes(), tiny_adapters)
     assert not list(tmp_path.iterdir())

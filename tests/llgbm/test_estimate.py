@@ -33,7 +33,7 @@ def one_step(
     world: World, config: TrainingConfig
 ) -> tuple[Trial, dict[str, torch.Tensor], TrialEstimate]:
     """A trial, its first batch, and the estimate for probes as long as that batch's."""
-    trial = Trial(config, world.data, world.flora)
+    trial = Trial(config, world.data, world.lora_model)
     batch = next(iter(trial.batches()))
     tokens = batch_deltas(batch).probes.ids_APT.shape[-1]
     width = world.data.conditions.train_ANC.shape[-1]

@@ -11,7 +11,7 @@ from contracts import WIDTH, make_spec, random_conditions, random_statistics
 from dnd.errors import DndError
 from dnd.tokenizer import LoraTokenizer2D
 
-from llgbm.dataset import Draw, Text2Qwen25LoRA_DeltaDataset
+from llgbm.dataset import Draw, Sampling, Text2Qwen25LoRA_DeltaDataset
 from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.generator.conditions import BaseModelEncoder
@@ -50,7 +50,7 @@ def test_the_data_set_of_a_bank_gives_the_tokens_of_dnd(world: World, tmp_path: 
     encoder = BaseModelEncoder(world.base)
     probes = create_generic_probes()
     dataset = Text2Qwen25LoRA_DeltaDataset(
-        world.bank, world.base, encoder, probes, tmp_path, tasks, 2, 2
+        world.bank, world.base, encoder, probes, tmp_path, Sampling(tuple(tasks), 2, 2)
     )
     assert len(dataset) == len([t for t in world.bank.adapters.values() if t in tasks])
     for row, adapter_id in enumerate(list(world.bank.adapters)[: len(dataset)]):
@@ -88,7 +88,7 @@ def test_hyperconv_starts_near_the_mean_adapter() -> None:
         for parameter in generator.decoder.parameters():
             parameter.zero_()
         tokens = generator(random_conditions())
-    assert torch.equal(tokens, generator.start_TXY.expand_as(tokens))
+    assert torch.equal(tokens, generator.start_UXY.expand_as(tokens))
 
 
 def test_hyperconv_reads_its_shapes_off_the_spec() -> None:
@@ -108,7 +108,9 @@ def test_hyperconv_trains_on_weights_and_on_behaviour(
     )
     found: list[float] = []
     own = replace(own, generator=GeneratorConfig("hyperconv", 64))
-    train(own, world.data, world.flora, lambda step, metrics: found.append(metrics[name]) or True)
+    train(
+        own, world.data, world.lora_model, lambda step, metrics: found.append(metrics[name]) or True
+    )
     assert sum(found[-5:]) < sum(found[:5])
 
 

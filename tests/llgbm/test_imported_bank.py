@@ -22,7 +22,7 @@ from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import adapter_config, save_adapter
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
-from llgbm.teachers.bank import open_bank, read_manifest
+from llgbm.teachers.bank import Bank, read_manifest
 
 PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
 
@@ -78,7 +78,7 @@ def test_what_is_taken_over_is_a_bank(
     assert (said["tasks"], said["rank"], said["alpha"]) == ({"one": 2, "two": 1}, 3, 6.0)
     assert said["torn"] == [] and said["finished"]
     assert said["sources"]["one_1"] == f"{foreign}/one/one_1"
-    bank = open_bank(out, tiny_base)
+    bank = Bank.open(out, tiny_base)
     assert dict(bank.adapters) == {"one_0": "one", "one_1": "one", "two_0": "two"}
     assert torch.equal(bank.load().flatten(tiny_spec), tiny_adapters.flatten(tiny_spec))
     assert bank.prompts("two_0") == PROMPTS
@@ -86,9 +86,7 @@ def test_what_is_taken_over_is_a_bank(
     pools = build_conditions(tmp_path / "cache", BaseModelEncoder(tiny_base), bank, ["nonsense"])
     assert pools.train_ANC.shape[:2] == (3, 2)
     probes = bank.trajectories()
-    deltas = DeltaCache.build(
-        tmp_path / "cache", tiny_base, bank.spec, bank.hash, bank.adapters, bank.load(), probes
-    )
+    deltas = DeltaCache.build(tmp_path / "cache", tiny_base, bank, probes)
     assert deltas.table(tiny_base, probes).delta_APQD.abs().max() > 0.01
     assert main(["bank", "show", str(out)]) == 0
     assert json.loads(capsys.readouterr().out) == said
@@ -107,7 +105,7 @@ def test_what_peft_itself_saves_is_taken_over(tiny_base: Base, tmp_path: Path, c
     assert take(tmp_path / "mine", tiny_base, tmp_path / "bank", "--prompts", str(prompts)) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["target_modules"] == sorted(targets) and said["rank"] == 2
-    bank = open_bank(tmp_path / "bank", tiny_base)
+    bank = Bank.open(tmp_path / "bank", tiny_base)
     assert bank.prompts("mine_0") == {"train": ["a =>", "b =>"], "evaluation": ["c =>"]}
 
 
@@ -210,7 +208,7 @@ def test_a_bank_of_another_base_is_refused(
     assert take(foreign, tiny_base, tmp_path / "bank") == 0
     other = Base(tiny_base.model, tiny_base.tokenizer, "elsewhere", "0" * 16)
     with pytest.raises(UserError, match="not of elsewhere"):
-        open_bank(tmp_path / "bank", other)
+        Bank.open(tmp_path / "bank", other)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +266,7 @@ def test_teachers_of_real_datasets_by_both_methods(qwen: Path, tmp_path: Path, c
         arguments = [*common, *sizes, "--trajectories", "1", "--method", method, "--out", str(out)]
         assert main(["teachers", *arguments, "--learning-rate", "1e-3", "--device", "cpu"]) == 0
         assert json.loads(capsys.readouterr().out)["adapters"] == 4
-        bank = open_bank(out, load_base(qwen))
+        bank = Bank.open(out, load_base(qwen))
         assert set(bank.adapters.values()) == {"ARC-e", "BoolQ"}
         batches.append(bank.load().flatten(bank.spec))
         prompts = [bank.prompts(f"ARC-e_{i}")["train"] for i in range(2)]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import delta_w_error, delta_w_inner
+from llgbm.lora.geometry import delta_w_error, delta_w_inner
 from llgbm.losses import DELTA_LOSSES, DeltaOnlyLoss, MultiTaskLoss, delta_loss, weight_loss
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig

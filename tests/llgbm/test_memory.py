@@ -16,7 +16,7 @@ from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.apply import adapters_applied, final_hidden
 from llgbm.models.load import Base
-from llgbm.runtime import UserError, spare_collector
+from llgbm.runtime import UserError, freeze_gc
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World
 
@@ -29,18 +29,18 @@ SAVERS = {
 
 
 @pytest.fixture(scope="module")
-def flora(tiny_base: Base) -> FunctionalLoRA:
+def lora_model(tiny_base: Base) -> FunctionalLoRA:
     return FunctionalLoRA(tiny_base.model, 3, 6.0)
 
 
 @pytest.fixture(scope="module")
-def table(flora: FunctionalLoRA, tiny_adapters: LoraBatch) -> DeltaTable:
+def table(lora_model: FunctionalLoRA, tiny_adapters: LoraBatch) -> DeltaTable:
     """Five probes of 12 tokens for each of three adapters, read at three positions."""
     noise = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 400, (3, 5, 12), generator=noise)
     positions = torch.randint(0, 12, (3, 5, 3), generator=noise)
     probes = EncodedProbes(ids, positions, torch.ones_like(positions, dtype=torch.bool))
-    return measure_deltas(flora.model, flora.spec, tiny_adapters, probes, shared=False)
+    return measure_deltas(lora_model.model, lora_model.spec, tiny_adapters, probes, shared=False)
 
 
 def leaves_of(batch: LoraBatch) -> LoraBatch:
@@ -66,14 +66,17 @@ def bytes_held(forward: Callable[[], Tensor], ignore: Collection[int] = ()) -> t
 
 @pytest.mark.parametrize("saver", SAVERS.values(), ids=list(SAVERS))
 def test_gradients_are_those_of_the_plain_pass_in_less_memory(
-    flora: FunctionalLoRA, tiny_adapters: LoraBatch, table: DeltaTable, saver: Mapping[str, int]
+    lora_model: FunctionalLoRA,
+    tiny_adapters: LoraBatch,
+    table: DeltaTable,
+    saver: Mapping[str, int],
 ) -> None:
     results = []
     for options in ({}, saver):
         leaves = leaves_of(tiny_adapters)
         delta, held = bytes_held(
             lambda leaves=leaves, options=options: compute_delta_differentiable(
-                flora, leaves, table.probes, table.base_APQD, **options
+                lora_model, leaves, table.probes, table.base_APQD, **options
             )
         )
         (delta * table.delta_APQD.roll(1, 0)).sum().backward()
@@ -136,7 +139,7 @@ def test_a_training_that_saves_memory_follows_the_plain_one(
         train(
             settings,
             world.data,
-            world.flora,
+            world.lora_model,
             lambda step, m, found=found: found.append(m["loss/total"]) or True,
         )
         curves.append(torch.tensor(found))
@@ -153,7 +156,7 @@ def test_the_collector_is_spared_what_was_loaded_and_still_finds_later_garbage()
         def __init__(self) -> None:
             self.me = self
 
-    spare_collector()
+    freeze_gc()
     try:
         assert gc.get_freeze_count() > 10 * len(gc.get_objects())
         later = Cycle()
@@ -162,5 +165,5 @@ def test_the_collector_is_spared_what_was_loaded_and_still_finds_later_garbage()
         gc.collect()
         assert gone() is None
     finally:
-        spare_collector.cache_clear()
+        freeze_gc.cache_clear()
         gc.unfreeze()

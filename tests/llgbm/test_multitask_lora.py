@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llgbm.evaluation.baselines import evaluate_baselines, known_baselines, multitask_lora
+from llgbm.evaluation.baselines import (
+    evaluate_baselines,
+    from_metrics,
+    known_baselines,
+    multitask_lora,
+    to_metrics,
+)
 from llgbm.evaluation.metrics import mean_by_task
 from llgbm.lora import LoraBatch
 from llgbm.models.scoring import adapter_losses, encode_examples
@@ -58,11 +64,11 @@ def test_it_learns_its_mixture_and_is_found_again(
 
 def test_it_is_a_baseline_for_every_task(world: World) -> None:
     rows = list(world.data.rows["test"])
-    flat_AV = multitask_lora(world.data, world.flora, rows)
+    flat_AV = multitask_lora(world.data, world.lora_model, rows)
     assert flat_AV.shape == (len(rows), world.bank.spec.n_values) and torch.equal(
         flat_AV[0], flat_AV[-1]
     )
-    assert "multitask_lora" in evaluate_baselines(world.data, world.flora)
+    assert "multitask_lora" in evaluate_baselines(world.data, world.lora_model)
 
 
 def test_baselines_are_measured_once(
@@ -70,14 +76,21 @@ def test_baselines_are_measured_once(
 ) -> None:
     measured = {
         name: dict(result.metrics)
-        for name, result in evaluate_baselines(world.data, world.flora).items()
+        for name, result in evaluate_baselines(world.data, world.lora_model).items()
     }
-    assert known_baselines(tmp_path, world) == measured
+    assert known_baselines(tmp_path, world.data, world.lora_model) == measured
     monkeypatch.setattr(
         "llgbm.evaluation.baselines.evaluate_baselines", lambda *_: pytest.fail("measured again")
     )
-    assert known_baselines(tmp_path, world) == measured
+    assert known_baselines(tmp_path, world.data, world.lora_model) == measured
 
 
 def test_several_teachers_of_a_task_are_averaged() -> None:
     assert mean_by_task(["b", "a", "b"], torch.tensor([0.0, 0.5, 1.0])) == {"b": 0.5, "a": 0.5}
+
+
+@pytest.mark.parametrize("size", ["", "nano", "base-my_nano"])
+def test_metrics_of_baselines_are_read_back_as_they_were(size: str) -> None:
+    baselines = {"mean_adapter": {"accuracy": 0.25}, "ridge_": {"accuracy": 0.5, "cosine": 0.1}}
+    logged = {**to_metrics(baselines, size), "world/nano/base_accuracy": 0.0, "baseline/odd": 1.0}
+    assert from_metrics(logged, ["nano", "base-my_nano"]) == {size: baselines}

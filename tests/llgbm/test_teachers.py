@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from llgbm.models.scoring import (
 from llgbm.runtime import UserError
 from llgbm.tasks.suite import Example
 from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import Bank, read_manifest
 from llgbm.teachers.build import build_bank
 from llgbm.teachers.train import TeacherConfig, example_source, shared_initial_a, train_teachers
 from llgbm.world import World
@@ -237,8 +237,10 @@ def test_bank_has_the_layout_that_users_know(tiny_base: Base, tmp_path: Path) ->
         bank.load()
     rebuilt = build_bank(tmp_path, tiny_base, SUITE, config)
     assert torch.equal(rebuilt.load().flatten(bank.spec), values)
-    stored = json.loads((rebuilt.folder / "bank.json").read_text())
-    assert stored["adapters"] == dict(bank.adapters) and stored["facts"]["base_accuracy"] == 0.0
+    assert rebuilt.adapters == bank.adapters and rebuilt.facts["base_accuracy"] == 0.0
+    stored = read_manifest(rebuilt.folder)
+    assert stored["measured"]["accuracy"].keys() == stored["adapters"].keys()
+    assert Bank.open(rebuilt.folder, tiny_base).load().n_adapters == batch.n_adapters
 
 
 def test_a_bank_of_nothing_is_refused() -> None:

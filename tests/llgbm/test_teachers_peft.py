@@ -17,7 +17,7 @@ from llgbm.models.load import Base
 from llgbm.runtime import UserError
 from llgbm.tasks.suite import Split
 from llgbm.tasks.synthetic import SyntheticSuite
-from llgbm.teachers.bank import Bank, open_bank, read_manifest, show_bank
+from llgbm.teachers.bank import Bank, read_manifest, show_bank
 from llgbm.teachers.build import make_bank
 from llgbm.teachers.peft import PeftRun
 from llgbm.teachers.train import SFTConfig, TeacherConfig
@@ -114,7 +114,7 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
     assert len(bank.trajectories().of("copy-plain")) == 2
     assert set(bank.facts) == {"teacher_accuracy", "worst_teacher_accuracy", "base_accuracy"}
     assert show_bank(bank.folder)["torn"] == [] and show_bank(bank.folder)["finished"]
-    assert open_bank(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
+    assert Bank.open(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
 
 
 def test_the_base_is_as_it_was(banks: dict[str, Bank], tiny_base: Base) -> None:
@@ -167,13 +167,35 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         patch.setattr(PeftRun, "advance", killed_at)
         with pytest.raises(Killed):
             bank_of(tiny_base, tmp_path / "bank", TWO_EACH)
-    assert not show_bank(tmp_path / "bank")["finished"]
+    # Nothing is left of a bank that has neither an adapter nor a state yet.
+    assert (tmp_path / "bank").exists() == (step > 1)
+    assert step == 1 or not show_bank(tmp_path / "bank")["finished"]
     assert not any(p.requires_grad for p in tiny_base.model.parameters())
     redone = count_steps(monkeypatch)
     bank = bank_of(tiny_base, tmp_path / "bank", TWO_EACH)
     assert len(redone) == 8 - step + step % 2
     assert torch.equal(values(bank), values(banks["two"]))
     assert not list((bank.folder / ".states").iterdir())
+
+
+def test_a_state_is_kept_where_no_adapter_is_there_yet(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = replace(ONE_EACH, teachers=replace(TEACHERS, steps=6))
+    plain = PeftRun.advance
+
+    def killed_at(self: PeftRun) -> None:
+        if self.step == 3:
+            raise Killed
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftRun, "advance", killed_at)
+        with pytest.raises(Killed):
+            bank_of(tiny_base, tmp_path / "bank", late)
+    redone = count_steps(monkeypatch)
+    bank_of(tiny_base, tmp_path / "bank", late)
+    assert len(redone) == 4 * 6 - 2
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -198,7 +220,7 @@ def test_a_torn_adapter_is_made_again_and_no_other(
     weights.write_bytes(weights.read_bytes()[:-50])
     assert show_bank(folder)["torn"] == ["copy-plain_0"]
     with pytest.raises(UserError, match="copy-plain_0"):
-        open_bank(folder, tiny_base)
+        Bank.open(folder, tiny_base)
     steps = count_steps(monkeypatch)
     bank = bank_of(tiny_base, folder, TWO_EACH)
     assert set(steps) == {"copy-plain"}
@@ -257,7 +279,7 @@ def test_checkpointing_comes_by_itself_where_memory_is_short(
     from llgbm.teachers import peft as sft
 
     plain = sft.blocks_checkpointed
-    monkeypatch.setattr("llgbm.teachers.build.free_memory", lambda device: 1e3)
+    monkeypatch.setattr("llgbm.teachers.peft.free_memory", lambda device: 1e3)
     monkeypatch.setattr(
         "llgbm.teachers.peft.blocks_checkpointed",
         lambda model: used.append([model]) or plain(model),

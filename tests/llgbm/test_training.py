@@ -46,7 +46,7 @@ GOLDEN_TOTAL = [
 
 def curve(config: TrainingConfig, world: World) -> list[Mapping[str, float]]:
     found: list[Mapping[str, float]] = []
-    train(config, world.data, world.flora, lambda step, metrics: found.append(metrics) or True)
+    train(config, world.data, world.lora_model, lambda step, metrics: found.append(metrics) or True)
     return found
 
 
@@ -66,7 +66,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
 def test_the_same_seed_gives_the_same_evaluation(world: World, config: TrainingConfig) -> None:
     results = [
         evaluate_generator(
-            train(config, world.data, world.flora).generator, world.data, world.flora, "test"
+            train(config, world.data, world.lora_model).generator,
+            world.data,
+            world.lora_model,
+            "test",
         ).metrics
         for _ in range(2)
     ]
@@ -80,10 +83,12 @@ def test_a_resumed_run_equals_an_unbroken_one(world: World, config: TrainingConf
     def keep(state: dict) -> None:
         states.append({k: _copy(v) for k, v in state.items()})
 
-    whole = train(config, world.data, world.flora, lambda s, m: curve_whole.append(m) or True, keep)
+    whole = train(
+        config, world.data, world.lora_model, lambda s, m: curve_whole.append(m) or True, keep
+    )
     rest: list[Mapping[str, float]] = []
     resumed = train(
-        config, world.data, world.flora, lambda s, m: rest.append(m) or True, state=states[0]
+        config, world.data, world.lora_model, lambda s, m: rest.append(m) or True, state=states[0]
     )
     assert rest == curve_whole[10:]
     for name, value in whole.generator.state_dict().items():
@@ -97,21 +102,21 @@ def _copy(value: object) -> object:
 
 
 def test_a_report_that_says_no_ends_the_run(world: World, config: TrainingConfig) -> None:
-    outcome = train(config, world.data, world.flora, lambda step, metrics: step < 7)
+    outcome = train(config, world.data, world.lora_model, lambda step, metrics: step < 7)
     assert outcome.steps_run == 7
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(
     world: World, config: TrainingConfig
 ) -> None:
-    trial = Trial(replace(config, patience=2), world.data, world.flora)
+    trial = Trial(replace(config, patience=2), world.data, world.lora_model)
     trial.step = 10
     trial.keep_if_best(0.5)
     trial.step = 20
     trial.keep_if_best(0.5)
-    assert not trial.stale and trial.best_step == 20
+    assert not trial.should_stop and trial.best_step == 20
     trial.step = 30
-    assert trial.stale
+    assert trial.should_stop
 
 
 def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(
@@ -145,7 +150,7 @@ def _curve_of(
     config: TrainingConfig, data: ExperimentData, world: World
 ) -> list[Mapping[str, float]]:
     found: list[Mapping[str, float]] = []
-    train(config, data, world.flora, lambda step, metrics: found.append(metrics) or True)
+    train(config, data, world.lora_model, lambda step, metrics: found.append(metrics) or True)
     return found
 
 
@@ -161,7 +166,7 @@ def test_a_rate_that_diverges_is_an_error_not_a_number(
     with pytest.raises(
         (FloatingPointError, ValueError), match="lower the learning rate|NaN or infinite"
     ):
-        train(replace(config, learning_rate=1e18, steps=60), world.data, world.flora)
+        train(replace(config, learning_rate=1e18, steps=60), world.data, world.lora_model)
 
 
 @pytest.mark.parametrize(
@@ -210,3 +215,16 @@ def test_prompts_are_drawn_anew_every_step(world: World) -> None:
     order = [torch.argsort(b["tokens"][:, 0]) for b in (first, second)]
     assert torch.equal(first["tokens"][order[0]], second["tokens"][order[1]])
     assert not torch.equal(first["condition"][order[0]], second["condition"][order[1]])
+
+
+def test_a_checkpoint_with_the_older_name_of_a_field_is_resumed(
+    world: World, config: TrainingConfig
+) -> None:
+    trial = Trial(replace(config, patience=2), world.data, world.lora_model)
+    trial.step = 10
+    trial.keep_if_best(0.5)
+    state = trial.state()
+    state["risen_step"] = state.pop("last_improvement")
+    resumed = Trial(trial.config, world.data, world.lora_model)
+    resumed.restore(state)
+    assert resumed.last_improvement == 10

@@ -160,7 +160,7 @@ def bundle(world: World, tmp_path: Path, config: TrainingConfig) -> Path:
     facts = {"size": "nano", "base_path": world.base.path, "base_hash": world.base.hash}
     facts |= {"bank_hash": world.bank.hash, "encoder": world.data.encoder}
     GeneratorBundle.save(
-        folder, Trial(config, world.data, world.flora).generator, config.generator, facts
+        folder, Trial(config, world.data, world.lora_model).generator, config.generator, facts
     )
     return folder
 
@@ -197,7 +197,9 @@ def test_generate_then_plain_peft_then_evaluate(
         "input_ids"
     ]
     with torch.no_grad():
-        own = world.flora.forward_with_lora(LoraBatch.from_state_dicts([load_adapter(out)]), ids)[0]
+        own = world.lora_model.forward_with_lora(
+            LoraBatch.from_state_dicts([load_adapter(out)]), ids
+        )[0]
         theirs = PeftModel.from_pretrained(base, str(out))(ids).logits
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
 
@@ -273,7 +275,7 @@ def test_a_bank_with_an_adapter_of_another_rank_is_refused(world: World, tmp_pat
 
     folder = tmp_path / "bank"
     shutil.copytree(world.bank.folder, folder)
-    bank = Bank.open(folder, world.bank.spec, "copy")
+    bank = Bank.cached(folder, world.bank.spec, "copy")
     other = LoraSpec(world.bank.spec.modules, rank=2, alpha=4.0)
     state = {
         f"base_model.model.{name}.lora_{side}.weight": torch.ones(shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from formats import (
     CACHE,
     DATA,
     FOLDER,
+    OLDER_CACHE,
     PROMPTS,
     STORE,
     TOPICS,
@@ -30,11 +32,14 @@ from safetensors.torch import load_file
 from llgbm.evaluation.baselines import known_baselines
 from llgbm.generator import GENERATORS
 from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.conditions import build_conditions, make_encoder
 from llgbm.lora import LoraBatch
 from llgbm.models.load import load_base
-from llgbm.teachers.bank import BankSource, open_bank
-from llgbm.teachers.build import build_bank
-from llgbm.world import World, gather_data, make_flora
+from llgbm.runtime import UserError
+from llgbm.teachers.bank import Bank, BankSource, read_manifest
+from llgbm.teachers.build import TRAJECTORY_TOKENS, build_bank
+from llgbm.teachers.writer import BankWriter
+from llgbm.world import gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
@@ -63,10 +68,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
     bundle = GeneratorBundle.load(Path("bundles") / name)
-    assert (bundle.facts["base_hash"], bundle.facts["generator"]["name"]) == (
-        load_base(BASE).hash,
-        name,
-    )
+    base = load_base(BASE)
+    bundle.check_base(base)
+    assert bundle.facts["generator"]["name"] == name
+    with pytest.raises(UserError, match="not for base"):
+        bundle.check_base(replace(base, hash="another", folder=None))
     wrote, wanted = bundle.generate(PROMPTS), load_file(Path("bundles") / f"{name}.safetensors")
     assert wrote.keys() == wanted.keys() and max(t.abs().max() for t in wanted.values()) > 0.01
     for key, values in wanted.items():
@@ -74,12 +80,13 @@ def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
     assert bundle.adapter_config()["base_model_name_or_path"] == str(BASE)
 
 
-def test_a_bank_lists_and_loads() -> None:
-    bank = open_bank(Path("bank"), load_base(BASE))
+@pytest.mark.parametrize("folder", [Path("bank"), Path("bank-2")], ids=["version 1", "version 2"])
+def test_a_bank_lists_and_loads(folder: Path) -> None:
+    bank = Bank.open(folder, load_base(BASE))
     assert dict(bank.adapters) == {f"{topic}_0": topic for topic in TOPICS[:3]}
     assert (bank.spec.rank, bank.spec.alpha) == (1, 2.0)
     files = [
-        load_file(f"bank/checkpoints/{topic}/{topic}_0/adapter_model.safetensors")
+        load_file(folder / f"checkpoints/{topic}/{topic}_0/adapter_model.safetensors")
         for topic in TOPICS[:3]
     ]
     stacked = LoraBatch.from_state_dicts(files).flatten(bank.spec)
@@ -96,10 +103,28 @@ def test_a_bank_lists_and_loads() -> None:
         "teacher_accuracy": 0.0,
         "worst_teacher_accuracy": 0.0,
     }
-    stored = json.loads(Path("bank/trajectories.json").read_text())
+    stored = json.loads((folder / "trajectories.json").read_text())
     probes = bank.trajectories()
     assert [[p.prompt, p.continuation] for p in probes.of("stone")] == stored["stone"]
-    assert BankSource.find("bank").hash == bank.hash
+    assert BankSource.find(str(folder)).hash == bank.hash
+
+
+def test_a_bank_of_version_1_is_written_on_under_its_hash() -> None:
+    base, folder = load_base(BASE), Path("bank")
+    before, settings = Bank.open(folder, base), read_manifest(folder)["settings"]
+    facts = before.facts
+    writer = BankWriter(folder, base, before.spec, settings)
+    with writer.opened():
+        assert writer.is_finished and writer.missing(list(before.adapters)) == []
+        writer.reopen()
+        with pytest.raises(UserError, match="not finished"):
+            Bank.open(folder, base)
+        told = before.trajectories()
+        asked = {topic: [probe.prompt for probe in told.of(topic)] for topic in TOPICS[:3]}
+        writer.finish(list(before.adapters), asked, {"facts": facts}, TRAJECTORY_TOKENS)
+    after = Bank.open(folder, base)
+    assert (after.hash, after.adapters) == (before.hash, before.adapters)
+    assert read_manifest(folder)["version"] == 2 and not (folder / "bank.json").exists()
 
 
 def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None:
@@ -107,7 +132,7 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
     config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
     bank = build_bank(CACHE, base, config.suite, config.teachers)
     data = gather_data(CACHE, config, base, bank)
-    baselines = known_baselines(CACHE, World(config, base, bank, data, make_flora(base, bank)))
+    baselines = known_baselines(CACHE, data, make_lora_model(base, bank))
     assert contents(CACHE) == before
     assert {name.split("/")[0] for name in before} == {
         "banks",
@@ -126,6 +151,18 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
         )
     assert data.conditions.train_ANC.shape == (4, 8, 8)
     assert baselines == json.loads((STORE / "numbers.json").read_text())["baselines"]
+
+
+def test_entries_of_an_earlier_version_are_told_of_once_and_left_as_they_are(capsys: Any) -> None:
+    before = contents(OLDER_CACHE)
+    config, base = study_of(parse_arguments(ARGUMENTS)).worlds[0], load_base(BASE)
+    encoder = make_encoder(config.encoder, base)
+    for folder in ("bank", "bank-2"):
+        build_conditions(OLDER_CACHE, encoder, Bank.open(Path(folder), base), [folder])
+    told = [line for line in capsys.readouterr().err.splitlines() if "earlier version" in line]
+    (line,) = told
+    assert "1 banks, 1 baselines, 1 conditions, 3 deltas, 1 multitask" in line
+    assert before.items() <= contents(OLDER_CACHE).items()
 
 
 def test_cached_deltas_are_those_that_are_measured_today(tmp_path: Path) -> None:
@@ -147,9 +184,9 @@ def uri(here: Path) -> str:
 def test_a_store_gives_its_report_and_its_numbers(uri: str, tmp_path: Path) -> None:
     record = read_study(uri, find_study(uri, "latest").info.run_id)
     wanted = json.loads((STORE / "numbers.json").read_text())
-    assert (record.study, record.study_id) == ("tiny", study_of(parse_arguments(ARGUMENTS)).id)
+    assert record.study == "tiny" and len(record.study_id) == 12
     assert json.loads(json.dumps(shown_numbers(record))) == wanted
-    assert [delta.teacher_TD.shape for delta in record.deltas] == [(1, 8), (1, 8)]
+    assert [delta.teacher_JD.shape for delta in record.deltas] == [(1, 8), (1, 8)]
     (tmp_path / "report").mkdir()
     printed = write_report(tmp_path / "report", record)
     for trial in wanted["trials"].values():
@@ -160,15 +197,18 @@ def test_a_store_gives_its_report_and_its_numbers(uri: str, tmp_path: Path) -> N
     assert (tmp_path / "report" / "report.md").is_file()
 
 
-def test_trials_of_a_store_count_as_finished(uri: str, here: Path) -> None:
+def test_trials_of_a_store_are_found_by_their_ids_and_by_no_other(uri: str, here: Path) -> None:
     study = study_of(parse_arguments(ARGUMENTS))
     tracker = StudyTracker.open(None, here, "llgbm")
-    assert trials_to_run(study.trials, tracker.live_runs(), resume=False, retry_failed=False) == []
+    wanted: dict[str, Any] = json.loads((STORE / "numbers.json").read_text())["trials"]
+    # Ids of version 0.1.0 left out part of what numbers depend on: their trials are run again.
+    open_trials = trials_to_run(study.trials, tracker.live_runs(), resume=False, retry_failed=False)
+    assert list(open_trials) == list(study.trials)
+    assert not wanted.keys() & {trial.id for trial in study.trials}
     tracker.begin(study.name, study.id, {}, {})
     assert tracker.target is not None
-    wanted: dict[str, Any] = json.loads((STORE / "numbers.json").read_text())["trials"]
-    for trial in study.trials:
-        assert finished_metrics(tracker.target, trial.id) == wanted[trial.id]["metrics"]
+    for trial_id, known in wanted.items():
+        assert finished_metrics(tracker.target, trial_id) == known["metrics"]
 
 
 def test_the_champion_of_a_store_is_fetched(uri: str) -> None:

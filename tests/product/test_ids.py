@@ -24,7 +24,7 @@ def test_the_table_has_every_study_and_every_kind_of_entry() -> None:
         f"--study {name}{smoke}" in COMMANDS for name in STUDIES for smoke in ("", " --smoke")
     )
     assert all(study["trials"] and study["worlds"] for study in held["studies"].values())
-    assert set(held["cache"]) == {"banks", "baselines", "conditions", "deltas", "multitask"}
+    assert set(held["cache"]) == {"conditions", "deltas", "multitask"}
     ids = [i for study in held["studies"].values() for i in study["trials"].values()]
     assert len(set(ids)) > 100 and {len(i) for i in ids} == {12}
 

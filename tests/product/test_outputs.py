@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from stopping import PATTERNS, disk_full, interrupt, kill, killed_write, stopped_at, write
 from test_dnd_training import options_of
+from test_report import record, trial
 from test_serving import answer, answering
 
 from llgbm.__main__ import main
@@ -38,9 +39,12 @@ from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import LoraBatch, LoraSpec, adapter_config, load_adapter, save_adapter
 from llgbm.models.load import Base
 from llgbm.runtime import UserError
-from llgbm.teachers.bank import BankFolder, read_manifest
+from llgbm.teachers.bank import read_manifest, show_bank
 from llgbm.teachers.imported import find_adapters
+from llgbm.teachers.writer import BankWriter, NewAdapter
 from llgbm.world import World
+from tuning.report import write_report
+from tuning.report.__main__ import main as report_main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
@@ -104,7 +108,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     old=st.none() | OWN,
@@ -157,6 +161,28 @@ def test_old_or_new_is_whole_at_every_point_of_a_change_of_several_files(
         if lived:
             break
     assert lived and ends == sorted(ends) and not ends[0] and len(ends) > 20
+
+
+@pytest.mark.parametrize("same", ["key", ""])
+def test_what_a_kill_left_is_undone_even_by_commands_that_are_killed(
+    tmp_path: Path, same: str
+) -> None:
+    folder, others = tmp_path / "out", {"thesis.tex": b"mine"}
+    old = {"a": "1", "b": "1", "key": "1"}
+    new = {**{"a": "2", "b": "2", "key": "2"}, **({same: "1"} if same else {})}
+    for at in (30, 32, 34, 36):
+        for again in range(2, 12, 3):
+            prepare(folder, old, others)
+            for point in (at, again):
+                assert not killed_write(folder, point, folder, new, tmp_path)
+                found = own_of(folder)
+                assert found in (old, new) or "key" not in found
+            Output(folder, PATTERNS)
+            assert (
+                own_of(folder) in (old, new)
+                and others_of(folder) == others
+                and not leftovers(folder)
+            )
 
 
 def test_only_own_files_are_replaced(tmp_path: Path) -> None:
@@ -286,6 +312,15 @@ def commands(
         "generate": ["generate", "--model", str(bundle), "--prompts", str(prompts)],
         "fetch": ["fetch", "--url", served, "--prompts", str(prompts)],
         "bank": bank,
+        "teachers": [
+            "teachers",
+            "--base",
+            tiny_base.path,
+            "--data",
+            "nowhere/at-all",
+            "--tasks",
+            "river",
+        ],
     }
 
 
@@ -334,7 +369,7 @@ def test_no_command_that_fails_anywhere_loses_a_file(
     assert stop is interrupt or left == set(after) - set(before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "teachers"])
 def test_an_address_that_cannot_be_written_is_refused_before_the_work(
     name: str,
     commands: Any,
@@ -348,7 +383,7 @@ def test_an_address_that_cannot_be_written_is_refused_before_the_work(
     before = tree(user)
     command = list(commands[name])
     # Were the work begun, another sentence would be said first.
-    given = command.index({"generate": "--model", "fetch": "--url", "bank": "--base"}[name]) + 1
+    given = command.index({"generate": "--model", "fetch": "--url"}.get(name, "--base")) + 1
     command[given] = "http://127.0.0.1:9" if name == "fetch" else "nowhere/at-all"
     for out, words in {
         "file": "a file stands",
@@ -486,6 +521,28 @@ def test_a_full_disk_is_said_before_the_work(user: Path, commands: Any, capsys: 
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_disk_that_fills_while_a_library_writes_is_one_sentence(user: Path, library: str) -> None:
+    folder, big = user / "small", {"a": torch.zeros(100_000)}
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with (
+            pytest.raises(DndError, match="the disk is full"),
+            Output(folder / "out", ("big",)).writing() as stage,
+        ):
+            if library == "safetensors":
+                save_file(big, stage / "big")
+            with (stage / "big").open("wb") as stream:
+                torch.save(big, stream)
+        assert tree(folder) == {}
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 KILLED = """
 import sys, torch
 from llgbm.lora.adapters import save_adapter, load_adapter
@@ -502,7 +559,7 @@ while True:
 def test_kill_9_of_a_program_that_writes_again_and_again(tmp_path: Path) -> None:
     """The two adapters differ in weights and config: a mix would be seen."""
     folder = tmp_path / "adapter"
-    for delay in (0.05, 0.11, 0.23, 0.31):
+    for delay in (0.07, 0.23):
         command = [sys.executable, "-c", KILLED, str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -594,7 +651,7 @@ def test_what_a_killed_import_left_is_finished_by_the_next(commands: Any, user: 
     while not (user / "bank" / "checkpoints").exists() and process.poll() is None:
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and not (user / "bank" / "bank.json").exists()
+    assert process.wait() == -signal.SIGKILL and not show_bank(user / "bank")["finished"]
     (user / "bank" / ".manifest.json.writing").write_text("{")
     assert main([*commands["bank"], "--out", "bank"]) == 0
     assert tree(user / "bank") == tree(user / "whole")
@@ -603,21 +660,21 @@ def test_what_a_killed_import_left_is_finished_by_the_next(commands: Any, user: 
 def test_what_lies_in_an_adapters_place_without_its_line_is_not_touched(
     tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
 ) -> None:
-    bank = BankFolder(tmp_path / "bank", tiny_base, tiny_spec, {})
+    bank = BankWriter(tmp_path / "bank", tiny_base, tiny_spec, {})
     state = tiny_adapters.to_state_dicts()[0]
     with bank.opened():
-        bank.add("one_0", "one", state, PROMPTS, {})
+        bank.add([NewAdapter("one_0", "one", state, PROMPTS)])
         mine = tmp_path / "bank" / "checkpoints" / "one" / "one_1"
         mine.mkdir()
         (mine / WEIGHTS).write_text("mine")
         with pytest.raises(UserError, match="none of the bank's adapters"):
-            bank.add("one_1", "one", state, PROMPTS, {})
+            bank.add([NewAdapter("one_1", "one", state, PROMPTS)])
         with pytest.raises(UserError, match="cannot name a folder"):
-            bank.add("one_2", "../../one", state, PROMPTS, {})
+            bank.add([NewAdapter("one_2", "../../one", state, PROMPTS)])
         assert (mine / WEIGHTS).read_text() == "mine"
         (mine.parent / "one_0" / "notes.txt").write_text("mine")
         (mine.parent / "one_0" / WEIGHTS).write_bytes(b"torn")
-        bank.add("one_0", "one", state, PROMPTS, {})
+        bank.add([NewAdapter("one_0", "one", state, PROMPTS)])
         assert (
             bank.missing(["one_0"]) == []
             and (mine.parent / "one_0" / "notes.txt").read_text() == "mine"
@@ -633,7 +690,7 @@ def test_a_refused_command_leaves_no_half_bank(
         raise UserError("the chat template has no system turn: leave --chat out")
 
     # Stands for whatever is found out late; today a template that refuses the prompts.
-    monkeypatch.setattr("llgbm.teachers.imported.greedy_answers", refuse)
+    monkeypatch.setattr("llgbm.teachers.writer.greedy_answers", refuse)
     assert main(command) == 2
     assert tree(user) == {}
     (user / "new").mkdir()
@@ -645,10 +702,54 @@ def test_a_refused_command_leaves_no_half_bank(
     assert tree(user) == {"new": None, "new/bank": None, "new/bank/notes": b"mine"}
 
 
+def test_a_bank_keeps_the_adapters_of_a_training_that_stops(
+    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch, tmp_path: Path
+) -> None:
+    bank = BankWriter(tmp_path / "new" / "bank", tiny_base, tiny_spec, {})
+    with pytest.raises(UserError), bank.opened():
+        raise UserError("one run needs more memory than there is")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(KeyboardInterrupt), bank.opened():
+        bank.add([NewAdapter("one_0", "one", tiny_adapters.to_state_dicts()[0], PROMPTS)])
+        raise KeyboardInterrupt
+    assert bank.missing(["one_0", "one_1"]) == ["one_1"]
+
+
 def test_adapters_that_a_command_is_writing_are_none(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "src")
     shutil.copytree(source / "one", tmp_path / "src" / f"{STAGE}1-x" / "new")
     assert [f.task for f in find_adapters(str(tmp_path / "src"), None)] == ["one", "two"]
+
+
+def test_a_report_replaces_only_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, study = (
+        tmp_path / "out",
+        record([trial("weight-only", 0, 0.5), trial("multitask", 0, 0.7)]),
+    )
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    write_report(out, study)
+    old = tree(out)
+    with stopped_at(out, 40, disk_full), pytest.raises(UserError, match="disk is full"):
+        write_report(out, record([trial("multitask", 0, 0.7)]))
+    assert tree(out) == old
+    write_report(out, record([trial("multitask", 0, 0.7)]))
+    assert tree(out) != old and (out / "thesis.tex").read_text() == "mine"
+    (out / "results.csv").write_text("mine")
+    old = tree(out)
+    with pytest.raises(UserError, match="results.csv"):
+        write_report(out, study)
+    assert tree(out) == old
+
+
+def test_the_place_of_a_report_is_checked_before_the_store(user: Path, capsys: Any) -> None:
+    (user / "report.md").write_text("mine")
+    for out in (".", "report.md", "x" * 256):
+        assert (
+            report_main(["latest", "--tracking-uri", "sqlite:///nowhere/mlflow.db", "--out", out])
+            == 2
+        )
+        assert "mlflow" not in one_sentence(capsys) and tree(user) == {"report.md": b"mine"}
 
 
 @pytest.fixture

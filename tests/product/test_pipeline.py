@@ -21,6 +21,7 @@ from llgbm.lora.adapters import load_adapter
 from llgbm.models.load import ModelSize, load_base, qwen2_config
 from llgbm.models.scoring import adapter_losses, encode_examples, token_losses
 from llgbm.tasks.files import FileSuite
+from llgbm.teachers.bank import read_manifest
 
 NARROW = ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64)
 QWEN_VOCABULARY = 151_936
@@ -111,8 +112,8 @@ def test_a_qwen_goes_from_files_to_a_registered_generator_and_an_evaluated_adapt
     ]
     teacher = only(folder, f".llgbm/banks/*/checkpoints/{HELD_OUT}/{HELD_OUT}_0")
     bank = teacher.parents[2]
-    listed = json.loads((bank / "bank.json").read_text())
-    assert listed["adapters"] == {
+    listed = read_manifest(bank)["adapters"]
+    assert {i: entry["task"] for i, entry in listed.items()} == {
         f"{t}_{i}": t for t in ("ARC-e", "BoolQ", "GSM8K", "OBQA", HELD_OUT) for i in range(2)
     }
     written = only(folder, f"mlruns/**/adapters/test/{HELD_OUT}")
@@ -154,11 +155,11 @@ def check_that_peft_runs_it(narrow: Path, adapter: Path) -> None:
     """A generated adapter moves the base, under plain PEFT as under the batched pass."""
     base = load_base(narrow)
     ids = base.tokenizer(["Which gas do plants take in?"], return_tensors="pt")["input_ids"]
-    flora = FunctionalLoRA(base.model, 4, 8.0)
+    lora_model = FunctionalLoRA(base.model, 4, 8.0)
     with torch.no_grad():
         plain = base.model(ids).logits
-        own = flora.forward_with_lora(
-            LoraBatch.from_state_dicts([load_adapter(adapter, flora.spec)]), ids
+        own = lora_model.forward_with_lora(
+            LoraBatch.from_state_dicts([load_adapter(adapter, lora_model.spec)]), ids
         )[0]
         theirs = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(narrow), str(adapter)
@@ -183,7 +184,7 @@ def check_that_responses_became_likelier(narrow: Path, adapters: list[Path]) -> 
 
 def test_held_out_rows_condition_nothing_in_training(swept: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = swept
-    bank = only(folder, ".llgbm/banks/*/bank.json").parent
+    bank = only(folder, ".llgbm/banks/*/manifest.json").parent
     held_out = {row["prompt"] for part in ("train", "test") for row in read(f"{HELD_OUT}_{part}")}
     seen: dict[str, set[str]] = {}
     for path in bank.glob("checkpoints/*/*/prompts.json"):

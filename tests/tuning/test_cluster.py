@@ -20,19 +20,22 @@ from tqdm import tqdm
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig
-from tuning.search.queue import TrialOrder
+from tuning.search.queue import ListQueue
 from tuning.studies import Study
+from tuning.studies.options import Options
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Node, check_resources, memory_fraction, start_ray
+from tuning.sweep.run import Job
 from tuning.sweep.worker import (
-    HOPELESS_STARTS,
+    MAX_RESTARTS,
     TrialSetting,
     attempt,
     cause_of,
-    check_hope,
+    check_restarts,
     is_of_the_process,
 )
+from tuning.tracking.ownership import Ownership, own_study
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
@@ -80,7 +83,7 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
 ) -> None:
     import ray
 
-    from tuning.sweep import run as sweep
+    from tuning.sweep import ray_tune as sweep
 
     (tmp_path / "there").mkdir()
     specs = tuple(trial(seed) for seed in range(4))
@@ -96,11 +99,11 @@ def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
     resources = check_resources(0.25, 0.25, None, [Node(1, 1)])
     try:
         start_ray(resources)
-        searcher, storage = sweep.ListSearcher(TrialOrder(specs, 4)), str(tmp_path / "state")
+        storage = str(tmp_path / "state")
         TrialCheckpoints(storage, specs[0].id).write({"step": 1})
-        sweep.run_sweep(
-            Study("s", specs), {}, tracker.target, tracker, resources, searcher, storage=storage
-        )
+        job = Job(Study("s", specs), Options(), {}, tracker, storage, resources)
+        with own_study(tracker, "id") as ownership:
+            sweep.run_sweep(job, ListQueue(specs, specs, 4), ownership)
     finally:
         ray.shutdown()
     found = {
@@ -153,11 +156,13 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
 ) -> None:
     from ray import cloudpickle
 
-    from tuning.sweep.run import Watcher
+    from tuning.sweep.ray_tune import Watcher
 
     assert tracker.target is not None
     TrialTracker.open(tracker.target, trial(0).id, "multitask", {}, {})
-    watcher = Watcher(tracker, str(tmp_path), 10)
+    ownership = Ownership(tracker.tracking_uri, tracker.experiment_id, tracker.parent_run_id)
+    assert ownership.take(trial(0).id)
+    watcher = Watcher(tracker, ownership, str(tmp_path), 10)
     watcher._bar = tqdm(total=10, file=sys.__stderr__)
     watcher = cloudpickle.loads(cloudpickle.dumps(watcher))
     there = SimpleNamespace(config={"trial": trial(0)}, last_result={"step": 7, "finished": True})
@@ -168,7 +173,7 @@ def test_what_watches_trials_can_travel_to_the_head_of_a_cluster(
 
 
 def test_a_death_is_told_in_one_line(tmp_path: Path) -> None:
-    from tuning.sweep.run import death_of
+    from tuning.sweep.ray_tune import death_of
 
     file = tmp_path / "error.txt"
     assert death_of(SimpleNamespace(error_file=None)) == "no cause known"
@@ -198,19 +203,19 @@ def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyT
     def start(session: str = "first") -> TrialTracker:
         assert tracker.target is not None
         run = TrialTracker.open(tracker.target, "t", "multitask", {}, {})
-        check_hope(run, checkpoints, session)
+        check_restarts(run, checkpoints, session)
         return run
 
-    for _ in range(HOPELESS_STARTS):
+    for _ in range(MAX_RESTARTS):
         start()
     tracker.tag_trial("t", {"llgbm.last_death": "killed by the test"})
     with pytest.raises(
-        UserError, match=rf"died {HOPELESS_STARTS} times in a row .*killed by the test"
+        UserError, match=rf"died {MAX_RESTARTS} times in a row .*killed by the test"
     ):
         start()
     start("second")
     checkpoints.write({"step": 5})
-    assert start().attempts == HOPELESS_STARTS + 3
+    assert start().attempts == MAX_RESTARTS + 3
 
 
 def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(

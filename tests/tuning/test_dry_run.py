@@ -12,10 +12,11 @@ from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.dry_run import Plan, describe_cost, duration
 from tuning.run_ablation import main
-from tuning.search.points import PointSearch, open_search, optuna_url
+from tuning.search.points import PointQueue, open_search, optuna_url
 from tuning.studies import STUDIES, Study, StudyOptions, phase_4_5
 from tuning.studies.spec import TrialSpec
-from tuning.tracking.costs import Costs, PastRun, kind_of, past_runs
+from tuning.tracking.costs import Costs, kind_of, kind_of_result, past_runs
+from tuning.tracking.runs import TrialResult
 
 
 def past(
@@ -24,15 +25,16 @@ def past(
     seconds: float,
     trial_id: str = "x",
     stopped: int | None = None,
-) -> PastRun:
+) -> TrialResult:
     """A run as MLflow gives it back: parameters are texts."""
     flat = {key: str(value) for key, value in config.as_dict().items() if key != "generator"}
     params = {
         **flat,
         **{f"generator.{key}": str(value) for key, value in config.as_dict()["generator"].items()},
     }
-    return PastRun(
-        trial_id, {"time/steps_per_second": rate, "time/seconds": seconds}, params, stopped
+    metrics = {"time/steps_per_second": rate, "time/seconds": seconds}
+    return TrialResult(
+        trial_id, "", config.seed, "FINISHED", metrics, params=params, stopped_at=stopped
     )
 
 
@@ -126,7 +128,7 @@ def test_an_estimate_is_the_median_step_and_the_median_rest(finished: tuple[Path
     ],
 )
 def test_a_run_is_of_the_kind_of_its_configuration(config: TrainingConfig) -> None:
-    assert past(config, 1.0, 1.0).kind == kind_of(config)
+    assert kind_of_result(past(config, 1.0, 1.0)) == kind_of(config)
 
 
 def test_the_total_is_the_sum_over_concurrency_but_no_less_than_the_longest() -> None:
@@ -149,7 +151,7 @@ def test_a_search_shows_what_is_drawn_and_costs_what_is_not(
     monkeypatch.chdir(tmp_path)
     study: Study = STUDIES["optuna_lambda"](StudyOptions())
     assert study.space is not None
-    search = PointSearch(study.space, open_search(study, optuna_url(None, tmp_path)), 3)
+    search = PointQueue(study.space, open_search(study, optuna_url(None, tmp_path)), 3)
     first: TrialSpec | None = search.ask()
     assert first is not None
     before = folder_hash(tmp_path)

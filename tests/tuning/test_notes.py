@@ -14,11 +14,15 @@ from llgbm.generator import make_generator
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import load_adapter
-from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
-from tuning.sweep.artifacts import bundle_facts
+from tuning.sweep.artifacts import (
+    best_trials,
+    bundle_facts,
+    keep_best_adapters,
+    write_trial_adapters,
+)
 from tuning.tracking import notes as run_notes
 from tuning.tracking.runs import TrialResult, read_trials
 from tuning.tracking.study import StudyTracker
@@ -116,12 +120,6 @@ def test_a_store_that_is_gone_costs_no_trial(study: StudyTracker, tmp_path: Path
         raise KeyError(trial.run_id)
 
 
-@pytest.mark.parametrize(("policy", "best"), [("some", 1), ("best", 0)])
-def test_a_policy_that_does_not_exist_is_refused(policy: str, best: int) -> None:
-    with pytest.raises(UserError, match="there are: all, best, none|at least 1"):
-        run_notes.check_policy(policy, best)
-
-
 def result(
     name: str, size: str, value: float | None, status: str = "FINISHED", **more: object
 ) -> TrialResult:
@@ -140,7 +138,7 @@ def test_the_best_are_the_best_of_each_size_among_the_whole() -> None:
         result("f", "nano", 0.9, stopped_at=100),
         result("g", "micro", 0.0),
     ]
-    assert [r.trial_id for r in run_notes.best_trials(results, "val/accuracy", 2)] == [
+    assert [r.trial_id for r in best_trials(results, "val/accuracy", 2)] == [
         "b",
         "c",
         "g",
@@ -166,12 +164,12 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
     trial.log_artifacts(tmp_path / "kept", "")
     (found,) = read_trials(study.tracking_uri, study.parent_run_id)
     for _ in range(2):
-        run_notes.keep_best_adapters(study.client, {"t1": world}, [found])
+        keep_best_adapters(study.client, {"t1": world}, [found])
     results = {
-        part: evaluate_generator(generator, world.data, world.flora, part)
+        part: evaluate_generator(generator, world.data, world.lora_model, part)
         for part in ("val", "test")
     }
-    run_notes.write_trial_adapters(tmp_path / "own", world, results)
+    write_trial_adapters(tmp_path / "own", world, results)
     saved = Path(study.client.download_artifacts(trial.run_id, "adapters", str(tmp_path)))
     own = sorted(
         path.relative_to(tmp_path / "own/adapters")

@@ -12,13 +12,13 @@ from llgbm.models.load import SIZES, Base, BaseSource
 from llgbm.runtime import UserError
 from llgbm.tasks.files import FileSuite
 from llgbm.tasks.synthetic import SyntheticSuite
-from llgbm.teachers.bank import BankSource, open_bank
+from llgbm.teachers.bank import Bank, BankSource
 from llgbm.teachers.build import make_bank
 from llgbm.teachers.train import SFTConfig, TeacherConfig
 from llgbm.world import WorldConfig, build_world
 from tuning.arguments import parse_arguments
 from tuning.run_ablation import main
-from tuning.studies.own_world import own_worlds
+from tuning.studies.own_world import custom_worlds
 
 TOPICS = ("river", "stone", "cloud", "tiger")
 
@@ -55,7 +55,7 @@ def bank(tiny_base: Base, folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def worlds(*arguments: str) -> tuple[WorldConfig, ...]:
-    return own_worlds(parse_arguments(list(arguments)))
+    return custom_worlds(parse_arguments(arguments).study)
 
 
 def data_arguments(folder: Path) -> list[str]:
@@ -115,7 +115,7 @@ def test_a_world_of_a_given_bank_has_that_banks_adapters(
 ) -> None:
     (world,) = worlds("--base", tiny_base.path, *data_arguments(folder), "--bank", str(bank))
     built = build_world(tmp_path, world, "cpu")
-    stored = open_bank(bank, tiny_base)
+    stored = Bank.open(bank, tiny_base)
     by_id = dict(zip(stored.adapters, stored.load().flatten(stored.spec), strict=True))
     for adapter_id, values in zip(built.data.adapter_ids, built.data.values_AV, strict=True):
         assert torch.equal(values, by_id[adapter_id])

@@ -23,16 +23,16 @@ from tuning.arguments import parse_arguments, study_of
 from tuning.search.points import (
     RETRY_OF,
     STOPPED,
-    PointSearch,
+    PointQueue,
     describe_best,
     find_search,
-    make_searcher,
     open_search,
     optuna_url,
 )
 from tuning.studies import STUDIES, Study, StudyOptions
 from tuning.studies.spec import SearchSpace, TrialSpec
-from tuning.sweep.run import make_scheduler
+from tuning.sweep.asha import make_scheduler
+from tuning.sweep.ray_tune import QueueSearcher
 from tuning.tracking.costs import past_runs
 from tuning.tracking.runs import measured
 
@@ -50,15 +50,15 @@ def score(spec: TrialSpec) -> dict[str, Any]:
     return {"step": config.steps, "finished": True, **dict(zip(BOTH, values, strict=True))}
 
 
-def fresh(space: SearchSpace, n_points: int, study: optuna.Study | None = None) -> PointSearch:
+def fresh(space: SearchSpace, n_points: int, study: optuna.Study | None = None) -> PointQueue:
     directions = ["maximize"] * len(space.objectives)
-    return PointSearch(
+    return PointQueue(
         space, study or optuna.create_study(directions=directions, study_name="s"), n_points
     )
 
 
 def finish(
-    search: PointSearch, result: Callable[[TrialSpec], dict[str, Any] | None] = score
+    search: PointQueue, result: Callable[[TrialSpec], dict[str, Any] | None] = score
 ) -> list[TrialSpec]:
     """Run what is asked for, one by one."""
     ran = []
@@ -122,7 +122,7 @@ def test_a_driver_killed_anywhere_loses_and_doubles_no_point(
         if not running:
             break
         if next(kill_at, False):
-            search, running = PointSearch(SPACE, study, 4, dict(done)), []
+            search, running = PointQueue(SPACE, study, 4, dict(done)), []
             continue
         spec = running.pop(data.draw(st.integers(0, len(running) - 1)))
         assert spec.id not in done
@@ -141,11 +141,11 @@ def test_a_later_run_goes_on_and_runs_nothing_again(tmp_path: Path) -> None:
     study = replace(STUDIES["optuna_lambda"](StudyOptions()), space=SPACE)
     url = optuna_url(None, tmp_path)
     assert find_search(study, url) is None and not list(tmp_path.iterdir())
-    first = PointSearch(SPACE, open_search(study, url), 3)
+    first = PointQueue(SPACE, open_search(study, url), 3)
     assert len(finish(first)) == 6
-    again = PointSearch(SPACE, open_search(study, url), 3)
+    again = PointQueue(SPACE, open_search(study, url), 3)
     assert finish(again) == []
-    more = PointSearch(SPACE, open_search(study, url), 5)
+    more = PointQueue(SPACE, open_search(study, url), 5)
     assert len(finish(more)) == 4
     straight = fresh(
         SPACE, 5, optuna.create_study(direction="maximize", study_name=more.study.study_name)
@@ -161,7 +161,7 @@ def test_a_later_run_goes_on_and_runs_nothing_again(tmp_path: Path) -> None:
 def test_trials_that_ended_before_are_told_without_being_run() -> None:
     straight = fresh(SPACE, 3)
     known = {spec.id: score(spec) for spec in finish(straight)}
-    search = PointSearch(SPACE, optuna.create_study(direction="maximize", study_name="s"), 3, known)
+    search = PointQueue(SPACE, optuna.create_study(direction="maximize", study_name="s"), 3, known)
     assert search.ask() is None
     assert [t.values for t in search.study.trials] == [t.values for t in straight.study.trials]
 
@@ -241,7 +241,7 @@ def test_half_a_point_is_no_point() -> None:
     study = optuna.create_study(direction="maximize", study_name="s")
     half = study.ask()
     half.suggest_float("lambda_weight", 0.03, 3.0, log=True)
-    search = PointSearch(SPACE, study, 2)
+    search = PointQueue(SPACE, study, 2)
     finish(search)
     straight = fresh(SPACE, 2)
     finish(straight)
@@ -258,8 +258,8 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
 ) -> None:
     study = STUDIES["optuna_lambda"](StudyOptions(seeds=(0,)))
     url = optuna_url(None, tmp_path)
-    search = PointSearch(study.space, open_search(study, url), 3)
-    searcher = make_searcher(search, url)
+    search = PointQueue(study.space, open_search(study, url), 3, url=url)
+    searcher = QueueSearcher(search)
     first, second = (searcher.suggest(name)["trial"] for name in "ab")
     database = tmp_path / "mlruns" / "optuna.db"
     search.study._storage.remove_session()
@@ -402,7 +402,7 @@ def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
     assert len(found.trials) == len(runs) == 4
     assert 1 <= len(stopped) <= 3
     known = {run.trial_id: run.last_result for run in past_runs(None, tmp_path, "llgbm")}
-    directly = PointSearch(
+    directly = PointQueue(
         study.space,
         optuna.create_study(direction="maximize", study_name=found.study_name),
         4,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llgbm.training import TrainingConfig
-from tuning.search.queue import TrialOrder, longest_first
+from tuning.search.queue import ListQueue, longest_first
 from tuning.studies import STUDIES, StudyOptions
 from tuning.studies.spec import TrialSpec
 
@@ -19,17 +19,17 @@ Costs = dict[str, float]
 
 
 def run(
-    trials: Sequence[TrialSpec], costs: Costs, places: int, order: TrialOrder, clock: list[float]
+    trials: Sequence[TrialSpec], costs: Costs, places: int, order: ListQueue, clock: list[float]
 ) -> float:
     """Run a list on so many places, each trial for the seconds of its configuration; return when the last ends."""
-    running: list[tuple[float, str, TrialSpec]] = []
+    running: list[tuple[float, int, TrialSpec]] = []
     handed_out = []
     while len(handed_out) < len(trials) or running:
-        while len(running) < places and (spec := order.next(name := f"trial {len(handed_out)}")):
+        while len(running) < places and (spec := order.ask()):
             handed_out.append(spec)
-            heapq.heappush(running, (clock[0] + costs[spec.name], name, spec))
-        clock[0], name, _ = heapq.heappop(running)
-        order.ended(name, {"finished": True})
+            heapq.heappush(running, (clock[0] + costs[spec.name], len(handed_out), spec))
+        clock[0], _, spec = heapq.heappop(running)
+        order.tell(spec, {"finished": True})
     assert sorted(spec.id for spec in handed_out) == sorted(spec.id for spec in trials)
     return clock[0]
 
@@ -46,9 +46,8 @@ def phase_4_5(costs: Costs, places: int, known: bool) -> float:
     trials = STUDIES["phase_4_5"](StudyOptions()).trials
     by_config = {trial.config: costs[trial.name] for trial in trials}
     clock = [0.0]
-    order = TrialOrder(
-        trials, places, by_config.get if known else lambda config: None, lambda: clock[0]
-    )
+    estimate = by_config.get if known else lambda config: None
+    order = ListQueue(trials, trials, places, estimate, lambda: clock[0])
     return run(trials, costs, places, order, clock)
 
 
@@ -84,15 +83,20 @@ def test_trials_of_one_kind_keep_the_order_of_the_list() -> None:
     trials = STUDIES["phase_4_5"](
         StudyOptions(lambda_weight=(0.1, 0.3), lambda_delta=(1.0,), seeds=(0, 1, 2))
     ).trials
-    order = TrialOrder(trials, 2)
-    assert [order.next(str(n)) for n in range(len(trials))] == list(trials)
-    assert order.next("one more") is None
+    order = ListQueue(trials, trials, 2)
+    assert [order.ask() for _ in trials] == list(trials)
+    assert order.ask() is None and order.is_done()
+    assert order.steps_left() == sum(trial.config.steps for trial in trials)
+    for trial in trials[:4]:
+        order.tell(trial, {"finished": True})
+    assert order.steps_left() == sum(trial.config.steps for trial in trials[4:])
+    assert order.describe() == "2 of 6 trials left to run" and order.trials() == trials
 
 
 def test_one_of_each_unknown_kind_is_started_first() -> None:
     trials = STUDIES["phase_4_5"](StudyOptions()).trials
-    order = TrialOrder(trials, 4)
-    names = [spec.name for n in range(4) if (spec := order.next(str(n)))]
+    order = ListQueue(trials, trials, 4)
+    names = [spec.name for _ in range(4) if (spec := order.ask())]
     assert names == ["multitask", "delta-only", "weight-only", "multitask"]
 
 
@@ -101,23 +105,24 @@ def test_progress_tells_the_time_of_a_kind_that_has_not_ended_yet() -> None:
     trials = STUDIES["phase_4_5"](StudyOptions()).trials
     short = [trial for trial in trials if trial.name == "weight-only"]
     long = [trial for trial in trials if trial.name == "multitask"]
-    order = TrialOrder([*short, *long[:2]], 2, clock=lambda: clock[0])
-    assert [order.next("a"), order.next("b")] == [short[0], long[0]]
+    order = ListQueue(trials, [*short, *long[:2]], 2, clock=lambda: clock[0])
+    assert [order.ask(), order.ask()] == [short[0], long[0]]
     clock[0] = 10.0
-    order.progress("b", {"step": TrainingConfig().steps // 10})
-    order.ended("a", {"finished": True})
+    order.progress(long[0], {"step": TrainingConfig().steps // 10})
+    order.tell(short[0], {"finished": True})
     # The running one ends at 100, a short one takes 10: one of them before the other long one costs nothing, two do.
-    assert order.next("c") == short[1]
+    assert order.ask() == short[1]
     clock[0] = 20.0
-    order.ended("c", {"finished": True})
-    assert order.next("d") == long[1]
+    order.tell(short[1], {"finished": True})
+    assert order.ask() == long[1]
 
 
 def test_what_was_stopped_or_failed_or_run_before_teaches_nothing() -> None:
     clock = [0.0]
     trials = STUDIES["phase_4_5"](StudyOptions()).trials
     for result in (None, {"failed": "x"}, {"finished": True, "reused": True}, {"step": 3}):
-        order = TrialOrder(trials, 1, clock=lambda: clock[0])
-        order.next("a")
-        order.ended("a", result)
+        order = ListQueue(trials, trials, 1, clock=lambda: clock[0])
+        first = order.ask()
+        assert first is not None
+        order.tell(first, result)
         assert not order._measured

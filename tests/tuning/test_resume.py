@@ -6,7 +6,6 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +24,8 @@ from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import (
     KEPT,
     TrialCheckpoints,
-    below,
+    join,
     open_storage,
-    study_lock,
     trial_lock,
 )
 from tuning.sweep.resume import (
@@ -35,10 +33,10 @@ from tuning.sweep.resume import (
     adopt_finished,
     begin_anew,
     check_same_study,
-    find_study,
-    recorded_arguments,
+    recorded_options,
     trials_to_run,
 )
+from tuning.tracking.ownership import own_study
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker, finished_metrics
@@ -122,9 +120,12 @@ def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> Non
     old, parent = ran(tracker, trial(0), "FINISHED"), tracker.parent_run_id
     checkpoints = TrialCheckpoints(str(root), trial(0).id)
     checkpoints.write({"step": 3})
-    begin_anew(study, tracker, str(root))
-    assert checkpoints.newest() is None and not tracker.live_runs()
+    tracker.supersede_study(study.id)
+    assert not tracker.live_runs()
     tracker = begun(root, study)
+    with own_study(tracker, study.id) as ownership:
+        begin_anew(study, tracker, str(root), ownership)
+    assert checkpoints.newest() is None
     assert tracker.parent_run_id != parent and ran(tracker, trial(0), "FINISHED") != old
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
 
@@ -134,22 +135,23 @@ def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
     ran(tracker, trial(0), "FINISHED")
     tracker.finish_trial(trial(0).id, "FINISHED", {"llgbm.stopped_at_step": "40"})
     (result,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.whole
+    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.is_complete
     assert not trials_to_run([trial(0)], tracker.live_runs(), resume=True, retry_failed=False)
 
 
 def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> None:
     tracker = begun(root, SMOKE, '{"smoke": true, "seeds": [0]}')
     begun(root, Study("later", (trial(0),)))
-    given = Namespace(**{**vars(parse_arguments([])), "resume": SMOKE.id, "max_concurrent": 1})
-    arguments, recorded = recorded_arguments(given, parse_arguments([]), tracker)
-    assert (arguments.smoke, arguments.seeds, arguments.max_concurrent) == (True, [0], 1)
+    given = parse_arguments(["--resume", SMOKE.id, "--max-concurrent", "1"])
+    options, recorded = recorded_options(given, tracker)
+    assert (options.study.smoke, options.study.seeds) == (True, (0,))
+    assert options.run.max_concurrent == 1
     assert recorded == SMOKE.id
-    assert find_study(tracker, "latest").info.run_name == "later"
+    assert tracker.find_study("latest").info.run_name == "later"
     with pytest.raises(
-        UserError, match=f"no study 'x' .*{SMOKE.id} \\(phase_4_5\\), .* \\(later\\)"
+        UserError, match=f"no study 'x': it has .* \\(later\\), {SMOKE.id} \\(phase_4_5\\)"
     ):
-        find_study(tracker, "x")
+        tracker.find_study("x")
 
 
 def test_changed_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,12 +228,12 @@ def _hold(
     held: multiprocessing.synchronize.Event,
     release: multiprocessing.synchronize.Event,
 ) -> None:
-    with trial_lock(storage, "t"), study_lock(storage, "s"):
+    with trial_lock(storage, "t"):
         held.set()
         release.wait(60)
 
 
-def test_two_processes_never_hold_one_trial_or_study(
+def test_two_processes_never_hold_one_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = multiprocessing.get_context("fork")
@@ -242,18 +244,16 @@ def test_two_processes_never_hold_one_trial_or_study(
     monkeypatch.setattr("tuning.sweep.checkpoints.LOCK_SECONDS", 0.1)
     with pytest.raises(UserError, match="trial t is being run"), trial_lock(str(tmp_path), "t"):
         pass
-    with pytest.raises(UserError, match="study s is being run"), study_lock(str(tmp_path), "s"):
-        pass
     other.kill()
     other.join()
-    with trial_lock(str(tmp_path), "t"), study_lock(str(tmp_path), "s"):
+    with trial_lock(str(tmp_path), "t"):
         pass
 
 
 _HALF_MADE = """
 import os, sys
 from pathlib import Path
-from tuning.tracking import StudyTracker
+from tuning.tracking.study import StudyTracker
 os.replace = lambda *names: os._exit(9)
 StudyTracker.open(None, Path(sys.argv[1]), "ablation")
 """
@@ -276,9 +276,9 @@ def test_an_unknown_kind_of_store_is_refused() -> None:
 
 
 def test_the_settings_of_an_object_store_stay_at_the_end_of_its_address() -> None:
-    assert below("/a/what?/", "ray/x") == "/a/what?/ray/x"
-    assert below("s3://bucket/folder", "ray/x") == "s3://bucket/folder/ray/x"
-    asked = below("s3://bucket/folder/?region=us-east-1&scheme=http", "ray/x")
+    assert join("/a/what?/", "ray/x") == "/a/what?/ray/x"
+    assert join("s3://bucket/folder", "ray/x") == "s3://bucket/folder/ray/x"
+    asked = join("s3://bucket/folder/?region=us-east-1&scheme=http", "ray/x")
     assert asked == "s3://bucket/folder/ray/x?region=us-east-1&scheme=http"
     assert open_storage(asked)[1] == "bucket/folder/ray/x"
 

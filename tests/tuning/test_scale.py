@@ -12,7 +12,7 @@ import pytest
 from databases import DATABASES, missing
 from helpers import mlflow_server, serving
 
-from tuning.tracking import runs as history
+from tuning.tracking import curves as history
 from tuning.tracking.runs import TrackingTarget, read_trials
 from tuning.tracking.store import with_driver
 from tuning.tracking.study import StudyTracker

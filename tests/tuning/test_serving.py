@@ -29,7 +29,7 @@ from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.models.load import Base
 from llgbm.runtime import UserError
-from tuning.registry import fetch_bundle, register_generator
+from tuning.registry import Score, fetch_bundle, register_generator
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
 
@@ -64,7 +64,12 @@ def store(
     run_id = TrialTracker.open(target, "t", "multitask", {"seed": 0}, {}).run_id
     tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t"}
     register_generator(
-        study.tracking_uri, run_id, folder / "bundle", "tiny", tags, 0.5, "val/accuracy", {"a": 0.5}
+        study.tracking_uri,
+        run_id,
+        folder / "bundle",
+        "tiny",
+        tags,
+        Score(0.5, "val/accuracy", {"a": 0.5}),
     )
     return study.tracking_uri
 

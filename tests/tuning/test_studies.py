@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from llgbm.generator import GENERATORS
 from llgbm.losses import DELTA_LOSSES
 from llgbm.runtime import UserError
 from llgbm.training import DELTA_PROBES, DELTA_READINGS, TrainingConfig
-from tuning.arguments import parse_arguments, study_of
+from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.run_ablation import main
 from tuning.studies import (
     MULTITASK,
@@ -28,6 +29,7 @@ from tuning.studies import (
     phase_4_5,
 )
 from tuning.studies.from_file import make_study
+from tuning.studies.options import StudyArguments
 
 DOCS = ROOT / "docs" / "studies.md"
 
@@ -193,6 +195,50 @@ def test_what_does_not_go_together_is_one_sentence(arguments: list[str], words: 
     with pytest.raises(UserError, match=re.escape(words)) as refused:
         study(*arguments)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lambda-delta", "0", "--probe-chunk", "1"], "--probe-chunk is about the delta loss"),
+        (["--lambda-delta", "0", "--activation-checkpointing"], "--activation-checkpointing is"),
+        (["--lambda-delta", "0", "--delta-probes", "domain"], "--delta-probes is about"),
+        (["--search", "random", "--lambda-delta", "0", "--probe-chunk", "1"], "--probe-chunk is"),
+        (["--probe-chunk", "64"], "splits nothing"),
+        (["--keep-best", "2"], "--keep-best is for --keep-artifacts best"),
+        (["--keep-artifacts", "best", "--keep-best", "0"], "at least 1"),
+        (["--keep-artifacts", "some"], "all, best, none"),
+        (["--retry-failed", "--search", "random", "--num-samples", "3"], "no new points"),
+        (["--lambda-delta", "1", "--seeds", "0", "--scheduler", "asha"], "compares trials"),
+        (["--study", "{file}", "--steps", "7"], "--steps changes nothing in study own"),
+        (["--study", "{file}", "--seeds", "0", "1", "2"], None),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(
+    arguments: list[str], words: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        GOOD + "def f(o):\n    return replace(phase_4_5(StudyOptions(seeds=o.seeds)), name='own')"
+    )
+    options = parse_arguments([word.format(file=f"{file}:f") for word in arguments])
+    if words is None:
+        check_used(options, study_of(options))
+        return
+    with pytest.raises(UserError, match=re.escape(words)) as refused:
+        check_together(options)
+        check_used(options, study_of(options))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_makes_a_study_is_recorded_and_read_back() -> None:
+    options = parse_arguments(
+        "--smoke --seeds 0 1 --lambda-delta 1 --scheduler asha --cache x --dry-run".split()
+    )
+    record = json.loads(json.dumps(options.study.record()))
+    assert StudyArguments.from_record(record) == options.study
+    assert not {"cache", "dry_run"} & set(record)
+    assert options.study.given == ["smoke", "lambda_delta", "seeds", "scheduler"]
 
 
 def test_a_variant_changes_fields_that_there_are() -> None:

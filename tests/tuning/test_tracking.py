@@ -21,9 +21,9 @@ import pytest
 from helpers import free_port, mlflow_server, serving
 
 from llgbm.runtime import UserError
-from tuning.registry import fetch_bundle, register_generator
+from tuning.registry import Score, fetch_bundle, register_generator
 from tuning.tracking.runs import TrackingTarget, read_trials
-from tuning.tracking.store import connect, local_tracking_uri, shown
+from tuning.tracking.store import connect, local_tracking_uri, redact
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_metrics
 
@@ -408,8 +408,8 @@ def test_a_relative_database_is_the_same_everywhere(
 
 
 def test_addresses_are_shown_without_secrets() -> None:
-    assert shown("https://me:secret@host:5000/x") == "https://host:5000/x"
-    assert shown("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    assert redact("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert redact("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
 
 
 _OPEN = """
@@ -478,7 +478,12 @@ def _register_and_fetch(server: str, run_id: str, folder: Path) -> Path:
     tags = {"llgbm.val_data": "val1", "llgbm.study_id": "id", "llgbm.trial_id": "t1"}
     made = [
         register_generator(
-            server, run_id, folder / "bundle", "generator", tags, 0.5, "val/accuracy", {"a": 0.5}
+            server,
+            run_id,
+            folder / "bundle",
+            "generator",
+            tags,
+            Score(0.5, "val/accuracy", {"a": 0.5}),
         )
         for _ in range(2)
     ]

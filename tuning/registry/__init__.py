@@ -1,5 +1,5 @@
-"""Registered generators: versions, champions and serving."""
+"""Register, promote and serve generators."""
 
-from tuning.registry.register import fetch_bundle, register_generator
+from tuning.registry.register import Score, fetch_bundle, register_generator
 
-__all__ = ["fetch_bundle", "register_generator"]
+__all__ = ["Score", "fetch_bundle", "register_generator"]

@@ -1,17 +1,18 @@
-"""Which version of a registered generator is the champion, why, and who was it before.
+"""Decide which version of a registered generator is the champion, and keep the order of champions.
 
-A new version becomes `champion` only if the paired test on the same validation tasks says that it is better; else it
-is the `challenger`, and its description says how the comparison went. Figures by task are kept with the version, so
-the run that they are from may be deleted. The order of champions is kept in a tag of the model, for `rollback`; the
-alias itself is the truth, and a list that was left behind by a kill is cut back to it.
+A new version becomes `champion` if its validation score is above that of the best baseline, and if the paired test on
+the same validation tasks shows that it is better than the champion, the selection of the new one among its study's
+trials accounted for. Otherwise it is the `challenger`, and its description says why. Figures by task are kept with the
+version and those of the champion with the model too, so that run and version may be deleted. The order of champions
+is a tag of the model, for `rollback`; the alias is authoritative, and entries that a kill left after it are cut off.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
 from tuning.registry.versions import (
@@ -32,14 +33,17 @@ SCORE_TAG = "llgbm.val_score"
 METRIC_TAG = "llgbm.val_metric"
 DATA_TAG = "llgbm.val_data"
 PER_TASK_TAG = "llgbm.val_per_task"
+FIGURE_TAGS = (SCORE_TAG, METRIC_TAG, DATA_TAG, PER_TASK_TAG)
 SETTLED_TAG = "llgbm.registered_as"
 HISTORY_TAG = "llgbm.champions"
+LAST_CHAMPION_TAG = "llgbm.last_champion"
 HISTORY_LENGTH = 200
+TAG_LENGTH = 5000  # of a model's tag, in MLflow's databases
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A version with what is known of it on its validation data; empty where nothing was kept."""
+    """A version with its figures on validation data; empty if none were kept."""
 
     version: str
     score: float
@@ -49,10 +53,14 @@ class Measured:
 
     @classmethod
     def of(cls, version: ModelVersion) -> Measured:
-        """Read it off the tags of a version."""
-        tags = version.tags
+        """Read the figures from the tags of a version."""
+        return cls.from_tags(str(version.version), version.tags)
+
+    @classmethod
+    def from_tags(cls, version: str, tags: Mapping[str, str]) -> Measured:
+        """Read the figures from tags."""
         return cls(
-            str(version.version),
+            version,
             float(tags.get(SCORE_TAG, "nan")),
             tags.get(METRIC_TAG, ""),
             tags.get(DATA_TAG, ""),
@@ -61,15 +69,33 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Rivals:
+    """What a new version is judged beside: the other candidates of its study, and the best baseline.
+
+    `candidates` are values by task of the trials that the new one was picked from; `baseline` is a name and its score
+    on validation tasks, None if baselines do not count (smoke runs).
+    """
+
+    candidates: Sequence[Mapping[str, float]] = ()
+    baseline: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class Decision:
-    """The alias that a version deserves, and one sentence that says why."""
+    """The alias of a new version, and one sentence that gives the reason."""
 
     alias: str
     reason: str
 
 
-def decide_alias(champion: Measured | None, new: Measured) -> Decision:
-    """`champion` if there is none yet or the paired test over validation tasks says better, else `challenger`."""
+def decide_alias(champion: Measured | None, new: Measured, rivals: Rivals = Rivals()) -> Decision:
+    """Return `champion` for a version that is above the best baseline and better than the champion, if there is one."""
+    if rivals.baseline is not None and not new.score > rivals.baseline[1]:
+        name, score = rivals.baseline
+        return Decision(
+            CHALLENGER,
+            f"Its {new.metric} is not above that of the best baseline, {name} ({score:.4f}).",
+        )
     if champion is None:
         return Decision(CHAMPION, "There was no champion before.")
     named = f"The champion at that time, version {champion.version},"
@@ -78,11 +104,11 @@ def decide_alias(champion: Measured | None, new: Measured) -> Decision:
         return Decision(CHALLENGER, f"{named} {why_not}: the two cannot be compared.")
     from tuning.significance import paired_comparison  # SciPy takes a second
 
-    test = paired_comparison(new.per_task, champion.per_task)
-    alias = CHAMPION if test.is_better else CHALLENGER
-    return Decision(
-        alias, f"{named} had {new.metric} = {champion.score:.4f}; this one is {test.verdict}."
-    )
+    test = paired_comparison(new.per_task, champion.per_task, rivals.candidates)
+    reason = f"{named} had {new.metric} = {champion.score:.4f}; this one is {test.verdict}."
+    if test.is_better:
+        return Decision(CHAMPION, reason)
+    return Decision(CHALLENGER, reason)
 
 
 def _not_comparable(champion: Measured, new: Measured) -> str:
@@ -95,19 +121,20 @@ def _not_comparable(champion: Measured, new: Measured) -> str:
     return ""
 
 
-def settle(client: MlflowClient, name: str, version: ModelVersion, introduction: str) -> str:
-    """Give a new version its alias and say why in its description; return the alias that it was registered as.
+def settle(
+    client: MlflowClient, name: str, version: ModelVersion, introduction: str, rivals: Rivals
+) -> str:
+    """Give a new version its alias and the reason as description; return the alias that it was registered as.
 
-    A version that was settled before keeps what it has; one whose settling was cut short is settled again.
+    A version that was settled before keeps its alias; one whose settling was cut short is settled again.
     """
     number = str(version.version)
     if SETTLED_TAG in version.tags:
         return version.tags[SETTLED_TAG]
-    champion = by_alias(client, name, CHAMPION)
-    if champion is not None and str(champion.version) == number:
+    if aliases_of(client, name).get(CHAMPION) == number:
         decision = Decision(CHAMPION, "")
     else:
-        decision = decide_alias(Measured.of(champion) if champion else None, Measured.of(version))
+        decision = decide_alias(standing_champion(client, name), Measured.of(version), rivals)
         text = f"{introduction} Registered as {decision.alias}. {decision.reason}"
         client.update_model_version(name, number, description=text)
     give_alias(client, name, number, decision.alias)
@@ -115,23 +142,49 @@ def settle(client: MlflowClient, name: str, version: ModelVersion, introduction:
     return decision.alias
 
 
+def standing_champion(client: MlflowClient, name: str) -> Measured | None:
+    """Return the champion with its figures, or the last one if it was deleted; None if there never was one."""
+    champion = by_alias(client, name, CHAMPION)
+    if champion is not None:
+        return Measured.of(champion)
+    history = champion_history(client, name)
+    if not history:
+        return None
+    kept = json.loads(client.get_registered_model(name).tags.get(LAST_CHAMPION_TAG, "{}"))
+    figures = {}
+    if kept.get("version") == history[-1]:
+        figures = kept["figures"]
+    return Measured.from_tags(f"{history[-1]} (deleted since)", figures)
+
+
 def give_alias(client: MlflowClient, name: str, number: str, alias: str) -> None:
-    """Move an alias to a version; a new champion is a challenger no more and is noted in the history first."""
+    """Move an alias to a version; a new champion is no challenger any more and is noted in the history first."""
     aliases = aliases_of(client, name)
     if alias == CHAMPION and aliases.get(CHALLENGER) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
     if alias == CHAMPION and aliases.get(CHAMPION) != number:
         _write_history(client, name, [*champion_history(client, name), number])
+    if alias == CHAMPION:
+        _keep_figures(client, name, number)
     client.set_registered_model_alias(name, alias, number)
 
 
+def _keep_figures(client: MlflowClient, name: str, number: str) -> None:
+    tags = client.get_model_version(name, number).tags
+    figures = {key: tags[key] for key in FIGURE_TAGS if key in tags}
+    record: dict[str, Any] = {"version": number, "figures": figures}
+    if len(json.dumps(record)) > TAG_LENGTH:
+        del figures[PER_TASK_TAG]
+    client.set_registered_model_tag(name, LAST_CHAMPION_TAG, json.dumps(record))
+
+
 def champion_history(client: MlflowClient, name: str) -> list[str]:
-    """Versions in the order in which they became champion, the present one last; empty if there is no champion."""
+    """Return versions in the order in which they became champion; the last is the present one, unless deleted."""
     model = client.get_registered_model(name)
     present = str(model.aliases.get(CHAMPION, ""))
-    if not present:
-        return []
     known = json.loads(model.tags.get(HISTORY_TAG, "[]"))
+    if not present:
+        return known
     if present not in known:
         return [*known, present]
     return known[: len(known) - known[::-1].index(present)]
@@ -157,17 +210,18 @@ def promote(client: MlflowClient, address: str) -> RegisteredVersion:
 
 
 def rollback(client: MlflowClient, name: str) -> RegisteredVersion:
-    """Give the alias back to the champion before the present one; versions deleted since are passed over.
+    """Give the alias back to the champion before the present one, or to the last that exists if that was deleted.
 
     Raises UserError if there is no such model or no earlier champion.
     """
     there = {str(version.version) for version in existing_versions(client, name)}
-    history = champion_history(client, name)
-    earlier = [number for number in history[:-1] if number in there and number != history[-1]]
+    present = aliases_of(client, name).get(CHAMPION)
+    earlier = [n for n in champion_history(client, name) if n in there and n != present]
     if not earlier:
         raise UserError(
             f"model {name!r} has no earlier champion to go back to: use `models promote`."
         )
-    client.set_registered_model_alias(name, CHAMPION, earlier[-1])
     _write_history(client, name, earlier)
+    _keep_figures(client, name, earlier[-1])
+    client.set_registered_model_alias(name, CHAMPION, earlier[-1])
     return RegisteredVersion(name, earlier[-1], CHAMPION)

@@ -1,10 +1,11 @@
-"""What `python -m llgbm models list|show|promote|rollback` answers: a table for people, JSON for programs."""
+"""Answer `python -m llgbm models list|show|promote|rollback`: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from tuning.registry import champions
@@ -25,18 +26,19 @@ if TYPE_CHECKING:
 
 
 def list_models(tracking_uri: str | None, name: str | None = None) -> list[dict[str, Any]]:
-    """One row a version, of one model or of all, the newest first. Raises UserError for an unknown name or store."""
+    """Return a row per version of one model or of all, newest first. Raises UserError for an unknown name or store."""
     with registry_client(tracking_uri) as client:
-        names = [name] if name else [model.name for model in all_models(client)]
-        return [row for one in names for row in _rows(client, one)]
+        if name is not None:
+            return _rows(client, name)
+        return list(chain.from_iterable(_rows(client, model.name) for model in all_models(client)))
 
 
 def show_model(tracking_uri: str | None, address: str) -> dict[str, Any]:
-    """All that is known of a version; a bare name means its champion. Raises UserError if there is none."""
+    """Return all facts of a version; a bare name means its champion. Raises UserError if there is none."""
+    if "/" not in address and "@" not in address:
+        address = f"{address}@{CHAMPION}"
     with registry_client(tracking_uri) as client:
-        version = resolve(
-            client, address if "/" in address or "@" in address else f"{address}@{CHAMPION}"
-        )
+        version = resolve(client, address)
         facts = {key.removeprefix("llgbm."): value for key, value in sorted(version.tags.items())}
         per_task = dict(Measured.of(version).per_task)
         facts.pop("val_per_task", None)
@@ -79,13 +81,19 @@ def _row(version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
         "alias": ", ".join(sorted(alias for alias, holder in aliases.items() if holder == number)),
         "configuration": version.tags.get("llgbm.config", ""),
         "metric": measured.metric,
-        "score": round(measured.score, 4) if math.isfinite(measured.score) else None,
+        "score": _rounded(measured.score),
         "study": version.tags.get("llgbm.study", ""),
         "trial": version.tags.get("llgbm.trial_id", ""),
         "registered": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(
             timespec="seconds"
         ),
     }
+
+
+def _rounded(score: float) -> float | None:
+    if not math.isfinite(score):
+        return None
+    return round(score, 4)
 
 
 COMMANDS: dict[str, Callable[[str | None, Any], Any]] = {
@@ -97,15 +105,13 @@ COMMANDS: dict[str, Callable[[str | None, Any], Any]] = {
 
 
 def as_text(answer: Any) -> str:
-    """The answer of a command for people: a list as one table with a column a key, a dictionary as lines."""
+    """Format the answer of a command for people: a list as a table, a dictionary as lines."""
     from tabulate import tabulate
 
+    if answer == []:
+        return "no generator is registered"
     if isinstance(answer, list):
-        return (
-            tabulate(answer, headers="keys", disable_numparse=True)
-            if answer
-            else "no generator is registered"
-        )
+        return tabulate(answer, headers="keys", disable_numparse=True)
     return tabulate(_lines(answer), tablefmt="plain", disable_numparse=True)
 
 
@@ -114,6 +120,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     for key, value in facts.items():
         if isinstance(value, dict):
             found += _lines({f"{key}: {name}": part for name, part in value.items()})
+        elif isinstance(value, list):
+            found.append((key, " → ".join(value)))
         else:
-            found.append((key, " → ".join(value) if isinstance(value, list) else value))
+            found.append((key, value))
     return found

@@ -1,7 +1,7 @@
-"""Generators in MLflow's model registry: how one gets in and how one is fetched.
+"""Register generators in MLflow's model registry, and fetch them.
 
-A trial is registered once. Whatever kills a registration, the next one deletes what is half done, keeps what is whole,
-and does the rest.
+A trial is registered once. A registration that was killed is finished by the next: complete parts are kept, incomplete
+ones are deleted and made again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llgbm.runtime import UserError, say
-from tuning.registry.champions import DATA_TAG, METRIC_TAG, PER_TASK_TAG, SCORE_TAG, settle
+from tuning.registry.champions import (
+    DATA_TAG,
+    METRIC_TAG,
+    PER_TASK_TAG,
+    SCORE_TAG,
+    Rivals,
+    settle,
+)
 from tuning.registry.versions import (
     RegisteredVersion,
     check_name,
@@ -56,70 +64,74 @@ PACKAGES = (
 EXAMPLE = json.dumps(["give the last word: red green blue", "give the last word: one two three"])
 
 
+@dataclass(frozen=True)
+class Score:
+    """Validation figures of a generator: the mean by `metric`, the same by task, and what it is judged beside."""
+
+    value: float
+    metric: str
+    per_task: Mapping[str, float]
+    rivals: Rivals = Rivals()
+
+
 def register_generator(
     tracking_uri: str,
     run_id: str,
     bundle: Path,
     name: str,
     tags: Mapping[str, str],
-    score: float,
-    metric: str,
-    per_task: Mapping[str, float],
+    score: Score,
 ) -> RegisteredVersion:
     """Register the generator in folder `bundle` as a version of model `name`, as an output of the run `run_id`.
 
-    `score` is its mean by `metric` on the validation data with the hash `tags["llgbm.val_data"]`, `per_task` the same
-    by task; they decide whether it is the champion. `tags["llgbm.study_id"]` and `tags["llgbm.trial_id"]` name it: a
-    second call with the same two returns the version of the first, and goes on where a first call was killed. The
-    status of the run is left as it was and no run becomes active. Raises UserError if the name, the folder or the
-    store cannot be used, ValueError if a tag is missing or a figure not finite.
+    `score` is measured on the validation data with the hash `tags["llgbm.val_data"]` and decides whether the version
+    becomes champion. `tags["llgbm.study_id"]` and `tags["llgbm.trial_id"]` identify it: a second call with the same
+    two returns the version of the first, and completes a call that was killed. The status of the run is kept and no
+    run becomes active. Raises UserError if the name, the folder or the store cannot be used, ValueError if a tag is
+    missing or a figure not finite.
     """
     check_name(name)
     all_tags = {
         **_bundle_tags(bundle),
         **tags,
         "llgbm.run_id": run_id,
-        METRIC_TAG: metric,
-        SCORE_TAG: repr(score),
+        METRIC_TAG: score.metric,
+        SCORE_TAG: repr(score.value),
     }
-    _check_figures(all_tags, score, per_task)
-    all_tags[PER_TASK_TAG] = json.dumps(
-        {task: round(value, 6) for task, value in sorted(per_task.items())}
-    )
+    _check_figures(all_tags, score)
+    rounded = {task: round(value, 6) for task, value in sorted(score.per_task.items())}
+    all_tags[PER_TASK_TAG] = json.dumps(rounded)
     with registry_client(tracking_uri) as client:
         _create_registered_model(client, name)
         version = _find_version(client, name, all_tags) or _create_version(
             client, run_id, bundle, name, all_tags
         )
-        alias = settle(client, name, version, _introduction(all_tags))
+        alias = settle(client, name, version, _introduction(all_tags), score.rivals)
     return RegisteredVersion(name, str(version.version), alias)
 
 
-def _check_figures(tags: Mapping[str, str], score: float, per_task: Mapping[str, float]) -> None:
+def _check_figures(tags: Mapping[str, str], score: Score) -> None:
     missing = [key for key in (DATA_TAG, *KEY_TAGS) if not tags.get(key)]
-    if (
-        missing
-        or not per_task
-        or not all(math.isfinite(value) for value in (score, *per_task.values()))
-    ):
+    figures = (score.value, *score.per_task.values())
+    if missing or not score.per_task or not all(map(math.isfinite, figures)):
         raise ValueError(
             f"a version needs the tags {DATA_TAG}, {', '.join(KEY_TAGS)} and a finite score, mean and by task, "
-            f"got {score}, {dict(per_task)} and {dict(tags)}"
+            f"got {score.value}, {dict(score.per_task)} and {dict(tags)}"
         )
 
 
 def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
-    """Resolve `models:/name@alias`, `models:/name/3` or a local folder to a folder with `generator.json`.
+    """Return the folder with `generator.json` of `models:/name@alias`, `models:/name/3` or a local folder.
 
-    Without `tracking_uri`, MLFLOW_TRACKING_URI or the store of the current folder is asked; what a registry holds is
+    `tracking_uri` None means MLFLOW_TRACKING_URI, or else the store of the current folder. A registered bundle is
     copied to a temporary folder. Raises UserError if the model, version, alias or folder does not exist.
     """
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
     with registry_client(tracking_uri) as client:
         folder = download(client, resolve(client, uri))
-    found = sorted(folder.rglob(BUNDLE_FILE))
-    return _checked(found[0].parent if found else folder, uri)
+    bundles = [path.parent for path in sorted(folder.rglob(BUNDLE_FILE))]
+    return _checked(next(iter(bundles), folder), uri)
 
 
 def _bundle_tags(bundle: Path) -> dict[str, str]:
@@ -148,11 +160,11 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
-    wanted = {key: tags[key] for key in KEY_TAGS}
-    found = (
-        v for v in versions_of(client, name) if {key: v.tags.get(key) for key in KEY_TAGS} == wanted
-    )
-    return next(found, None)
+    wanted = [tags[key] for key in KEY_TAGS]
+    for found in versions_of(client, name):
+        if list(map(found.tags.get, KEY_TAGS)) == wanted:
+            return found
+    return None
 
 
 def _create_version(
@@ -174,7 +186,7 @@ def _create_version(
 def _whole_model(
     client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]
 ) -> LoggedModel | None:
-    """What an earlier call logged before it was killed; what it left half done is deleted."""
+    """Return the complete model that a killed registration left, and delete its incomplete ones."""
     where = [f"name = '{name}'", *(f"tags.`{key}` = '{tags[key]}'" for key in KEY_TAGS)]
     whole = None
     for model in client.search_logged_models([run.info.experiment_id], " AND ".join(where)):
@@ -207,8 +219,8 @@ def _log_model(
 def _note_output(client: MlflowClient, run: Run, model_id: str) -> None:
     from mlflow.entities import LoggedModelOutput
 
-    known = run.outputs.model_outputs if run.outputs else []
-    if model_id not in {output.model_id for output in known}:
+    known = {output.model_id for output in getattr(run.outputs, "model_outputs", ())}
+    if model_id not in known:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
 
 
@@ -235,8 +247,11 @@ def _save_model(path: Path, bundle: Path, run_id: str, model_id: str) -> None:
 
 
 def _code_paths() -> list[str]:
-    specs = [importlib.util.find_spec(name) for name in ("llgbm", "dnd")]
-    return [str(path) for spec in specs if spec for path in spec.submodule_search_locations or ()]
+    found: list[str] = []
+    for name in ("llgbm", "dnd"):
+        spec = importlib.util.find_spec(name)
+        found += getattr(spec, "submodule_search_locations", None) or ()
+    return found
 
 
 def _requirements() -> list[str]:
@@ -262,17 +277,27 @@ def register_best(
     worlds: Mapping[str, World],
     results: Sequence[TrialResult],
     tracker: StudyTracker,
-    metric: str,
+    cache: Path,
 ) -> list[dict[str, str]]:
-    """Register the best trial of each size by a validation metric. Nothing is registered when all trials failed."""
+    """Register the best complete trial of each size by the study's metric; return the versions.
+
+    A trial whose artifacts are gone is passed over, and the next best is taken.
+    """
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        done = [r for r in results if r.whole and specs[r.trial_id].world.size == size]
-        if done:
-            best = max(done, key=lambda r: r.metrics[metric])
+        done = [r for r in results if r.is_complete and specs[r.trial_id].world.size == size]
+        done.sort(key=lambda r: -r.metrics[study.metric])
+        candidates = read_candidates(tracker, done, study.metric)
+        if candidates:
+            best, per_task = candidates[0]
             spec = specs[best.trial_id]
-            version = register(study, spec, worlds[spec.world.hash], best, tracker, metric)
+            rivals = Rivals(
+                [own for _, own in candidates[1:]],
+                best_baseline(cache, worlds[spec.world.hash], study.metric),
+            )
+            score = Score(best.metrics[study.metric], study.metric, per_task, rivals)
+            version = register(study, spec, worlds[spec.world.hash], tracker, best.run_id, score)
             say(
                 f"registered {version.name} version {version.version} "
                 f"({spec.name}, seed {spec.config.seed}) as {version.alias}"
@@ -283,16 +308,60 @@ def register_best(
     return registered
 
 
+Candidate = tuple["TrialResult", dict[str, float]]
+
+
+def read_candidates(
+    tracker: StudyTracker, done: Sequence[TrialResult], metric: str
+) -> list[Candidate]:
+    """Return the trials that kept a generator and validation figures by task, with these; say which did not."""
+    found: list[Candidate] = []
+    for trial in done:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(tracker.download_artifacts(trial.run_id, "per_task.json", folder))
+                figures = json.loads(path.read_text())["val"][metric.removeprefix("val/")]
+                # Only the best is registered: its generator must be there.
+                if not found:
+                    tracker.download_artifacts(trial.run_id, f"generator/{BUNDLE_FILE}", folder)
+        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            say(
+                f"the artifacts of trial {trial.trial_id} ({trial.config}, seed {trial.seed}) cannot be read, so it "
+                f"is not registered: {str(error).partition(chr(10))[0][:200]}"
+            )
+        else:
+            found.append((trial, {str(task): float(value) for task, value in figures.items()}))
+    return found
+
+
+def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] | None:
+    """Return name and validation score of the best baseline of a world, None for a smoke world."""
+    from llgbm.evaluation.baselines import UPPER_BOUND, known_baselines
+
+    if world.config.smoke:
+        return None
+    key = metric.removeprefix("val/")
+    scores = {
+        name: values[key]
+        for name, values in known_baselines(cache, world.data, world.lora_model, "val").items()
+        if name != UPPER_BOUND
+    }
+    name = max(scores, key=lambda name: scores[name])
+    return name, scores[name]
+
+
 def register(
     study: Study,
     spec: TrialSpec,
     world: World,
-    best: TrialResult,
     tracker: StudyTracker,
-    metric: str,
+    run_id: str,
+    score: Score,
 ) -> RegisteredVersion:
-    """Register one trial's generator: champion if it beats the champion on the same validation tasks."""
-    name = f"llgbm-generator-{spec.world.size}" + ("-smoke" if spec.world.smoke else "")
+    """Register the generator of one trial's run under the name of its size."""
+    name = f"llgbm-generator-{spec.world.size}"
+    if spec.world.smoke:
+        name += "-smoke"
     tags = {
         "llgbm.study": study.name,
         "llgbm.study_id": study.id,
@@ -303,18 +372,5 @@ def register(
         "llgbm.val_data": world.data.hash,
     }
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(tracker.download_artifacts(best.run_id, "generator", folder))
-        figures = json.loads(
-            Path(tracker.download_artifacts(best.run_id, "per_task.json", folder)).read_text()
-        )
-        per_task = figures["val"][metric.removeprefix("val/")]
-        return register_generator(
-            tracker.tracking_uri,
-            best.run_id,
-            bundle,
-            name,
-            tags,
-            best.metrics[metric],
-            metric,
-            per_task,
-        )
+        bundle = Path(tracker.download_artifacts(run_id, "generator", folder))
+        return register_generator(tracker.tracking_uri, run_id, bundle, name, tags, score)

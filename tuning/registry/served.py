@@ -1,6 +1,6 @@
-"""The registered form of a generator: prompts in, PEFT adapters out, for anyone who can load an MLflow model.
+"""Serve a registered generator as an MLflow model: prompts in, PEFT adapters out.
 
-MLflow stores this file itself next to the bundle and runs it on loading (models from code), so nothing is pickled.
+MLflow stores this file next to the bundle and runs it on loading (models from code), so nothing is pickled.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 class GeneratorModel(PythonModel):
     """Generates one LoRA adapter per row.
 
-    A row's `prompts` is a JSON list of texts. A condition is the *set* of a task's prompts, and one set makes one
-    adapter; a column of plain strings would leave open which prompts belong together, and a column of lists does not
-    survive CSV and some clients of MLflow's scoring server.
+    A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. A column of lists
+    would not survive CSV and some clients of MLflow's scoring server.
     """
 
     bundle: GeneratorBundle

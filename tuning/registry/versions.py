@@ -1,4 +1,4 @@
-"""Registered models by name, alias and version: how one is addressed, looked up and downloaded."""
+"""Address, look up and download registered models by name, alias and version."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llgbm.runtime import UserError
 from tuning.tracking.store import (
     all_pages,
     connect,
-    explained,
     local_tracking_uri,
     quiet_mlflow,
-    shown,
+    redact,
     sqlite_path,
+    store_errors,
     usable_uri,
 )
 
@@ -33,7 +33,7 @@ MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<vers
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version of a registered generator and the alias that it was given."""
+    """Version of a registered generator, with the alias that it was given."""
 
     name: str
     version: str
@@ -41,15 +41,15 @@ class RegisteredVersion:
 
     @property
     def uri(self) -> str:
-        """The address that `fetch_bundle` and `mlflow.pyfunc.load_model` take."""
+        """Return the address that `fetch_bundle` and `mlflow.pyfunc.load_model` take."""
         return f"models:/{self.name}/{self.version}"
 
 
 @contextmanager
 def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
-    """A client of the store at an address, by default MLFLOW_TRACKING_URI or the store of the current folder.
+    """Open a client of a store, by default of MLFLOW_TRACKING_URI or else of the current folder.
 
-    Raises UserError if there is no such store, and for whatever the store raises within the block.
+    Raises UserError if there is no such store, and for any error of the store within the block.
     """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
     quiet_mlflow()
@@ -58,7 +58,7 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
             f"there is no MLflow store at {uri}: give the address of the one you registered in."
         )
     uri = usable_uri(uri)
-    with explained(uri):
+    with store_errors(uri):
         yield connect(uri)
 
 
@@ -71,13 +71,13 @@ def check_name(name: str) -> None:
 
 
 def all_models(client: MlflowClient) -> list[RegisteredModel]:
-    """Every registered model, by name."""
+    """Return all registered models, sorted by name."""
     found = all_pages(lambda token: client.search_registered_models(page_token=token))
     return sorted(found, key=lambda model: model.name)
 
 
 def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """The versions of a model, oldest first; none if there is no such model."""
+    """Return the versions of a model, oldest first; none if there is no such model."""
     found = all_pages(
         lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)
     )
@@ -85,14 +85,14 @@ def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
-    """Version by alias. The model must exist."""
+    """Return version by alias. The model must exist."""
     return {
         alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()
     }
 
 
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version under an alias; None if there is no such model or alias."""
+    """Return the version under an alias, None if there is no such model or alias."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -104,11 +104,11 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None
 
 
 def resolve(client: MlflowClient, address: str) -> ModelVersion:
-    """The version that `models:/name@alias`, `models:/name/3` or these without `models:/` mean.
+    """Return the version at `models:/name@alias` or `models:/name/3`; the prefix `models:/` is optional.
 
-    Raises UserError that names what there is if there is no such thing.
+    Raises UserError that names the existing versions and aliases if there is no such version.
     """
-    parts = MODEL_URI.fullmatch(address if address.startswith("models:") else f"models:/{address}")
+    parts = MODEL_URI.fullmatch(f"models:/{address.removeprefix('models:/')}")
     if parts is None:
         raise UserError(
             f"{address!r} is no model address: write models:/name@alias, models:/name/version or a folder."
@@ -116,10 +116,12 @@ def resolve(client: MlflowClient, address: str) -> ModelVersion:
     name, alias = parts["name"], parts["alias"]
     versions = {str(found.version): found for found in existing_versions(client, name)}
     aliases = aliases_of(client, name)
-    wanted = aliases.get(alias, "") if alias else parts["version"]
+    wanted = aliases.get(alias or "", parts["version"] or "")
     if wanted in versions:
         return versions[wanted]
-    asked = f"alias {alias!r}" if alias else f"version {wanted}"
+    asked = f"version {wanted}"
+    if alias:
+        asked = f"alias {alias!r}"
     raise UserError(
         f"model {name!r} has no {asked}: it has the versions {', '.join(versions)} and the aliases "
         f"{', '.join(sorted(aliases)) or 'none'}."
@@ -127,17 +129,17 @@ def resolve(client: MlflowClient, address: str) -> ModelVersion:
 
 
 def existing_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """The versions of a model, oldest first. Raises UserError that names the models there are if it has none."""
+    """Return the versions of a model, oldest first. Raises UserError that names the known models if it has none."""
     check_name(name)
     versions = versions_of(client, name)
     if not versions:
         known = ", ".join(model.name for model in all_models(client)) or "none at all"
-        raise UserError(f"{shown(client.tracking_uri)} has no model {name!r}: it has {known}.")
+        raise UserError(f"{redact(client.tracking_uri)} has no model {name!r}: it has {known}.")
     return versions
 
 
 def download(client: MlflowClient, version: ModelVersion) -> Path:
-    """Copy the files of a version to a temporary folder."""
+    """Copy the files of a version to a new temporary folder and return it."""
     from mlflow.artifacts import download_artifacts
 
     # MLflow's own models:/ addresses ask the process-wide registry, whatever store is named.

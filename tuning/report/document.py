@@ -12,6 +12,7 @@ from typing import Any
 
 from llgbm.output import Output
 from tuning.report import plots, tables
+from tuning.report.delta_map import plot_delta_map
 from tuning.report.groups import MAIN, Group, size_of
 from tuning.report.page import html_page
 from tuning.report.record import StudyRecord, read_study
@@ -75,7 +76,7 @@ def summary(record: StudyRecord) -> str:
 
 
 def _origin(record: StudyRecord) -> str:
-    whole = sum(trial.whole for trial in record.trials)
+    whole = sum(trial.is_complete for trial in record.trials)
     parts = [f"{whole} of {count(len(record.trials), 'trial')} counted"]
     parts += [f"study id `{record.study_id}`"] * bool(record.study_id)
     parts += [f"MLflow run `{record.run_id}`"] * bool(record.run_id)
@@ -125,7 +126,7 @@ def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
         _picture(
             out,
             f"delta_map_{size}.png" if len(sizes) > 1 else "delta_map.png",
-            plots.plot_delta_map,
+            plot_delta_map,
             [one for one in record.deltas if one.size == size],
         )
         for size in sizes
@@ -181,7 +182,7 @@ def _write_csv(path: Path, record: StudyRecord) -> None:
         writer.writerow([*head, *params, *metrics])
         for t in record.trials:
             seed = "" if t.seed is None else t.seed
-            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.whole), t.run_id]
+            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.is_complete), t.run_id]
             values = [repr(t.metrics[key]) if key in t.metrics else "" for key in metrics]
             writer.writerow([*row, *(t.params.get(key, "") for key in params), *values])
 

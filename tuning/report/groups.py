@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations, starmap
 
 import numpy as np
 from scipy import stats
@@ -21,12 +21,14 @@ REFERENCE = "weight-only"
 SEEDS_FOR_SPREAD = 3
 ALL_PAIRS = 5  # up to so many configurations of a size, every pair is compared; above, each with the reference
 AccuracyByTask = Mapping[str, float]
+Baselines = Mapping[
+    str, Mapping[str, float]
+]  # metric by baseline, "name (size)" if there are several sizes
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean over n seeds; where there are enough seeds to speak of a spread, its sample standard deviation and the
-    95 % interval of the mean by Student's t."""
+    """Mean over n seeds; from `SEEDS_FOR_SPREAD` on, its sample standard deviation and 95 % interval (Student's t)."""
 
     mean: float
     sd: float | None
@@ -35,7 +37,7 @@ class Cell:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Cell | None:
-        """Summarise values; None if there are none."""
+        """Summarise values, None if there are none."""
         array = np.asarray(list(values), dtype=float)
         if not array.size:
             return None
@@ -45,12 +47,14 @@ class Cell:
         return cls(mean, float(array.std(ddof=1)), n, student_interval(array) or (mean, mean))
 
     def __str__(self) -> str:
-        return number(self.mean) if self.sd is None else f"{number(self.mean)} ± {number(self.sd)}"
+        if self.sd is None:
+            return number(self.mean)
+        return f"{number(self.mean)} ± {number(self.sd)}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The trials of one configuration at one model size that count, and their held-out accuracy by task and run id."""
+    """Complete trials of one configuration at one model size; `by_task` is held-out accuracy by run id and task."""
 
     config: str
     size: str
@@ -59,7 +63,7 @@ class Group:
     by_task: Mapping[str, AccuracyByTask] = field(default_factory=dict)
 
     def by_seed(self, metric: str) -> dict[str, float]:
-        """The value of each seed (the mean over its trials), for the trials that have a finite one."""
+        """Return the metric of each seed, averaged over its trials; values that are not finite are left out."""
         found: dict[str, list[float]] = {}
         for trial in self.trials:
             if math.isfinite(trial.metrics.get(metric, math.nan)):
@@ -67,28 +71,53 @@ class Group:
         return {seed: float(np.mean(values)) for seed, values in found.items()}
 
     def cell(self, metric: str) -> Cell | None:
-        """Mean and spread over seeds, or None where no trial has the metric."""
+        """Return mean and spread over seeds, None if no trial has the metric."""
         return Cell.of(self.by_seed(metric).values())
 
     def gap(self) -> Cell | None:
-        """Accuracy on training tasks less that on held-out tasks, over the seeds that have both."""
+        """Return training accuracy minus held-out accuracy, over the seeds that have both."""
         train, held = self.by_seed("train/accuracy"), self.by_seed(MAIN)
         return Cell.of(train[seed] - held[seed] for seed in train if seed in held)
 
     def task_accuracy(self) -> dict[str, dict[str, float]]:
-        """Held-out accuracy by seed and task; empty for seeds whose numbers by task were not kept."""
+        """Return held-out accuracy by seed and task; empty for a seed without numbers by task."""
         found: dict[str, dict[str, list[float]]] = {seed: {} for seed in self.seeds}
         for trial in self.trials:
             for task, value in self.by_task.get(trial.run_id, {}).items():
                 found[seed_of(trial)].setdefault(task, []).append(value)
-        return {
-            seed: {task: float(np.mean(own)) for task, own in tasks.items()}
-            for seed, tasks in found.items()
-        }
+        return {seed: _means(tasks) for seed, tasks in found.items()}
+
+    @property
+    def is_supervised(self) -> bool:
+        """True if it is trained with behavioural supervision (λ_d > 0); told by name if it names no λ."""
+        if self.lambdas is None:
+            return not self.config.startswith(REFERENCE)
+        return self.lambdas[1] > 0
+
+    def curves(self, key: str) -> list[dict[int, float]]:
+        """Return the curve of every trial that has one, as value by step."""
+        return [dict(trial.curves[key]) for trial in self.trials if trial.curves.get(key)]
+
+    @property
+    def lambdas(self) -> tuple[float, float] | None:
+        """Return λ_w and λ_d, None if the trials do not name them."""
+        params = self.trials[0].params
+        if "lambda_weight" not in params or "lambda_delta" not in params:
+            return None
+        return float(params["lambda_weight"]), float(params["lambda_delta"])
 
     @cached_property
     def seeds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(seed_of(trial) for trial in self.trials))
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {key: float(np.mean(own)) for key, own in values.items()}
+
+
+def is_of_size(baseline: str, size: str) -> bool:
+    """True if a baseline is of this model size: those of a study with one size name none."""
+    return baseline.endswith(f"({size})") or not baseline.endswith(")")
 
 
 @dataclass(frozen=True)
@@ -116,25 +145,25 @@ class Comparison:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference stands at the 5 % level after Holm's correction."""
+        """True if the difference is significant at 5 % after Holm's correction."""
         return self.p_holm is not None and self.p_holm <= SIGNIFICANCE
 
 
 def group_trials(
     trials: Sequence[TrialResult], by_task: Mapping[str, AccuracyByTask] | None = None
 ) -> list[Group]:
-    """Whole trials by configuration and model size, in order of appearance; several sizes show in the labels.
+    """Group complete trials by configuration and model size, in order of appearance; labels name the size if several.
 
     `by_task` is the held-out accuracy of every task by run id, where it was kept.
     """
     sizes = list(dict.fromkeys(size_of(trial) for trial in trials))
-    keys = dict.fromkeys((size_of(trial), trial.config) for trial in trials if trial.whole)
+    keys = dict.fromkeys((size_of(trial), trial.config) for trial in trials if trial.is_complete)
     return [
         Group(
             config,
             size,
             f"{config} ({size})" if len(sizes) > 1 else config,
-            tuple(t for t in trials if t.whole and (size_of(t), t.config) == (size, config)),
+            tuple(t for t in trials if t.is_complete and (size_of(t), t.config) == (size, config)),
             by_task or {},
         )
         for size, config in sorted(keys, key=lambda key: sizes.index(key[0]))
@@ -142,28 +171,27 @@ def group_trials(
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
-    """Paired comparisons of the configurations of each size, with Holm's correction over all of them.
+    """Compare the configurations of each size in pairs, with Holm's correction over all comparisons.
 
-    Every pair up to five configurations, else each with the reference; see `reference_of`.
+    Up to `ALL_PAIRS` configurations every pair is compared, above that each with the reference (`reference_of`).
     """
-    found = [
-        _compare(*pair)
-        for size in dict.fromkeys(group.size for group in groups)
-        for pair in _pairs(groups, size)
-    ]
-    found = [comparison for comparison in found if comparison.n]
+    sizes = dict.fromkeys(group.size for group in groups)
+    pairs = chain.from_iterable(_pairs(groups, size) for size in sizes)
+    found = [comparison for comparison in starmap(_compare, pairs) if comparison.n]
     corrected = holm([comparison.p for comparison in found])
     return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]
 
 
 def reference_of(groups: Sequence[Group], size: str) -> Group | None:
-    """What the configurations of a size are held against: weight-only, else the first; None where there is none.
+    """Return the configuration that the others of a size are compared with: weight-only, else the first, else None.
 
-    Of several weight-only ones it is that with the best validation accuracy: held-out numbers choose nothing.
+    Of several weight-only ones the best on validation tasks is taken: held-out numbers select nothing.
     """
     own = [group for group in groups if group.size == size and group.cell(MAIN)]
-    plain = [group for group in own if group.config.startswith(REFERENCE)]
-    return max(plain, key=_validation) if plain else next(iter(own), None)
+    plain = [group for group in own if not group.is_supervised]
+    if plain:
+        return max(plain, key=_validation)
+    return next(iter(own), None)
 
 
 def _validation(group: Group) -> float:
@@ -174,8 +202,10 @@ def _validation(group: Group) -> float:
 def _pairs(groups: Sequence[Group], size: str) -> list[tuple[Group, Group]]:
     reference, ordered = reference_of(groups, size), ranked(groups, size)
     others = [group for group in ordered if group is not reference]
-    against = [(group, reference) for group in others if reference]
-    return against + (list(combinations(others, 2)) if len(ordered) <= ALL_PAIRS else [])
+    pairs = [(group, reference) for group in others if reference]
+    if len(ordered) <= ALL_PAIRS:
+        pairs += combinations(others, 2)
+    return pairs
 
 
 def _compare(group: Group, reference: Group) -> Comparison:
@@ -210,44 +240,54 @@ def _over_seeds(plain: Comparison, differences: np.ndarray) -> Comparison:
 
 
 def _paired_cells(group: Group, reference: Group, seeds: Sequence[str]) -> np.ndarray | None:
-    """Differences in accuracy [S, T] on the tasks that all these trials have; None where there is none."""
+    """Return differences in accuracy [S, T] on the tasks that all these trials share, None if there are none."""
     own, other = group.task_accuracy(), reference.task_accuracy()
-    tasks = [
-        t
-        for t in (own[seeds[0]] if seeds else ())
-        if all(t in own[s] and t in other[s] for s in seeds)
-    ]
+    tables = [by_seed[seed] for seed in seeds for by_seed in (own, other)]
+    shared = set.intersection(*map(set, tables)) if tables else set()
+    tasks = sorted(shared)
     if not tasks:
         return None
-    return np.array([[own[seed][task] - other[seed][task] for task in tasks] for seed in seeds])
+    values_2ST = [[list(map(by[seed].get, tasks)) for seed in seeds] for by in (own, other)]
+    return np.subtract(*np.array(values_2ST, dtype=float))
 
 
 def ranked(groups: Sequence[Group], size: str) -> list[Group]:
-    """The configurations of a size that have a held-out accuracy, best first."""
-    scored = [(group.cell(MAIN), group) for group in groups if group.size == size]
-    return [
-        group
-        for cell, group in sorted(scored, key=lambda pair: -pair[0].mean if pair[0] else 0)
-        if cell
-    ]
+    """Return the configurations of a size with a held-out accuracy, best first; those with few seeds come last.
+
+    Few are fewer than `SEEDS_FOR_SPREAD`, or than the most that any has: a lucky seed must not rank above a mean.
+    """
+    cells = {g.label: cell for g in groups if g.size == size and (cell := g.cell(MAIN))}
+    enough = seeds_needed(cells.values())
+    own = [group for group in groups if group.label in cells]
+    return sorted(own, key=lambda g: (cells[g.label].n < enough, -cells[g.label].mean))
+
+
+def seeds_needed(cells: Iterable[Cell]) -> int:
+    """Return the number of seeds that a configuration needs to be ranked."""
+    return min(SEEDS_FOR_SPREAD, max((cell.n for cell in cells), default=0))
 
 
 def number(value: float | None) -> str:
-    """A value for people: three decimals, none from 100 on, a dash where there is none."""
+    """Return a value with three decimals, with none from 100 on, a dash if there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    decimals = 3 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f}"
 
 
 def repeated_seeds(trials: Sequence[TrialResult]) -> list[str]:
-    """Configurations that hold more than one whole trial of a seed."""
-    counts = Counter((t.config, size_of(t), t.seed) for t in trials if t.whole)
+    """Return the configurations with more than one complete trial of a seed."""
+    counts = Counter((t.config, size_of(t), t.seed) for t in trials if t.is_complete)
     return sorted({config for (config, _, _), count in counts.items() if count > 1})
 
 
 def seed_of(trial: TrialResult) -> str:
-    return trial.trial_id if trial.seed is None else str(trial.seed)
+    """Return the seed as text; a trial without one stands for itself."""
+    if trial.seed is None:
+        return trial.trial_id
+    return str(trial.seed)
 
 
 def size_of(trial: TrialResult) -> str:
+    """Return the model size, "" if the trial names none."""
     return trial.params.get("model_size", "")

@@ -1,4 +1,4 @@
-"""A study as MLflow remembers it: found by its id, read with what its trials left among their artifacts."""
+"""Read a study from MLflow: its trials, baselines, numbers by task and deltas."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llgbm.evaluation.baselines import known_baselines
-from llgbm.runtime import UserError
+from llgbm.evaluation.baselines import from_metrics, known_baselines, to_metrics
+from llgbm.runtime import content_hash
 from llgbm.world import World
+from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import (
     CHOOSING,
     AccuracyByTask,
+    Baselines,
     Comparison,
     Group,
     compare,
@@ -25,15 +28,14 @@ from tuning.report.groups import (
     ranked,
     size_of,
 )
-from tuning.report.plots import CURVES, DeltaMap
+from tuning.report.plots import CURVES
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
-from tuning.tracking.store import connect, explained
+from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Baselines = Mapping[str, Mapping[str, float]]
 MAPS_PER_SIZE = 4
 PER_TASK = "per_task.json"
 DELTAS = "deltas"
@@ -41,10 +43,11 @@ DELTAS = "deltas"
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """All that a report needs of one study.
+    """Everything that a report needs of one study.
 
-    `by_task` is the held-out accuracy of every task by run id, for the trials that kept it; `deltas` those of the best
-    configurations.
+    `by_task` is held-out accuracy by run id and task, for the trials that kept it; `deltas` are those of the best
+    configurations; `missing` says in sentences which artifacts could not be read; `planned` is the number of trials
+    that the study was begun with, None for a search.
     """
 
     study: str
@@ -54,153 +57,147 @@ class StudyRecord:
     deltas: tuple[DeltaMap, ...] = ()
     study_id: str = ""
     run_id: str = ""
+    status: str = "FINISHED"
+    planned: int | None = None
+    missing: tuple[str, ...] = ()
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The trials that count, by configuration and model size."""
+        """Return the complete trials by configuration and model size."""
         return group_trials(self.trials, self.by_task)
 
     @cached_property
+    def by_rank(self) -> list[Group]:
+        """Return the groups size by size, best held-out accuracy first, those without one last."""
+        sizes = dict.fromkeys(group.size for group in self.groups)
+        best = list(chain.from_iterable(ranked(self.groups, size) for size in sizes))
+        return best + [group for group in self.groups if group not in best]
+
+    @cached_property
     def comparisons(self) -> list[Comparison]:
-        """The differences between them."""
+        """Return the paired comparisons of configurations."""
         return compare(self.groups)
 
 
 def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     """Read a study by the id of its parent run: trials, baselines, numbers by task and deltas.
 
-    Raises UserError if the store fails, has no such run, or a trial's artifact is damaged.
+    Artifacts that are gone or damaged are named in `missing`. Raises UserError if the store fails or has no such run.
     """
     trials = tuple(read_trials(tracking_uri, parent_run_id, tuple(CURVES)))
-    with explained(tracking_uri), tempfile.TemporaryDirectory() as folder:
+    sizes = dict.fromkeys(size_of(trial) for trial in trials)
+    with store_errors(tracking_uri), tempfile.TemporaryDirectory() as folder:
         client = connect(tracking_uri)
         parent = client.get_run(parent_run_id)
-        store = _Artifacts(client, Path(folder))
-        by_task = {trial.run_id: store.accuracy_by_task(trial) for trial in trials if trial.whole}
-        by_task = {run_id: values for run_id, values in by_task.items() if values}
-        deltas = [
-            found for trial in _mapped(group_trials(trials)) if (found := store.delta_map(trial))
-        ]
+        artifacts = _Artifacts(client, Path(folder))
+        found = {t.run_id: artifacts.accuracy_by_task(t) for t in trials if t.is_complete}
+        by_task = {run_id: values for run_id, values in found.items() if values}
+        maps = [artifacts.delta_map(trial) for trial in _mapped(group_trials(trials))]
+    planned = parent.data.params.get("trials", "")
     return StudyRecord(
-        parent.data.tags.get(STUDY_TAG, parent.info.run_name),
-        trials,
-        collect_baselines(parent.data.metrics, dict.fromkeys(size_of(trial) for trial in trials)),
-        by_task,
-        tuple(deltas),
-        parent.data.tags.get(STUDY_ID_TAG, ""),
-        parent_run_id,
+        study=parent.data.tags.get(STUDY_TAG, parent.info.run_name),
+        trials=trials,
+        baselines=collect_baselines(parent.data.metrics, sizes),
+        by_task=by_task,
+        deltas=tuple(filter(None, maps)),
+        study_id=parent.data.tags.get(STUDY_ID_TAG, ""),
+        run_id=parent_run_id,
+        status=parent.info.status,
+        planned=int(planned) if planned.isdecimal() else None,
+        missing=tuple(artifacts.missing),
     )
 
 
 def collect_baselines(
     metrics: Mapping[str, float], sizes: Iterable[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Sort metrics named `baseline/<name>/<key>` into a mapping by name and key.
-
-    Where a study has several model sizes, each baseline is named `<name>_<size>` and comes back as "name (size)".
-    """
+    """Sort the baselines among metrics by name; in a study of several sizes the name is "ridge (nano)"."""
     several = list(sizes)
-    found: dict[str, dict[str, float]] = {}
-    for key, value in metrics.items():
-        if key.startswith("baseline/") and key.count("/") == 2:
-            _, name, metric = key.split("/")
-            size = (
-                next((size for size in several if name.endswith(f"_{size}")), "")
-                if len(several) > 1
-                else ""
-            )
-            label = f"{name.removesuffix(f'_{size}')} ({size})" if size else name
-            found.setdefault(label, {})[metric] = value
-    return found
+    by_size = from_metrics(metrics, several if len(several) > 1 else ())
+    return {
+        f"{name} ({size})" if size else name: numbers
+        for size, baselines in by_size.items()
+        for name, numbers in baselines.items()
+    }
 
 
 def _mapped(groups: Sequence[Group]) -> list[TrialResult]:
-    """Of the best configurations of each size, the trial that is best on validation tasks."""
-    chosen = [
-        g
-        for size in dict.fromkeys(group.size for group in groups)
-        for g in ranked(groups, size)[:MAPS_PER_SIZE]
-    ]
+    """Return the trial with the best validation accuracy of each of the best configurations, by size."""
+    sizes = dict.fromkeys(group.size for group in groups)
+    chosen = chain.from_iterable(ranked(groups, size)[:MAPS_PER_SIZE] for size in sizes)
     return [
         max(group.trials, key=lambda trial: trial.metrics.get(CHOOSING, -1.0)) for group in chosen
     ]
 
 
 class _Artifacts:
-    """What trials left, copied into a folder as it is asked for."""
+    """Artifacts of trials, copied into a folder on demand; `missing` collects what cannot be read."""
 
     def __init__(self, client: MlflowClient, folder: Path) -> None:
         self.client = client
         self.folder = folder
+        self.missing: list[str] = []
 
     def accuracy_by_task(self, trial: TrialResult) -> dict[str, float]:
-        """Held-out accuracy by task; empty if the trial did not keep it."""
-        path = self._fetch(trial, PER_TASK)
-        if path is None:
-            return {}
+        """Return held-out accuracy by task; empty if the trial did not keep it or it cannot be read."""
         try:
+            path = self._fetch(trial, PER_TASK)
+            if path is None:
+                return {}
             found = json.loads(path.read_text())["test"]["accuracy"]
             return {str(task): float(value) for task, value in found.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(trial, PER_TASK, error) from error
+        except (
+            Exception
+        ) as error:  # of the artifact store or of any parser: the report is made without
+            self._note(trial, PER_TASK, error)
+            return {}
 
     def delta_map(self, trial: TrialResult) -> DeltaMap | None:
-        """Teacher and generated deltas of the held-out tasks; None if the trial did not keep them."""
-        from safetensors import SafetensorError, safe_open
+        """Return teacher and generated deltas of the held-out tasks; None if not kept or not readable."""
+        from safetensors import safe_open
 
-        folder = self._fetch(trial, DELTAS)
-        if folder is None:
-            return None
         try:
+            folder = self._fetch(trial, DELTAS)
+            if folder is None:
+                return None
             with safe_open(folder / "test.safetensors", "numpy") as file:
                 tasks = json.loads(file.metadata()["tasks"])
-                teacher, generated = (
-                    np.asarray(file.get_tensor(key)) for key in ("teacher", "predicted")
-                )
-            return DeltaMap(
-                teacher, generated, tuple(map(family_name, tasks)), trial.config, size_of(trial)
-            )
-        except (SafetensorError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise _damaged(trial, f"{DELTAS}/test.safetensors", error) from error
+                teacher, generated = map(file.get_tensor, ("teacher", "predicted"))
+            names = tuple(map(family_name, tasks))
+            deltas = (np.asarray(teacher), np.asarray(generated))
+            return DeltaMap(*deltas, names, trial.config, size_of(trial))
+        except Exception as error:  # as above
+            self._note(trial, DELTAS, error)
+            return None
 
     def _fetch(self, trial: TrialResult, name: str) -> Path | None:
         if name not in {item.path for item in self.client.list_artifacts(trial.run_id)}:
             return None
-        own = self.folder / trial.run_id
+        own = self.folder / content_hash(trial.run_id)
         own.mkdir(exist_ok=True)
         return Path(self.client.download_artifacts(trial.run_id, name, str(own)))
 
-
-def _damaged(trial: TrialResult, name: str, error: Any) -> UserError:
-    return UserError(
-        f"the artifact {name} of run {trial.run_id} ({trial.config}, seed {trial.seed}) is damaged ({error}): remove "
-        "it, and the report is made without."
-    )
+    def _note(self, trial: TrialResult, name: str, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        self.missing.append(
+            f"The artifact {name} of run {trial.run_id} ({trial.config}, seed {trial.seed}) cannot be read and is "
+            f"left out: {reason.rstrip('.')}."
+        )
 
 
 def family_name(task: str) -> str:
-    """The task with its operation before a slash, as delta maps name it: the name up to its last hyphen."""
+    """Return "operation/task" as delta maps name a task; the operation ends at its last hyphen."""
     return f"{task.rpartition('-')[0] or task}/{task}"
 
 
 def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Path) -> None:
     """Log the baselines of every world on the parent run, unless it has them."""
-    known = collect_baselines(tracker.metrics())
+    several = len(worlds) > 1
+    known = from_metrics(tracker.metrics(), [w.config.size for w in worlds.values() if several])
     for world in worlds.values():
         size = world.config.size
-        mine = {
-            n.removesuffix(f"_{size}"): m
-            for n, m in known.items()
-            if len(worlds) == 1 or n.endswith(f"_{size}")
-        }
-        if not mine:
-            mine = known_baselines(cache, world)
-            slugs = {name: name if len(worlds) == 1 else f"{name}_{size}" for name in mine}
-            logged = {
-                f"baseline/{slugs[n]}/{key}": v
-                for n, values in mine.items()
-                for key, v in values.items()
-            }
-            tracker.log_metrics(
-                {**logged, **{f"world/{size}/{k}": v for k, v in world.bank.facts.items()}}
-            )
+        label = size if several else ""
+        if label not in known:
+            logged = to_metrics(known_baselines(cache, world.data, world.lora_model), label)
+            facts = {f"world/{size}/{name}": value for name, value in world.bank.facts.items()}
+            tracker.log_metrics(logged | facts)

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from tuning.report.groups import MAIN, Cell, Comparison, Group, number, size_of
-from tuning.report.record import Baselines
+from tuning.report.groups import MAIN, Baselines, Cell, Comparison, Group, number, size_of
 from tuning.tracking.runs import TrialResult
 
 METRICS = {

@@ -1,18 +1,18 @@
-"""Random search and Optuna over a study's space, kept in Optuna's own storage, so that a later run goes on.
+"""Search a study's space with Optuna (TPE) or at random.
 
-A point is one Optuna trial; each of its seeds is a trial of the sweep. What Optuna has been told and what it still
-waits for stand in the storage alone: a driver that was killed finds the open points there and finishes them.
+A point is one Optuna trial; each of its seeds is a trial of the sweep. The state of a search is kept in Optuna's
+storage only: a restarted driver finds the open points there and finishes them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -20,11 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from llgbm.runtime import UserError, stream_seed
+from tuning.search.queue import Result
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.tracking.store import shown, sqlite_path
+from tuning.tracking.store import redact, sqlite_path
 
 logger = logging.getLogger("tuning.search")
-Result = Mapping[str, Any]
+Answer = TypeVar("Answer")
 STARTUP_POINTS = 5
 STOPPED, RETRY_OF, TRIALS = "llgbm.stopped_at_step", "llgbm.retry_of", "llgbm.trial_ids"
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError)
@@ -47,7 +48,7 @@ def explained_storage(url: str) -> Iterator[None]:
     except STORAGE_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the Optuna storage {shown(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
+            f"the Optuna storage {redact(url)} cannot be used ({reason[:200]}): give another --optuna-storage, "
             "sqlite:///path/optuna.db say"
         ) from error
 
@@ -89,7 +90,7 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
     try:
         return optuna.storages.get_storage(url)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the Optuna storage {shown(url)} cannot be opened ({error})") from error
+        raise UserError(f"the Optuna storage {redact(url)} cannot be opened ({error})") from error
 
 
 def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:
@@ -110,10 +111,11 @@ class Outcome:
     stopped: bool
 
 
-class PointSearch:
-    """Ask for trials, tell what became of them; Optuna hears of a point when all its seeds have ended.
+class PointQueue:
+    """Hand out the trials of points that Optuna draws; a point is told to Optuna when all its seeds have ended.
 
-    `known` are the last results of trials that have ended before, by trial id: those are told and not run again.
+    `known` are the last results of trials that ended before, by trial id; these are told and not run again. `url` names
+    the storage in errors. A storage that fails is tried again while trials run; after that UserError is raised.
     """
 
     def __init__(
@@ -122,9 +124,11 @@ class PointSearch:
         optuna_study: optuna.Study,
         n_points: int,
         known: Mapping[str, Result] | None = None,
+        url: str = "",
     ) -> None:
         if n_points < 1:
             raise UserError(f"{n_points} points of a search asked for; it must be at least 1")
+        self._url = url
         self.space = space
         self.study = optuna_study
         self.n_points = n_points
@@ -137,7 +141,10 @@ class PointSearch:
         self._fail_half_asked()
 
     def ask(self) -> TrialSpec | None:
-        """The next trial to run: a seed of an open point first, then of a new point; None when all were handed out."""
+        """Return a seed of an open point, else of a new point; None if none can be started now."""
+        return self._while_running(self._next, None)
+
+    def _next(self) -> TrialSpec | None:
         self._settle()
         while (spec := next(self._waiting(), None)) is None:
             if len(self._points()) >= self.n_points:
@@ -147,8 +154,21 @@ class PointSearch:
         self.running.add(spec.id)
         return spec
 
+    def _while_running(self, action: Callable[[], Answer], otherwise: Answer) -> Answer:
+        """Return the action's answer, or `otherwise` if the storage fails while trials run."""
+        try:
+            with explained_storage(self._url):
+                return action()
+        except UserError:
+            if self.running:
+                return otherwise
+            raise
+
+    def progress(self, spec: TrialSpec, result: Result) -> None:
+        """Ignore it: a point counts when all its seeds have ended."""
+
     def tell(self, spec: TrialSpec, result: Result | None) -> None:
-        """Take the last result of a trial; None or `failed` in it: the trial failed."""
+        """Take the last result of a trial; None, or `failed` in the result, means that it failed."""
         self.running.discard(spec.id)
         self.results[spec.id] = result
         try:
@@ -157,28 +177,34 @@ class PointSearch:
             logger.warning("Optuna is told of a point later, its storage fails: %s", error)
 
     def trials(self) -> tuple[TrialSpec, ...]:
-        """The trials of all points asked for so far, those of earlier runs too, each once."""
+        """Return the trials of all points so far, those of earlier runs too, each once."""
         return drawn_trials(self.space, self.study)
 
     def is_done(self) -> bool:
-        """Whether no trial is left to ask for."""
+        """Return True once every trial of every point has been handed out."""
+        return self._while_running(self._is_drawn, False)
+
+    def _is_drawn(self) -> bool:
         self._settle()
         return len(self._points()) >= self.n_points and next(self._waiting(), None) is None
 
     def steps_left(self) -> int:
-        """Training steps of the trials that are still to be asked for, or run at present."""
+        """Count the training steps of the trials that have not ended."""
         trials = [spec for point in self._points() for spec in self.space.trials(point.params)]
         missing = max(0, self.n_points - len(self._points())) * len(self.space.seeds)
         left = sum(spec.id not in self.results for spec in trials) + missing
         return left * self.space.base.config.steps
 
     def describe(self) -> str:
-        """How far the search is."""
-        done = len([point for point in self._points() if point.state.is_finished()])
-        return f"{done} of {self.n_points} points done, {len(self.space.seeds)} seeds each"
+        """Say how many points are done, and which are best."""
+        done = sum(point.state.is_finished() for point in self._points())
+        how_far = f"{done} of {self.n_points} points done, {len(self.space.seeds)} seeds each"
+        if not done:
+            return how_far
+        return f"{how_far}; {describe_best(self.space, self.study)}"
 
     def retry_failed(self) -> int:
-        """Queue the points that were told as failed once more, and no others; returns how many."""
+        """Queue the failed points once more, and no others; return their number."""
         self.n_points = len(self._points())
         failed = [point for point in self._points() if point.state == TrialState.FAIL]
         for point in failed:
@@ -274,50 +300,6 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=STARTUP_POINTS, constant_liar=True
     )
-
-
-def make_searcher(search: PointSearch, url: str) -> Any:
-    """The same as a Ray Tune searcher, which suggests {"trial": TrialSpec}; `url` is what errors call the storage.
-
-    A storage that fails is asked again as long as trials run; after that the sweep ends with a UserError.
-    """
-    from ray.tune.search import Searcher
-
-    class PointSearcher(Searcher):
-        """Names Ray's trials; `PointSearch` does the rest."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.specs: dict[str, TrialSpec] = {}
-
-        def suggest(self, trial_id: str) -> Any:
-            try:
-                with explained_storage(url):
-                    spec = search.ask()
-            except UserError:
-                if search.running:
-                    return None
-                raise
-            if spec is None:
-                return self.FINISHED
-            self.specs[trial_id] = spec
-            return {"trial": spec}
-
-        def on_trial_complete(
-            self, trial_id: str, result: dict | None = None, error: bool = False
-        ) -> None:
-            """A trial that ends without error and without a result was interrupted: its point stays open."""
-            spec = self.specs.pop(trial_id)
-            if error or result is not None:
-                search.tell(spec, None if error else result)
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing to save: Optuna's storage is the state."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing to restore."""
-
-    return PointSearcher()
 
 
 def count_states(optuna_study: optuna.Study | None) -> dict[str, int]:

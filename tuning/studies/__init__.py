@@ -1,4 +1,4 @@
-"""Studies: named functions that return a study, a frozen value that says what is run and why."""
+"""Define studies: named functions that return a frozen value with the trials to run and the reason."""
 
 from tuning.studies.builtin import (
     DELTA_ONLY,

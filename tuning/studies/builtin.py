@@ -1,4 +1,4 @@
-"""Studies: named functions that return a study, a frozen value that says what is run and why.
+"""Define the built-in studies, and what own ones are made of.
 
 A study is a list of trials, or a space that a search draws trials from. Configurations are made of variants, each of
 which changes a few fields of `TrainingConfig`; a new study calls its parent and changes what differs.
@@ -26,7 +26,7 @@ SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a caller may change about a named study; None leaves the study's own choice."""
+    """Overrides of a named study; None keeps the study's own choice."""
 
     model_sizes: tuple[str, ...] | None = None
     lambda_weight: tuple[float, ...] | None = None
@@ -46,14 +46,14 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a configuration changes in `TrainingConfig`, under which name, and why."""
+    """Named change of `TrainingConfig` fields, with its reason."""
 
     name: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
 
     def joined(self, other: Variant) -> Variant:
-        """Both at once; where both change a field, the other's value stands."""
+        """Return both changes at once; where both change a field, the other's value is used."""
         names, reasons = ((self.name, other.name), (self.why, other.why))
         return Variant(
             ", ".join(filter(None, names)),
@@ -163,7 +163,7 @@ def objectives(options: StudyOptions) -> Study:
 
 
 def optuna_lambda(options: StudyOptions) -> Study:
-    """A search over λ_w, λ_d and the learning rate; two numbers of an option are a range, one fixes the value."""
+    """Search λ_w, λ_d and the learning rate; two numbers of an option are a range, one fixes the value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
@@ -200,74 +200,76 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
 
 
 def standard_variants(options: StudyOptions) -> list[Variant]:
-    """The three configurations (or the λ given), on every generator and learning rate asked for."""
+    """Return the three configurations (or the given λ), on every generator and learning rate asked for."""
     return crossed(lambda_variants(options), generator_variants(options), rate_variants(options))
 
 
 def crossed(*axes: Iterable[Variant]) -> list[Variant]:
-    """Every combination of one variant of each axis, the first axis slowest."""
+    """Return every combination of one variant of each axis, the first axis slowest."""
     return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
-    """The three configurations, or the grid of the λ given."""
+    """Return the three configurations, or the grid of the given λ."""
     return _lambda_options(options) or list(CONFIGURATIONS)
 
 
 def _lambda_options(options: StudyOptions) -> list[Variant]:
-    """The grid of the λ given, if any; the pair (0, 0) of a larger grid is left out."""
+    """Return the grid of the given λ, if any; the pair (0, 0) of a larger grid is left out."""
     if options.lambda_weight is None and options.lambda_delta is None:
         return []
     weights, deltas = options.lambda_weight or (1.0,), options.lambda_delta or (0.0,)
-    pairs = [(w, d) for w in weights for d in deltas]
+    pairs = list(itertools.product(weights, deltas))
     if len(pairs) > 1:
         pairs = [pair for pair in pairs if pair != (0, 0)]
     return [_lambdas(_pair_name(*pair), *pair) for pair in pairs]
 
 
 def _pair_name(weight: float, delta: float) -> str:
-    kind = "multitask" if weight and delta else "weight-only" if weight else "delta-only"
+    kinds = {(True, True): "multitask", (True, False): "weight-only"}
+    kind = kinds.get((bool(weight), bool(delta)), "delta-only")
     return f"{kind} w={weight:g} d={delta:g}"
 
 
 def generator_variants(options: StudyOptions) -> list[Variant]:
-    """The generators asked for; named in configurations only where there are several. UserError for an unknown one."""
+    """Return the generators asked for; a single one is not named. Raises UserError for an unknown one."""
     names = options.generators or ("default",)
     for name in names:
         if name not in GENERATORS:
             raise UserError(f"unknown generator {name!r}; there are: {', '.join(GENERATORS)}")
     if names == ("default",):
         return [Variant()]
-    return [
-        Variant(
-            name if len(names) > 1 else "",
-            {"generator": GeneratorConfig(name=name)},
-            f"Generator: {name}.",
-        )
+    variants = [
+        Variant(name, {"generator": GeneratorConfig(name=name)}, f"Generator: {name}.")
         for name in names
     ]
+    return _unnamed_if_single(variants)
 
 
 def rate_variants(options: StudyOptions) -> list[Variant]:
-    """The learning rates asked for; named in configurations only where there are several."""
+    """Return the learning rates asked for; a single one is not named."""
     rates = options.learning_rates or ()
-    return [
-        Variant(f"lr={rate:g}" if len(rates) > 1 else "", {"learning_rate": rate}) for rate in rates
-    ] or [Variant()]
+    variants = [Variant(f"lr={rate:g}", {"learning_rate": rate}) for rate in rates]
+    return _unnamed_if_single(variants) or [Variant()]
+
+
+def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
+    if len(variants) == 1:
+        return [replace(variants[0], name="")]
+    return variants
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
-    """Trials of sizes × variants × seeds. Raises UserError for an unknown size, λ or field of `TrainingConfig`."""
-    return tuple(
-        _trial(options, size, variant, seed)
-        for size in options.model_sizes or ("nano",)
-        for variant in variants
-        for seed in _seeds(options)
-    )
+    """Return trials of sizes × variants × seeds. Raises UserError for an unknown size, λ or field."""
+    sizes = options.model_sizes or ("nano",)
+    axes = itertools.product(sizes, variants, _seeds(options))
+    return tuple(_trial(options, *point) for point in axes)
 
 
 def _seeds(options: StudyOptions) -> tuple[int, ...]:
-    return options.seeds or (SEEDS[:1] if options.smoke else SEEDS)
+    if options.smoke:
+        return options.seeds or SEEDS[:1]
+    return options.seeds or SEEDS
 
 
 def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> TrialSpec:
@@ -298,4 +300,6 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     own = {world.size: world for world in options.own_worlds}
     world = own[size] if own else WorldConfig(size=size)
     world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
-    return smoke_world(world) if options.smoke else world
+    if options.smoke:
+        return smoke_world(world)
+    return world

@@ -1,4 +1,4 @@
-"""Studies by name: those of `tuning/studies/builtin.py`, and a user's own from `path/to/file.py:function`."""
+"""Load studies by name: built-in ones, and a user's own from `path/to/file.py:function`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Maker = Callable[[StudyOptions], Study]
 
 
 def make_study(name: str, options: StudyOptions) -> Study:
-    """A study by name or from a file. Raises UserError for an unknown name and whatever is wrong with the file."""
+    """Return a study by name or from a file. Raises UserError for an unknown name and for any fault of the file."""
     if ".py" in name:
         return _study_from_file(name, options)
     if name not in STUDIES:
@@ -29,13 +29,11 @@ def make_study(name: str, options: StudyOptions) -> Study:
 
 
 def whole_name(name: str) -> str:
-    """The same study, found from every folder: the path of a file is made absolute."""
+    """Return the name with the path of a study file made absolute."""
     path, colon, function = name.rpartition(":")
-    return (
-        f"{Path(path).expanduser().resolve()}:{function}"
-        if colon and path.endswith(".py")
-        else name
-    )
+    if not path.endswith(".py"):
+        return name
+    return f"{Path(path).expanduser().resolve()}{colon}{function}"
 
 
 def _study_from_file(name: str, options: StudyOptions) -> Study:
@@ -89,15 +87,18 @@ def _called(make: Maker, options: StudyOptions, file: Path) -> Study:
 
 
 def _explained(error: BaseException, file: Path) -> UserError:
-    """One sentence: what went wrong, and in which line of the file."""
+    """Return one sentence: the fault and its line in the file."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == str(file)
     ]
-    if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
-        lines = [error.lineno]
-    where = f", line {lines[-1]}" if lines else ""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    reason = (error.msg if isinstance(error, SyntaxError) else str(error)).partition("\n")[0]
-    return UserError(f"the study file {file}{where}: {kind}{reason}")
+    reason = str(error)
+    if isinstance(error, SyntaxError):
+        reason = error.msg
+        if error.filename == str(file) and error.lineno:
+            lines = [error.lineno]
+    where = "".join(f", line {line}" for line in lines[-1:])
+    if not isinstance(error, UserError):
+        reason = f"{type(error).__name__}: {reason}"
+    return UserError(f"the study file {file}{where}: {reason.partition(chr(10))[0]}")

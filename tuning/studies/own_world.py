@@ -1,8 +1,7 @@
-"""Worlds of a model and data of the user's own: the options of `run_ablation.py` that name them."""
+"""Describe worlds of a user's own base model and data."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,73 +16,18 @@ from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
 from llgbm.teachers.train import TeacherConfig
 from llgbm.world import WorldConfig
+from tuning.studies.options import StudyArguments
 
 ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task")
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
-def add_real_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a base model and of datasets in files."""
-    base = parser.add_argument_group("a base model of your own (default: the embedded one)")
-    base.add_argument(
-        "--base", metavar="DIR|HUB", help="a folder in the Hugging Face layout, or a hub id"
-    )
-    base.add_argument(
-        "--dtype", default="float32", metavar="TYPE", help="float32 (default), bfloat16 or float16"
-    )
-    base.add_argument(
-        "--rank", type=int, metavar="N", help="LoRA rank (default: that of the size, else 8)"
-    )
-    base.add_argument(
-        "--alpha", type=float, metavar="X", help="LoRA alpha (default: twice the rank)"
-    )
-    base.add_argument(
-        "--teacher-steps",
-        type=int,
-        metavar="N",
-        help="training steps of each teacher (default: 150)",
-    )
-    base.add_argument(
-        "--teacher-rate", type=float, metavar="X", help="learning rate of teachers (default: 5e-4)"
-    )
-    base.add_argument(
-        "--adapters-per-task", type=int, metavar="N", help="teachers a task (datasets: of parts; 4)"
-    )
-    base.add_argument(
-        "--bank",
-        metavar="DIR",
-        help="teachers that are there (`python -m llgbm teachers`, `bank import`)",
-    )
-    data = parser.add_argument_group("datasets of your own (default: the synthetic suite)")
-    data.add_argument("--data", metavar="DIR", help="where NAME_train.json, NAME_test.json, … lie")
-    data.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="datasets to train on, one of them to choose on"
-    )
-    data.add_argument(
-        "--held-out", nargs="+", metavar="NAME", help="datasets that only the report sees"
-    )
-    data.add_argument(
-        "--validation",
-        nargs="+",
-        metavar="NAME",
-        help="which of --tasks choose (default: one, named)",
-    )
-    data.add_argument(
-        "--rows", type=int, metavar="N", help="rows used of each dataset (default: all)"
-    )
-    data.add_argument(
-        "--skip-bad-rows",
-        action="store_true",
-        help="leave bad rows out, and say so, instead of ending",
-    )
-
-
-def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
+def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[WorldConfig, ...]:
     """A world for each base that the arguments name; none where everything is the embedded one.
 
     Raises UserError for options that do not go together and for what cannot be found.
     """
-    named = arguments.model_size or []
+    named = arguments.model_size or ()
     sizes = [name for name in named if isinstance(SIZES.get(name), PublishedSize)]
     if arguments.data is None and (unused := [n for n in NEEDS_DATA if getattr(arguments, n)]):
         raise UserError(
@@ -107,10 +51,12 @@ def own_worlds(arguments: argparse.Namespace) -> tuple[WorldConfig, ...]:
             f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
         )
     suite = _suite(arguments)
-    return tuple(_world(arguments, suite, name) for name in sizes or [None])
+    if not sizes:
+        return (_world(arguments, suite, None, download),)
+    return tuple(_world(arguments, suite, name, download) for name in sizes)
 
 
-def _refuse_without_base(arguments: argparse.Namespace) -> None:
+def _refuse_without_base(arguments: StudyArguments) -> None:
     if arguments.data is not None:
         raise UserError(
             "--data needs a base model that reads its language: name one with --base, or a size such as "
@@ -125,7 +71,7 @@ def _refuse_without_base(arguments: argparse.Namespace) -> None:
         raise UserError("--dtype belongs to a base of your own: name it with --base")
 
 
-def _suite(arguments: argparse.Namespace) -> Suite:
+def _suite(arguments: StudyArguments) -> Suite:
     if arguments.data is None:
         return SyntheticSuite()
     if arguments.rows is not None and arguments.rows < 1:
@@ -138,24 +84,24 @@ def _suite(arguments: argparse.Namespace) -> Suite:
     )
 
 
-def _world(arguments: argparse.Namespace, suite: Suite, size: str | None) -> WorldConfig:
+def _world(
+    arguments: StudyArguments, suite: Suite, size: str | None, download: bool
+) -> WorldConfig:
     """The world of one base: `size` is its published size, None for a model that is of none."""
     published = SIZES.get(size or "")
     name = arguments.base or (published.hub if isinstance(published, PublishedSize) else "")
-    folder = find_model(name, download=not (arguments.dry_run or arguments.estimate))
+    folder = find_model(name, download=download)
     if size is not None:
         check_size(size, folder)
-    source = BaseSource.find(
-        name, arguments.dtype, download=not (arguments.dry_run or arguments.estimate)
-    )
+    source = BaseSource.find(name, arguments.dtype, download=download)
     label = size or OWN_PREFIX + re.sub(r"[^\w.-]+", "-", Path(name).name)
     bank = None if arguments.bank is None else BankSource.find(arguments.bank)
-    return fitted(
+    return clamp_examples(
         WorldConfig(label, suite, teachers=_teachers(arguments, published), base=source, bank=bank)
     )
 
 
-def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
+def _teachers(arguments: StudyArguments, published: Any) -> TeacherConfig:
     rank = getattr(published, "rank", 8) if arguments.rank is None else arguments.rank
     alpha = 2.0 * rank if arguments.alpha is None else arguments.alpha
     LoraSpec(
@@ -175,7 +121,7 @@ def _teachers(arguments: argparse.Namespace, published: Any) -> TeacherConfig:
     )
 
 
-def fitted(world: WorldConfig) -> WorldConfig:
+def clamp_examples(world: WorldConfig) -> WorldConfig:
     """The world with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
     prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
     if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:

@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial: a configuration with its name, the world that it is trained in, and a note on what it is for."""
+    """One trial: a named configuration, the world that it is trained in, and a note on its purpose."""
 
     name: str
     config: TrainingConfig
@@ -29,14 +29,14 @@ class TrialSpec:
 
     @property
     def id(self) -> str:
-        """hash(config, seed, data, version of the code that makes its numbers)."""
+        """Return hash(config, seed, data, version of the code that computes its numbers)."""
         return content_hash(
             "trial", TRAINING_VERSION, WORLD_VERSIONS, self.config, self.world, length=12
         )
 
     @property
     def label(self) -> str:
-        """For people: configuration, size and seed."""
+        """Return configuration, size and seed for people."""
         return f"{self.name!r} on {self.config.model_size}, seed {self.config.seed}"
 
 
@@ -81,16 +81,16 @@ class SearchSpace:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """The fields that are searched."""
+        """Return the fields that are searched."""
         return {name: ends for name, ends in self._fields.items() if ends[0] < ends[1]}
 
     @property
     def identity(self) -> list[Any]:
-        """What the numbers of a search depend on: not its notes."""
+        """Return what the numbers of a search depend on, which excludes notes."""
         return [self.base.id, self.seeds, self._fields, self.sampler, self.objectives]
 
     def describe(self) -> str:
-        """One sentence on what is searched, how and for what."""
+        """Return one sentence: ranges, sampler, objectives and seeds."""
         ranges = ", ".join(
             f"{name} from {low:g} to {high:g}" for name, (low, high) in self.ranges.items()
         )
@@ -100,7 +100,7 @@ class SearchSpace:
         )
 
     def trials(self, point: Mapping[str, float]) -> tuple[TrialSpec, ...]:
-        """The trials of a point, one a seed. Values are rounded to six digits, so that the name says them in full."""
+        """Return the trials of a point, one per seed. Values are rounded to six digits, so that the name is exact."""
         values: dict[str, Any] = {
             name: float(f"{point.get(name, ends[0]):.6g}") for name, ends in self._fields.items()
         }
@@ -164,15 +164,19 @@ class Study:
 
     @property
     def id(self) -> str:
-        """hash(name, trials); of a search hash(name, space), whatever trials it has drawn by now."""
-        content = self.space.identity if self.space else [trial.id for trial in self.trials]
+        """Return hash(name, trials); of a search hash(name, space), independent of the trials drawn so far."""
+        content = [trial.id for trial in self.trials]
+        if self.space:
+            content = self.space.identity
         return content_hash("study", self.name, content, length=12)
 
     @property
     def worlds(self) -> tuple[WorldConfig, ...]:
-        """The worlds that its trials need, each once."""
-        drawn_from = (self.space.base.world,) if self.space else ()
-        return tuple(dict.fromkeys((*drawn_from, *(trial.world for trial in self.trials))))
+        """Return the worlds that its trials need, each once."""
+        worlds = [trial.world for trial in self.trials]
+        if self.space:
+            worlds.insert(0, self.space.base.world)
+        return tuple(dict.fromkeys(worlds))
 
 
 def _check_types(study: Study) -> None:

@@ -13,34 +13,22 @@ from safetensors.torch import save_file
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora.adapters import LoraBatch, adapter_config, write_adapter_files
-from llgbm.runtime import UserError
 from llgbm.training import Outcome
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.runs import TrialResult
-from tuning.tracking.store import explained
+from tuning.tracking.store import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-KEEP_ARTIFACTS = ("all", "best", "none")
 ADAPTER_PARTS = ("val", "test")
-
-
-def check_policy(policy: str, best: int) -> None:
-    """Raise UserError unless the policy exists and at least one trial is to be kept."""
-    if policy not in KEEP_ARTIFACTS:
-        raise UserError(
-            f"unknown policy {policy!r} for artifacts; there are: {', '.join(KEEP_ARTIFACTS)}"
-        )
-    if best < 1:
-        raise UserError(f"the best {best} trials are to keep their adapters; it must be at least 1")
 
 
 def write_adapters(
     folder: Path, world: World, part: str, adapters: LoraBatch, tasks: Sequence[str]
 ) -> None:
-    """Write `adapters/<part>/<task>/` below a folder, each a PEFT adapter."""
+    """Write each adapter as a PEFT folder, `adapters/<part>/<task>/`."""
     config = adapter_config(world.bank.spec, world.base.path)
     for task, state in zip(tasks, adapters.to_state_dicts(), strict=True):
         own = folder / "adapters" / part / task
@@ -49,7 +37,7 @@ def write_adapters(
 
 
 def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartResult]) -> None:
-    """Write what a trial generated for the tasks of validation and test."""
+    """Write the adapters that a trial generated for validation and test tasks."""
     for part in ADAPTER_PARTS:
         write_adapters(
             folder, world, part, results[part].adapters, list(results[part].accuracy_by_task)
@@ -57,26 +45,25 @@ def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartR
 
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
-    """The `best` finished trials of each size by a metric; those that never reported it do not count."""
-    done = [r for r in results if r.whole and metric in r.metrics]
-    sizes = dict.fromkeys(r.params.get("model_size", "") for r in done)
-    ranked = sorted(done, key=lambda r: -r.metrics[metric])
-    return [
-        r
-        for size in sizes
-        for r in [r for r in ranked if r.params.get("model_size", "") == size][:best]
-    ]
+    """Return the `best` finished trials of each size by a metric; trials without the metric do not count."""
+    done = [result for result in results if result.is_complete and metric in result.metrics]
+    by_size: dict[str, list[TrialResult]] = {
+        result.params.get("model_size", ""): [] for result in done
+    }
+    for result in sorted(done, key=lambda result: -result.metrics[metric]):
+        by_size[result.params.get("model_size", "")].append(result)
+    return [result for ranked in by_size.values() for result in ranked[:best]]
 
 
 def keep_best_adapters(
     client: MlflowClient, worlds: Mapping[str, World], results: Sequence[TrialResult]
 ) -> None:
-    """Generate again, from the generator that a trial kept, the adapters of each of these trials; log them there.
+    """Generate the adapters of these trials again, from the generators that they kept, and log them.
 
-    `worlds` by trial id. A second call writes the same files again. Raises UserError if the store fails.
+    `worlds` by trial id. A second call writes the same files. Raises UserError if the store fails.
     """
     for result in results:
-        with explained(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+        with store_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
             _generate_adapters(client, worlds[result.trial_id], result.run_id, Path(folder))
             client.log_artifacts(result.run_id, str(Path(folder) / "adapters"), "adapters")
 
@@ -101,7 +88,7 @@ def write_artifacts(
     outcome: Outcome,
     results: Mapping[str, PartResult],
 ) -> None:
-    """Deltas, per-task numbers, settings and the generator, into a folder."""
+    """Write the generator, deltas, per-task numbers and settings into a folder."""
     (folder / "generator").mkdir()
     GeneratorBundle.save(
         folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world)
@@ -120,13 +107,14 @@ def write_artifacts(
 
 
 def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
-    """Where a generator comes from."""
+    """Return the origin of a generator, for its bundle."""
     return {
         "size": world.config.size,
         "base_path": world.base.path,
         "base_hash": world.base.hash,
         "bank_hash": world.bank.hash,
         "encoder": world.data.encoder,
+        "encoder_hash": world.data.encoder_hash,
         "trial_id": trial.id,
         "config": trial.name,
     }

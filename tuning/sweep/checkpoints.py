@@ -1,7 +1,7 @@
-"""Checkpoints of trials below a folder or in an object store, and the locks that keep two writers apart.
+"""Write and read checkpoints of trials in a folder or an object store, and lock trials.
 
-`<storage>/<trial id>/step_00000100.pt` is one file: the SHA-256 of what follows, then the training state as torch
-writes it. A file whose hash does not agree is torn, and the one before it is used.
+`<storage>/<trial id>/step_00000100.pt` is one file: a SHA-256, then the training state as torch writes it. A file whose
+hash does not agree is torn; the one before it is used.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ LOCK_SECONDS = 120.0
 
 
 def open_storage(storage: str) -> tuple[FileSystem, str]:
-    """The file system of a folder or URI (`file://`, `s3://`, `gs://`, ...) and the path in it.
+    """Return the file system of a folder or URI (`file://`, `s3://`, `gs://`, ...) and the path in it.
 
     Raises UserError for a URI that names no known kind of store.
     """
@@ -49,14 +50,27 @@ def open_storage(storage: str) -> tuple[FileSystem, str]:
     return files, path
 
 
-def below(storage: str, path: str) -> str:
-    """The address of a path in a storage; an object store's settings, behind a question mark, stay at the end."""
-    address, mark, settings = storage.partition("?") if "://" in storage else (storage, "", "")
+def check_storage(storage: str) -> None:
+    """Raise UserError unless trials can keep their state there; a folder is made and written to."""
+    from pyarrow import fs
+
+    files, root = open_storage(storage)
+    if isinstance(files, fs.LocalFileSystem):
+        with disk_errors(Path(root)):
+            Path(root).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+
+
+def join(storage: str, path: str) -> str:
+    """Join a storage and a path; an object store's settings, after the question mark, stay at the end."""
+    if "://" not in storage:
+        return f"{storage.rstrip('/')}/{path}"
+    address, mark, settings = storage.partition("?")
     return f"{address.rstrip('/')}/{path}{mark}{settings}"
 
 
 def remove_folder(files: FileSystem, path: str) -> None:
-    """Delete a folder with all that is in it, if it is there."""
+    """Delete a folder and its content, if it exists."""
     from pyarrow import fs
 
     if files.get_file_info(path).type != fs.FileType.NotFound:
@@ -64,14 +78,14 @@ def remove_folder(files: FileSystem, path: str) -> None:
 
 
 class TrialCheckpoints:
-    """The checkpoints of one trial."""
+    """Write and read the checkpoints of one trial."""
 
     def __init__(self, storage: str, trial_id: str) -> None:
         self.files, root = open_storage(storage)
         self.folder = f"{root}/{trial_id}"
 
     def write(self, state: dict[str, Any]) -> None:
-        """Keep a state under its `step`, whole or not at all; of the older ones the newest is left."""
+        """Write a state under its `step` atomically, and delete all but the newest older one."""
         stream = io.BytesIO()
         torch.save(state, stream)
         payload = stream.getbuffer()
@@ -85,7 +99,7 @@ class TrialCheckpoints:
             self.files.delete_file(old)
 
     def newest(self) -> dict[str, Any] | None:
-        """The state of the last step that is whole, on the CPU; None if there is none."""
+        """Read the newest intact state, on the CPU; None if there is none."""
         for path in reversed(self._paths()):
             with self.files.open_input_stream(path) as source:
                 content = source.read()
@@ -99,8 +113,9 @@ class TrialCheckpoints:
         return None
 
     def newest_name(self) -> str:
-        """The file name of the last checkpoint, `start` if there is none."""
-        return ([path.rpartition("/")[2] for path in self._paths()] or ["start"])[-1]
+        """Return the file name of the last checkpoint, `start` if there is none."""
+        names = [path.rpartition("/")[2] for path in self._paths()]
+        return (names or ["start"])[-1]
 
     def remove(self) -> None:
         """Delete them all."""
@@ -115,32 +130,10 @@ class TrialCheckpoints:
 
 @contextmanager
 def trial_lock(storage: str, trial_id: str) -> Iterator[None]:
-    """Hold a trial: the worker of a killed driver and its successor never write the same trial at once.
+    """Lock a trial so that a leftover worker and its replacement cannot write to it concurrently.
 
-    The successor waits for the other to end. Object stores have no locks; there nothing is held. Raises UserError if
-    the other does not end within two minutes.
+    Object stores have no locks; there nothing is locked. Raises UserError if the lock is not free within two minutes.
     """
-    with _lock(
-        storage,
-        trial_id,
-        LOCK_SECONDS,
-        f"trial {trial_id} is being run by another process: wait for its end",
-    ):
-        yield
-
-
-@contextmanager
-def study_lock(storage: str, study_id: str) -> Iterator[None]:
-    """Hold a study. Raises UserError at once if another driver runs it."""
-    message = (
-        f"study {study_id} is being run by another process: wait for its end, or stop it first"
-    )
-    with _lock(storage, f"study-{study_id}", 0.0, message):
-        yield
-
-
-@contextmanager
-def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[None]:
     from pyarrow import fs
 
     files, root = open_storage(storage)
@@ -150,11 +143,13 @@ def _lock(storage: str, name: str, seconds: float, message: str) -> Iterator[Non
     folder = Path(root) / "locks"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock", timeout=seconds)
+    lock = FileLock(folder / f"{trial_id}.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(message) from error
+        raise UserError(
+            f"trial {trial_id} is being run by another process: wait for its end"
+        ) from error
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What machines there are, what a trial gets of them, and Ray on one machine or on many."""
+"""Find the machines, choose a trial's share of them, and start or join Ray."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llgbm.runtime import UserError
+from tuning.studies.options import RunOptions
 
 SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -47,19 +48,19 @@ CUDA_CONTEXT_BYTES = 700 * 2**20
 
 @dataclass(frozen=True)
 class Node:
-    """One machine, or this one as far as this process may use it."""
+    """One machine: the CPUs and GPUs that trials may use."""
 
     cpus: float
     gpus: float
 
     def fits(self, cpus: float, gpus: float) -> int:
-        """How many trials of this size run on it at once."""
+        """Count the trials of this size that run on it at once."""
         return int(min(self.cpus / cpus, self.gpus / gpus if gpus else math.inf) + 1e-9)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each trial gets, and how many run at once."""
+    """The share of each trial, and the number that run at once."""
 
     cpus: float
     gpus: float
@@ -77,8 +78,14 @@ class Resources:
 
 
 def this_machine() -> tuple[Node, ...]:
-    """The CPUs that this process may use, and the GPUs that torch sees."""
+    """Return the CPUs that this process may use, and the GPUs that torch sees."""
     return (Node(len(os.sched_getaffinity(0)), torch.cuda.device_count()),)
+
+
+def choose_resources(run: RunOptions) -> Resources:
+    """Choose what a trial gets of this machine, or of the cluster that the options name, which is joined."""
+    nodes = connect_ray(run.address) if run.address else None
+    return check_resources(run.cpus_per_trial, run.gpus_per_trial, run.max_concurrent, nodes)
 
 
 def check_resources(
@@ -87,7 +94,7 @@ def check_resources(
     concurrent: int | None,
     nodes: Sequence[Node] | None = None,
 ) -> Resources:
-    """What trials get of `nodes` (default: of this machine).
+    """Check a trial's share of `nodes` (default: of this machine).
 
     Raises UserError for more than any of them has, or for nothing: Ray would leave such trials pending for ever.
     """
@@ -122,9 +129,9 @@ def _check_amount(name: str, asked: float, has: float, n_nodes: int) -> None:
 
 
 def memory_fraction(gpus: float, total_bytes: int) -> float:
-    """The part of a GPU's memory that torch may take for a trial with this part of the GPU.
+    """Return the fraction of a GPU's memory that torch may take for a trial with this part of the GPU.
 
-    What CUDA itself takes for each process is left aside, so that neighbours whose parts make 1 fit together.
+    The memory of each process's CUDA context is left aside, so that parts that add up to 1 fit together.
     """
     if gpus <= 0 or gpus >= 1:
         return 1.0
@@ -132,7 +139,7 @@ def memory_fraction(gpus: float, total_bytes: int) -> float:
 
 
 def take_share(threads: int, gpus: float) -> None:
-    """Keep this process to what its trial was given: threads, those of its children, and its part of GPU memory."""
+    """Limit this process to its trial's share: threads, also of its children, and GPU memory."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if torch.cuda.is_available() and 0 < gpus < 1:
@@ -160,7 +167,7 @@ def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
 
 
 def leave_ray() -> None:
-    """Leave Ray, and end one of our own, beside what is left to do: it takes two seconds, most of them waiting."""
+    """Disconnect from Ray in the background, and end a local one: it takes two seconds, most of them waiting."""
     import ray
 
     threading.Thread(target=ray.shutdown, name="leaving Ray").start()
@@ -228,10 +235,7 @@ def _probe(address: str) -> None:
 
 
 def _show_token() -> None:
-    """Let Ray's client show the token of this user's clusters, as every other way of joining one does by itself.
-
-    Ray reads the setting when it is imported.
-    """
+    """Make Ray's client send the token of this user's clusters. Ray reads the setting when it is imported."""
     known = (
         os.environ.get("RAY_AUTH_TOKEN")
         or os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -242,7 +246,7 @@ def _show_token() -> None:
 
 
 def is_spread() -> bool:
-    """Whether the cluster that this process is connected to spans several hosts."""
+    """Return True if the cluster spans several hosts."""
     import ray
 
     return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1

@@ -1,76 +1,42 @@
-"""Which trials of a study are run: all, what was left unfinished, what failed; and how a study is found again.
+"""Find a study again, and select its trials that are left to run.
 
-What was done is read from MLflow alone: the arguments that made a study are a tag of its run, and a trial is done when
-the one run with its id says so.
+All state is read from MLflow: a tag of the study's run holds its arguments, and each trial has one run with its status.
 """
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llgbm.runtime import UserError
+from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
-from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG, STUDY_TAG
+from tuning.tracking.ownership import Ownership
+from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 ARGUMENTS_TAG = "llgbm.arguments"
-# Arguments that say how a study is run, not what it is; all others make the study and are recorded with it.
-HOW = frozenset(
-    "resume retry_failed fresh cpus_per_trial gpus_per_trial max_concurrent address storage_path keep_checkpoints "
-    "tracking_uri experiment keep_artifacts keep_best cache estimate dry_run debug".split()
-)
 
 
-def study_arguments(arguments: Namespace) -> dict[str, Any]:
-    """The arguments that make the study."""
-    return {key: value for key, value in vars(arguments).items() if key not in HOW}
+def recorded_options(options: Options, tracker: StudyTracker) -> tuple[Options, str]:
+    """Return the options of the study that `--resume` names, run as `options` say, and the id of that study.
 
-
-def recorded_arguments(
-    arguments: Namespace, defaults: Namespace, tracker: StudyTracker
-) -> tuple[Namespace, str]:
-    """The arguments of the study that `arguments.resume` names, run as `arguments` say; and the id of that study.
-
-    Raises UserError if there is no such study, or if `arguments` themselves say what is to be studied.
+    Raises UserError if there is no such study, or if `options` themselves say what is to be studied.
     """
-    changed = [
-        key for key, value in study_arguments(arguments).items() if value != getattr(defaults, key)
-    ]
-    if changed:
-        option = "--" + changed[0].replace("_", "-")
+    if given := options.study.given:
+        option = "--" + given[0].replace("_", "-")
         raise UserError(
             f"--resume takes the study as it was begun: leave {option} out, or leave out --resume"
         )
-    run = find_study(tracker, arguments.resume)
-    recorded = json.loads(run.data.tags.get(ARGUMENTS_TAG, "{}"))
-    return Namespace(
-        **{**vars(defaults), **recorded, **{k: getattr(arguments, k) for k in HOW}}
-    ), run.data.tags[STUDY_ID_TAG]
-
-
-def find_study(tracker: StudyTracker, wanted: str) -> Run:
-    """The run of a study by its id, or of the one begun last (`latest`). Raises UserError if there is none."""
-    known = tracker.studies()
-    found = (
-        known
-        if wanted == "latest"
-        else [run for run in known if run.data.tags[STUDY_ID_TAG] == wanted]
-    )
-    if found:
-        return found[-1]
-    ids = ", ".join(
-        f"{run.data.tags[STUDY_ID_TAG]} ({run.data.tags.get(STUDY_TAG)})" for run in known[-5:]
-    )
-    raise UserError(
-        f"there is no study {wanted!r} to resume in this experiment: it has {ids or 'none at all'}"
-    )
+    tags = tracker.find_study(str(options.run.resume)).data.tags
+    arguments = StudyArguments.from_record(json.loads(tags.get(ARGUMENTS_TAG, "{}")))
+    return replace(options, study=arguments), tags[STUDY_ID_TAG]
 
 
 def check_same_study(study: Study, recorded_id: str) -> None:
@@ -83,35 +49,42 @@ def check_same_study(study: Study, recorded_id: str) -> None:
         )
 
 
-def begin_anew(study: Study, tracker: StudyTracker, storage: str) -> None:
-    """Make what ran of a study obsolete: its runs count no more, its checkpoints are deleted."""
-    ids = [trial.id for trial in study.trials]
-    tracker.supersede(study.id, ids)
-    for trial_id in ids:
-        TrialCheckpoints(storage, trial_id).remove()
+def begin_anew(study: Study, tracker: StudyTracker, storage: str, ownership: Ownership) -> None:
+    """Mark the runs of a study's trials as obsolete and delete their checkpoints.
+
+    A trial that another driver holds is left alone: it is being run at this moment.
+    """
+    runs = tracker.live_runs()
+    for trial in study.trials:
+        if not ownership.take(trial.id):
+            continue
+        if trial.id in runs:
+            tracker.supersede([runs[trial.id].info.run_id])
+        TrialCheckpoints(storage, trial.id).remove()
+        ownership.release(trial.id)
 
 
 def trials_to_run(
     trials: Sequence[TrialSpec], runs: Mapping[str, Run], resume: bool, retry_failed: bool
 ) -> list[TrialSpec]:
-    """Those of `trials` whose run (`runs`, by trial id) asks for it.
+    """Select trials by the status of their run; `runs` by trial id.
 
-    Retrying takes the failed ones only. Resuming takes those that neither finished nor failed, for an error comes
-    again with the same code and data. A study that is simply run again takes all that did not finish.
+    A retry takes failed trials only. A resumed study leaves failed trials, since their error would come again. A study
+    that is run again takes all trials that did not finish.
     """
-    done = {"FINISHED", "FAILED"} if resume else {"FINISHED"}
-
-    def wanted(trial: TrialSpec) -> bool:
-        status = runs[trial.id].info.status if trial.id in runs else None
-        return status == "FAILED" if retry_failed else status not in done
-
-    return [trial for trial in trials if wanted(trial)]
+    status = {trial_id: run.info.status for trial_id, run in runs.items()}
+    if retry_failed:
+        return [trial for trial in trials if status.get(trial.id) == "FAILED"]
+    done = {"FINISHED"}
+    if resume:
+        done.add("FAILED")
+    return [trial for trial in trials if status.get(trial.id) not in done]
 
 
 def adopt_finished(
     trials: Sequence[TrialSpec], runs: Mapping[str, Run], tracker: StudyTracker
 ) -> list[TrialSpec]:
-    """Count trials that are finished already, by whichever study, in this one, and return them."""
+    """Make trials that any study finished count in this one; return them."""
     finished = [
         trial for trial in trials if trial.id in runs and runs[trial.id].info.status == "FINISHED"
     ]

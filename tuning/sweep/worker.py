@@ -1,7 +1,7 @@
-"""What a Ray Tune worker runs: one trial, from shared tensors to artifacts. Ray is the few lines at the end.
+"""Run one trial in a Ray Tune worker: train, evaluate, log. Ray is used in the last function only.
 
-A trial goes on from its newest checkpoint, whoever began it. An error that would come again is caught and told to the
-driver, which marks the trial FAILED; only a worker that dies is started again by Ray.
+A trial continues from its newest checkpoint. An error that would come again is caught and reported to the driver, which
+marks the trial FAILED; Ray restarts only workers that die.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from llgbm.evaluation.metrics import REPORTED_PARTS, evaluate_generator
-from llgbm.runtime import UserError, pick_device, release_device_memory, spare_collector
-from llgbm.training import State, train
+from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
+from llgbm.training import State, Trial
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
@@ -30,15 +30,16 @@ from tuning.tracking.runs import DEATH_TAG, TrackingTarget
 from tuning.tracking.trial import TrialTracker, finished_metrics
 
 CHECKPOINT_SECONDS = 300.0
-HOPELESS_STARTS = 10
+MAX_RESTARTS = 10
 STARTS_TAG = "llgbm.starts"
+RUN_ID = "run_id"
 
 
 @dataclass(frozen=True)
 class TrialSetting:
-    """What every trial of one sweep is given beside its own spec: where it reports, where its state is kept, its share.
+    """The setting that all trials of a sweep share: where to report, where to keep state, and a trial's share.
 
-    `session` names the driver's present life.
+    `session` names the driver's process.
     """
 
     target: TrackingTarget
@@ -59,9 +60,9 @@ def run_trial(
 ) -> dict[str, float]:
     """Train from the newest checkpoint, evaluate and log one trial; return its final metrics.
 
-    They are logged at the step after the last, since they are of the best generator, not of the last.
-    `on_evaluation(step, metrics)` is called whenever a validation accuracy is known. The adapters that it generates
-    are among its artifacts if `keep_adapters` says so.
+    Final metrics are logged at the step after the last, since they are of the best generator, not of the last.
+    `on_evaluation(step, metrics)` is called at each validation. `keep_adapters` adds the generated adapters to the
+    artifacts.
     """
 
     def report(step: int, metrics: Mapping[str, float]) -> bool:
@@ -76,9 +77,12 @@ def run_trial(
 
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
-    outcome = train(trial.config, world.data, world.flora, report, keep, state, CHECKPOINT_SECONDS)
+    training = Trial(trial.config, world.data, world.lora_model)
+    if state:
+        training.restore(state)
+    outcome = training.run(report, keep, CHECKPOINT_SECONDS)
     results = {
-        p: evaluate_generator(outcome.generator, world.data, world.flora, p)
+        p: evaluate_generator(outcome.generator, world.data, world.lora_model, p)
         for p in ("test", "val", "train")
     }
     metrics = {
@@ -102,7 +106,7 @@ def run_trial(
 
 
 def peak_memory_mb() -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process, in MB."""
+    """Return the peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -113,48 +117,60 @@ def attempt(
     trial: TrialSpec,
     world: World,
     setting: TrialSetting,
-    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+    on_evaluation: Callable[[int, Mapping[str, Any]], Any],
 ) -> dict[str, Any]:
-    """Run a trial and say how it went: its final metrics with `finished`, or the cause in `failed`.
+    """Run a trial; return its final metrics with `finished`, or the cause in `failed`.
 
-    A trial that is finished already is not run: its metrics come with `reused`. Raises only what a new process may
-    mend.
+    A trial that is finished already is not run: its metrics come with `reused`. Raises only errors that a new process
+    may not have.
     """
+    run: dict[str, Any] = {}
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        on_evaluation(step, {**metrics, **run})
+
     try:
         with trial_lock(setting.storage, trial.id):
             known = finished_metrics(setting.target, trial.id)
             if known is not None:
                 return {"step": trial.config.steps, "finished": True, "reused": True, **known}
-            metrics = run_tracked(trial, world, setting, on_evaluation)
-        return {"step": trial.config.steps, "finished": True, **metrics}
+            tracker = open_tracker(trial, world, setting)
+            run[RUN_ID] = tracker.run_id
+            metrics = run_tracked(trial, world, tracker, setting, report)
+        return {"step": trial.config.steps, "finished": True, **metrics, **run}
     except Exception as error:
         if is_of_the_process(error):
             raise
-        return {"step": 0, "failed": cause_of(error, setting)}
+        return {"step": 0, "failed": cause_of(error, setting), **run}
     finally:
         release_device_memory()
 
 
-def run_tracked(
-    trial: TrialSpec,
-    world: World,
-    setting: TrialSetting,
-    on_evaluation: Callable[[int, Mapping[str, float]], Any],
-) -> dict[str, float]:
-    """Open the trial's run and run the trial below it. What was measured until an error or a stop is sent."""
+def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> TrialTracker:
+    """Open the run of a trial, with its origin and its note."""
     tags = {
         "llgbm.bank": world.bank.hash,
         "llgbm.base": world.base.hash,
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    tracker = TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+
+
+def run_tracked(
+    trial: TrialSpec,
+    world: World,
+    tracker: TrialTracker,
+    setting: TrialSetting,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any],
+) -> dict[str, float]:
+    """Run a trial whose run is open. Metrics measured until an error or a stop are sent."""
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
     try:
         tracker.show_first("heldout/accuracy")
-        check_hope(tracker, checkpoints, setting.session)
+        check_restarts(tracker, checkpoints, setting.session)
         log_datasets(tracker.client, tracker.run_id, [world])
-        spare_collector()
+        freeze_gc()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
             return run_trial(
                 trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters
@@ -163,12 +179,12 @@ def run_tracked(
         tracker.close()
 
 
-def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
-    """Count the starts from one checkpoint in the life of one driver; raise UserError when they lead nowhere."""
+def check_restarts(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
+    """Raise UserError after `MAX_RESTARTS` starts from the same checkpoint under one driver."""
     place = f"{session} {checkpoints.newest_name()}"
     tag = tracker.tag(STARTS_TAG)
     starts = 1 + (int(tag.rpartition(" ")[2]) if tag.startswith(f"{place} ") else 0)
-    if starts > HOPELESS_STARTS:
+    if starts > MAX_RESTARTS:
         cause = tracker.tag(DEATH_TAG) or "no cause known"
         raise UserError(
             f"its worker died {starts - 1} times in a row without reaching another checkpoint ({cause}): look for what "
@@ -178,19 +194,19 @@ def check_hope(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: st
 
 
 def is_of_the_process(error: Exception) -> bool:
-    """Whether only this process is broken, as after a CUDA error that is not about memory: a new one may do better."""
+    """Return True for an error of this process alone, such as a CUDA error that is not about memory."""
     return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU or the host had no more memory to give."""
+    """Return True if a GPU or the host ran out of memory."""
     return isinstance(
         error, torch.OutOfMemoryError | MemoryError
     ) or "can't allocate memory" in str(error)
 
 
 def cause_of(error: Exception, setting: TrialSetting) -> str:
-    """One sentence on why a trial failed."""
+    """Say in one sentence why a trial failed."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
     if is_out_of_memory(error):
         share = f"{setting.gpus:g} of a GPU" if setting.gpus else "its share of the host"
@@ -202,7 +218,7 @@ def cause_of(error: Exception, setting: TrialSetting) -> str:
 def ray_trainable(
     params: Mapping[str, Any], worlds: Mapping[str, World], setting: TrialSetting
 ) -> None:
-    """The function that Ray Tune calls; `params["trial"]` is the trial's spec."""
+    """Run the trial `params["trial"]`, as Ray Tune calls it."""
     from ray import tune
 
     take_share(setting.threads, setting.gpus)

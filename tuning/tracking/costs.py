@@ -1,8 +1,8 @@
-"""Read the time and the results of past runs."""
+"""Estimate the time of a trial from finished trials of the same kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,111 +10,79 @@ from statistics import median
 from typing import Any
 
 from llgbm.training import TrainingConfig
-from tuning.tracking.runs import STOPPED_TAG, SUPERSEDED_TAG, TRIAL_TAG, measured
-from tuning.tracking.store import connect, explained, local_tracking_uri, sqlite_path, usable_uri
+from tuning.tracking.runs import TRIAL_TAG, TrialResult, find_runs
+from tuning.tracking.store import (
+    connect,
+    local_tracking_uri,
+    sqlite_path,
+    store_errors,
+    usable_uri,
+)
 
 Kind = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class PastRun:
-    """A finished trial as the store remembers it."""
-
-    trial_id: str
-    metrics: Mapping[str, float]
-    params: Mapping[str, str]
-    stopped_at: int | None
-
-    @property
-    def last_result(self) -> dict[str, Any]:
-        """What the trial last reported: its metrics, its step, and whether it came to its end."""
-        step = int(self.params["steps"]) if self.stopped_at is None else self.stopped_at
-        return {**self.metrics, "step": step, "finished": self.stopped_at is None}
-
-    @property
-    def kind(self) -> Kind:
-        """What its time depends on, as `kind_of` has it."""
-        weight, delta = (
-            float(self.params.get(f"lambda_{name}", 0)) > 0 for name in ("weight", "delta")
-        )
-        names = ("model_size", "generator.name", "batch_size", "n_probes", "n_prompts")
-        return (
-            *(self.params.get(name) for name in names),
-            weight,
-            self.params.get("delta_probes") if delta else None,
-        )
+KIND_PARAMS = ("model_size", "generator.name", "batch_size", "n_probes", "n_prompts")
 
 
 def kind_of(config: TrainingConfig) -> Kind:
-    """Size, generator, sizes of a step, and which losses are computed."""
+    """Return the settings that a step's time depends on: sizes, generator, and which losses are computed."""
     probes = config.delta_probes if config.lambda_delta > 0 else None
     numbers = (str(n) for n in (config.batch_size, config.n_probes, config.n_prompts))
     return (config.model_size, config.generator.name, *numbers, config.lambda_weight > 0, probes)
 
 
-def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[PastRun]:
-    """The finished trials of an experiment, none where there is no store yet; nothing is created.
+def kind_of_result(result: TrialResult) -> Kind:
+    """Return the same as `kind_of`, from a run's parameters (texts)."""
+    params = result.params
+    weight, delta = (float(params.get(key, 0)) > 0 for key in ("lambda_weight", "lambda_delta"))
+    probes = params.get("delta_probes") if delta else None
+    return (*map(params.get, KIND_PARAMS), weight, probes)
 
-    Raises UserError where the store cannot be read.
+
+def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[TrialResult]:
+    """Return the finished trials of an experiment without their curves; none if there is no store yet.
+
+    Nothing is created. Raises UserError if the store cannot be read.
     """
     uri = tracking_uri or local_tracking_uri(root)
-    if uri.startswith("sqlite:"):
-        if not sqlite_path(uri).is_file():
-            return []
-    else:
+    if not uri.startswith("sqlite:"):
         uri = usable_uri(uri)
-    with explained(uri):
+    elif not sqlite_path(uri).is_file():
+        return []
+    with store_errors(uri):
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
-        return [] if found is None else list(_finished(client, found.experiment_id))
-
-
-def _finished(client: Any, experiment_id: str) -> Iterator[PastRun]:
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=token
-        )
-        for run in page:
-            tags = run.data.tags
-            if TRIAL_TAG in tags and SUPERSEDED_TAG not in tags:
-                stopped = tags.get(STOPPED_TAG)
-                yield PastRun(
-                    tags[TRIAL_TAG],
-                    measured(run),
-                    run.data.params,
-                    int(stopped) if stopped else None,
-                )
-        token = page.token
-        if not token:
-            return
+        if found is None:
+            return []
+        runs = find_runs(client, found.experiment_id, {TRIAL_TAG: None})
+        results = [TrialResult.of(run) for run in runs]
+    return [result for result in results if result.status == "FINISHED" and not result.superseded]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a trial, from past ones of its kind: the median second a step, and the median of what follows."""
+    """Expected seconds of a trial: median seconds per step, plus the median of what follows training."""
 
-    runs: Sequence[PastRun]
+    runs: Sequence[TrialResult]
 
     @cached_property
     def _by_kind(self) -> dict[Kind, list[tuple[float, float]]]:
+        """(seconds per step, seconds after training) of every completed run, by kind."""
         found: dict[Kind, list[tuple[float, float]]] = {}
         for run in self.runs:
-            rate, seconds = (
-                run.metrics.get("time/steps_per_second"),
-                run.metrics.get("time/seconds"),
-            )
+            rate = run.metrics.get("time/steps_per_second")
+            seconds = run.metrics.get("time/seconds")
             if rate and seconds and run.stopped_at is None:
                 training = int(run.params["steps"]) / rate
-                found.setdefault(run.kind, []).append((1 / rate, max(0.0, seconds - training)))
+                rest = max(0.0, seconds - training)
+                found.setdefault(kind_of_result(run), []).append((1 / rate, rest))
         return found
 
     def basis(self, config: TrainingConfig) -> int:
-        """How many past runs an estimate stands on."""
+        """Return the number of past runs that an estimate is based on."""
         return len(self._by_kind.get(kind_of(config), []))
 
     def seconds(self, config: TrainingConfig) -> float | None:
-        """The estimate, or None where no trial of the kind has finished."""
+        """Return the estimate, None if no trial of this kind has finished."""
         past = self._by_kind.get(kind_of(config))
         if not past:
             return None
@@ -122,6 +90,6 @@ class Costs:
         return config.steps * a_step + rest
 
 
-def last_results(runs: Iterable[PastRun]) -> dict[str, dict[str, Any]]:
-    """What finished trials last reported, by trial id."""
+def last_results(runs: Iterable[TrialResult]) -> dict[str, dict[str, Any]]:
+    """Return the last report of each finished trial, by trial id."""
     return {run.trial_id: run.last_result for run in runs}

@@ -1,9 +1,4 @@
-"""What a run says beside its metrics: a note on what it changes, its data, the machine under it, its adapters.
-
-Everything is attached by explicit run id. Which trials keep the adapters that they generated is a policy: `all` trials
-write their own; for `best` the driver writes those of the best trials of each size afterwards; `none` writes none. The
-generator itself, deltas and per-task numbers are kept always, so an adapter can be made again at any time.
-"""
+"""Describe a run beside its metrics: a note on its settings, its data sets, use of the machine, lineage tags."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.store import explained
+from tuning.tracking.store import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,23 +23,23 @@ SYSTEM_SECONDS = 10
 
 
 def trial_note(trial: TrialSpec, why: str = "") -> str:
-    """Markdown for the run's page: why it is run, and each setting in which it differs from the default."""
+    """Return Markdown for the run's page: the reason for the trial, and each setting that is not the default."""
     config = trial.config
     changes = _changes(config.as_dict(), TrainingConfig(seed=config.seed).as_dict())
     lines = [f"**{trial.name}**, size {trial.world.size}, seed {config.seed}: {_meaning(config)}"]
-    lines += [f"Why: {why}"] if why else []
-    lines += [
-        "Changed against the default training:"
-        if changes
-        else "All settings are the default training's."
-    ]
+    if why:
+        lines.append(f"Why: {why}")
+    if not changes:
+        lines.append("All settings are the default training's.")
+    else:
+        lines.append("Changed against the default training:")
     return "\n\n".join(lines) + "".join(
         f"\n* `{key}`: {new} (default {old})" for key, new, old in changes
     )
 
 
 def study_note(name: str, trials: Sequence[TrialSpec], why: str = "") -> str:
-    """Markdown for the parent run's page: what is compared, on how many seeds, in which worlds."""
+    """Return Markdown for the parent run's page: configurations, seeds and worlds."""
     configurations = dict.fromkeys(trial.name for trial in trials)
     seeds = sorted({trial.config.seed for trial in trials})
     worlds = {
@@ -52,14 +47,17 @@ def study_note(name: str, trials: Sequence[TrialSpec], why: str = "") -> str:
         for trial in trials
     }
     lines = [f"**{name}**: {len(trials)} trials over seeds {', '.join(map(str, seeds))}."]
-    lines += [f"Why: {why}"] if why else []
+    if why:
+        lines.append(f"Why: {why}")
     lines += [f"Worlds: {', '.join(sorted(worlds))}.", "Configurations:"]
     return "\n\n".join(lines) + "".join(f"\n* {configuration}" for configuration in configurations)
 
 
 def note_tags(text: str) -> dict[str, str]:
-    """The tag under which MLflow shows a note, cut to the length that it takes."""
-    return {NOTE_TAG: text if len(text) <= NOTE_LENGTH else text[: NOTE_LENGTH - 1] + "…"}
+    """Return the tag that MLflow shows as a note, cut to its limit."""
+    if len(text) > NOTE_LENGTH:
+        text = text[: NOTE_LENGTH - 1] + "…"
+    return {NOTE_TAG: text}
 
 
 def _meaning(config: TrainingConfig) -> str:
@@ -89,19 +87,19 @@ def _changes(
 
 
 def log_datasets(client: MlflowClient, run_id: str, worlds: Sequence[World]) -> None:
-    """Name the data of a run by hash, one input a part: bank, base and tasks.
+    """Log the data of a run as MLflow inputs, one per part of each world, identified by hash.
 
-    MLflow creates a data set on first sight and two processes that do so at once collide, so the driver calls this
-    for the parent run before any trial does. Calling again changes nothing. Raises UserError if the store fails.
+    MLflow creates a data set on first sight, and two processes that do so at once collide: the driver logs them on
+    the parent run before any trial starts. Calling again changes nothing. Raises UserError if the store fails.
     """
-    with explained(client.tracking_uri):
+    with store_errors(client.tracking_uri):
         client.log_inputs(
             run_id, [dataset for world in worlds for dataset in world_datasets(world)]
         )
 
 
 def world_datasets(world: World) -> list[DatasetInput]:
-    """MLflow's form of the three parts of a world."""
+    """Return the three parts of a world as MLflow inputs."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     suite, data = world.config.suite, world.data
@@ -135,8 +133,8 @@ def world_datasets(world: World) -> list[DatasetInput]:
 def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     """Log CPU, memory, disk, network and GPU use of the machine to a run (`system/…`) while the block runs.
 
-    MLflow's own monitor does it from a thread, every ten seconds; a run that is opened again goes on counting. A
-    store that fails costs these figures, never the trial.
+    MLflow's monitor samples from a thread every ten seconds; a reopened run continues its count. If the store fails,
+    these figures are lost, not the trial.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -151,7 +149,7 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
 
 
 def describe_facts(world: World) -> str:
-    """One line on what was built."""
+    """Return one line on a world: its split, and the accuracy of base and teachers."""
     facts, split = world.bank.facts, world.config.suite.split
     known = (
         "base_accuracy" in facts
@@ -164,20 +162,20 @@ def describe_facts(world: World) -> str:
 
 
 def study_params(study: Study) -> dict[str, Any]:
-    """What the parent run says of the study."""
+    """Return the parameters of the parent run."""
     trials = "searched" if study.space else len(study.trials)
     return {"study": study.name, "metric": study.metric, "trials": trials}
 
 
 def note_of(study: Study) -> str:
-    """Markdown for the parent run's page."""
+    """Return Markdown for the parent run's page."""
     if study.space:
         return f"**{study.name}**: {study.space.describe()}\n\nWhy: {study.note}"
     return study_note(study.name, study.trials, study.note)
 
 
 def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
-    """Lineage of the parent run."""
+    """Return lineage tags of the parent run."""
     return {
         "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
         "llgbm.base": ",".join(world.base.hash for world in worlds.values()),

@@ -1,7 +1,7 @@
-"""Which MLflow stores can be used, and what to tell people when one cannot.
+"""Check and open MLflow stores, and turn their errors into one sentence.
 
-Addresses are tried before MLflow sees them, because MLflow itself retries a dead one for minutes. MLflow is
-imported on first use, so that its settings come first.
+Addresses are probed first, because MLflow retries a dead one for minutes. MLflow is imported on first use, after
+its settings are in the environment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 3.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
-# The ones that `llgbm[postgresql]` and `llgbm[mysql]` install; SQLAlchemy's own choice differs between its versions.
+# Installed by `llgbm[postgresql]` and `llgbm[mysql]`; SQLAlchemy's own default differs between its versions.
 DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
 UNWRITABLE = (
     "unable to open",
@@ -38,7 +38,7 @@ ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql:
 
 
 def quiet_mlflow() -> None:
-    """Turn MLflow's telemetry, progress bars and chatter off, unless the environment says otherwise."""
+    """Turn off MLflow's telemetry, progress bars and chatter, unless the environment sets them."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -48,7 +48,7 @@ def quiet_mlflow() -> None:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """Make a client of the store at `tracking_uri`, tracking and registry alike."""
+    """Return a client of the store at `tracking_uri`, for tracking and registry."""
     quiet_mlflow()
     from mlflow import MlflowClient
 
@@ -56,7 +56,7 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
-    """What a paged search of MLflow finds, page after page; `search` takes the token of a page."""
+    """Yield the results of a paged MLflow search; `search` takes a page token."""
     token: str | None = None
     while True:
         page = search(token)
@@ -67,12 +67,12 @@ def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def local_tracking_uri(root: Path) -> str:
-    """Name the SQLite store that a study keeps under `root` when no server is given."""
+    """Return the address of the SQLite store under `root`, used when no server is given."""
     return f"sqlite:///{Path(root).resolve()}/mlruns/mlflow.db"
 
 
-def shown(tracking_uri: str) -> str:
-    """The address without its user name and password, for messages."""
+def redact(tracking_uri: str) -> str:
+    """Return the address without user name and password, for messages."""
     parts = urlsplit(tracking_uri)
     if "@" not in parts.netloc:
         return tracking_uri
@@ -80,8 +80,8 @@ def shown(tracking_uri: str) -> str:
 
 
 @contextmanager
-def explained(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow, the database and the disk raise in the block into a UserError of one sentence."""
+def store_errors(tracking_uri: str) -> Iterator[None]:
+    """Turn errors of MLflow, the database and the disk into a UserError of one sentence."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -89,7 +89,7 @@ def explained(tracking_uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise UserError(
-            f"the MLflow store {shown(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
+            f"the MLflow store {redact(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
         ) from error
 
 
@@ -112,7 +112,7 @@ def _remedy(reason: str) -> str:
 
 
 def _schema_remedy(reason: str) -> str:
-    """MLflow calls a schema of the future out of date too; its own migrations tell the two apart."""
+    """Tell a newer schema from an older one by MLflow's migrations: MLflow calls both out of date."""
     import mlflow
 
     found = re.search(r"found version (\w+)", reason)
@@ -123,7 +123,7 @@ def _schema_remedy(reason: str) -> str:
 
 
 def usable_uri(tracking_uri: str) -> str:
-    """Check that an address is of a supported kind, answers and can be written; make SQLite paths absolute.
+    """Check that an address is supported, answers and is writable; return it with an absolute SQLite path.
 
     Raises UserError within seconds where MLflow would retry for minutes.
     """
@@ -144,7 +144,7 @@ def usable_uri(tracking_uri: str) -> str:
 
 
 def existing_uri(tracking_uri: str) -> str:
-    """`usable_uri` for readers: a SQLite file that is not there yet is refused, not made. Raises UserError."""
+    """Check an address like `usable_uri`, but refuse a missing SQLite file instead of creating it."""
     if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).is_file():
         raise UserError(
             f"there is no MLflow store at {sqlite_path(tracking_uri)} yet: run a study in this folder first "
@@ -154,9 +154,11 @@ def existing_uri(tracking_uri: str) -> str:
 
 
 def with_driver(uri: str) -> str:
-    """The address of a database with the driver that this package installs, where it names none itself."""
+    """Return a database address with the driver that this package installs, unless it names one."""
     scheme, rest = uri.split(":", 1)
-    return f"{scheme}+{DRIVERS[scheme]}:{rest}" if scheme in DRIVERS else uri
+    if scheme not in DRIVERS:
+        return uri
+    return f"{scheme}+{DRIVERS[scheme]}:{rest}"
 
 
 def _probe_http(uri: str) -> None:
@@ -168,12 +170,12 @@ def _probe_http(uri: str) -> None:
         code = requests.get(f"{uri}/health", timeout=PROBE_SECONDS, verify=verify).status_code
     except requests.exceptions.RequestException as error:
         raise UserError(
-            f"no MLflow server answers at {shown(uri)} ({type(error).__name__}): start one with `mlflow "
+            f"no MLflow server answers at {redact(uri)} ({type(error).__name__}): start one with `mlflow "
             "server`, correct the address, or leave it out to use the local store."
         ) from error
     if code == 404 or code >= 500:
         raise UserError(
-            f"the server at {shown(uri)} answers /health with HTTP {code}, so it is no working MLflow "
+            f"the server at {redact(uri)} answers /health with HTTP {code}, so it is no working MLflow "
             "server: correct the address, or leave it out to use the local store."
         )
 
@@ -191,6 +193,7 @@ def _probe_socket(uri: str, default_port: int) -> None:
 
 
 def sqlite_path(uri: str) -> Path:
+    """Return the file of a SQLite address. Raises UserError if it names none."""
     path = uri.partition(":///")[2].partition("?")[0]
     if not path:
         raise UserError(
@@ -212,8 +215,8 @@ def _probe_sqlite(path: Path) -> None:
         ) from error
 
 
-def _make_database(path: Path) -> None:
-    """Make a new SQLite store aside and name it when it is whole: MLflow cannot go on with a half-made one."""
+def make_database(path: Path) -> None:
+    """Create a SQLite store under a temporary name, then rename it: MLflow cannot repair a half-made one."""
     if path.exists() and path.stat().st_size:
         return
     aside = path.with_name(f".{path.name}.making")
@@ -222,7 +225,7 @@ def _make_database(path: Path) -> None:
     os.replace(aside, path)
 
 
-def _experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         return client.create_experiment(name, artifact_location=artifacts)

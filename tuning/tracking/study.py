@@ -20,24 +20,27 @@ from tuning.tracking.runs import (
     SUPERSEDED_TAG,
     TRIAL_TAG,
     TrackingTarget,
-    _finite,
-    _now,
+    check_finite,
     chunks,
     find_runs,
     flat_params,
     is_live,
     log_params,
+    now_ms,
     open_run,
+    parent_runs,
+    pick_study,
     trial_run,
 )
 from tuning.tracking.store import (
-    _experiment_id,
-    _make_database,
     connect,
-    explained,
     local_tracking_uri,
+    make_database,
+    open_experiment,
     quiet_mlflow,
+    redact,
     sqlite_path,
+    store_errors,
     usable_uri,
 )
 
@@ -49,7 +52,7 @@ logger = logging.getLogger("tuning.tracking")
 
 
 class StudyTracker:
-    """The driver's side: opens the store, begins the study and decides how its runs end."""
+    """The driver's view of a study: open the store, begin the parent run, set final statuses."""
 
     def __init__(self, client: MlflowClient, tracking_uri: str, experiment_id: str) -> None:
         self.client = client
@@ -65,17 +68,17 @@ class StudyTracker:
         """
         quiet_mlflow()
         uri = usable_uri(tracking_uri or local_tracking_uri(root))
-        with explained(uri):
+        with store_errors(uri):
             if not uri.startswith("sqlite"):
                 client = connect(uri)
-                return cls(client, uri, _experiment_id(client, experiment, None))
+                return cls(client, uri, open_experiment(client, experiment, None))
             path = sqlite_path(uri)
             folder = path.parent
             with FileLock(folder / ".mlflow.lock", timeout=60):
-                _make_database(path)
+                make_database(path)
                 client = connect(uri)
                 artifacts = (folder / "artifacts").as_uri()
-                return cls(client, uri, _experiment_id(client, experiment, artifacts))
+                return cls(client, uri, open_experiment(client, experiment, artifacts))
 
     def begin(
         self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -86,7 +89,7 @@ class StudyTracker:
         """
         own = {STUDY_TAG: study, STUDY_ID_TAG: study_id, **tags}
         wanted = dict(flat_params(params))
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
             same = [run for run in runs if is_live(run) and run.data.params == wanted]
             run_id = open_run(
@@ -97,92 +100,102 @@ class StudyTracker:
         return self.target
 
     def studies(self, study_id: str | None = None) -> list[Run]:
-        """Parent runs that count, oldest first; those of one study id if given. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
-            wanted = {STUDY_ID_TAG: study_id} if study_id else {}
-            found = find_runs(self.client, self.experiment_id, wanted)
-            return [run for run in found if STUDY_ID_TAG in run.data.tags and is_live(run)]
+        """Return live parent runs, oldest first; of one study id if given. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
+            found = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
+            return list(filter(is_live, found))
+
+    def find_study(self, asked: str) -> Run:
+        """Return the parent run of a study in this experiment: see `runs.find_study`."""
+        with store_errors(self.tracking_uri):
+            known = parent_runs(self.client, [self.experiment_id])
+        return pick_study(known, asked, redact(self.tracking_uri))
 
     def live_runs(self) -> dict[str, Run]:
-        """The run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
-            found = find_runs(self.client, self.experiment_id, {})
-            return {
-                run.data.tags[TRIAL_TAG]: run
-                for run in found
-                if TRIAL_TAG in run.data.tags and is_live(run)
-            }
+        """Return the live run of every trial in the experiment, by trial id. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
+            found = find_runs(self.client, self.experiment_id, {TRIAL_TAG: None})
+            return {run.data.tags[TRIAL_TAG]: run for run in found if is_live(run)}
 
-    def supersede(self, study_id: str, trial_ids: Collection[str]) -> None:
-        """Mark what ran of a study and of these trials as obsolete, so that all starts anew under new runs.
+    def supersede_study(self, study_id: str) -> None:
+        """Mark a study's own runs as obsolete, so that it starts anew under new ones.
 
         Raises UserError if the store fails.
         """
         old = [run.info.run_id for run in self.studies(study_id)]
-        trials = [
-            run.info.run_id
-            for trial_id, run in self.live_runs().items()
-            if trial_id in trial_ids or run.data.tags.get(PARENT_TAG) in old
-        ]
-        with explained(self.tracking_uri):
-            for run_id in (*old, *trials):
-                self.client.set_tag(run_id, SUPERSEDED_TAG, str(_now()))
+        live = self.live_runs().values()
+        trials = [run.info.run_id for run in live if run.data.tags.get(PARENT_TAG) in old]
+        self.supersede([*old, *trials])
+
+    def supersede(self, run_ids: Collection[str]) -> None:
+        """Mark runs as obsolete. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
+            for run_id in run_ids:
+                self.client.set_tag(run_id, SUPERSEDED_TAG, str(now_ms()))
 
     def adopt(self, trial_id: str, config: str) -> None:
-        """Make the run of a trial that another study finished count in this one too, as configuration `config`.
+        """Add a trial that another study finished to this one, as configuration `config`.
 
         Raises UserError if the store fails.
         """
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             run = trial_run(self.client, self.experiment_id, trial_id)
             if run is not None and run.data.tags.get(PARENT_TAG) != self.parent_run_id:
                 self.client.set_tag(run.info.run_id, MEMBER_TAG + self.parent_run_id, config)
 
     @property
     def parent_run_id(self) -> str:
-        """Id of the parent run. Raises RuntimeError before `begin`."""
+        """Return the id of the parent run. Raises RuntimeError before `begin`."""
         if self.target is None:
             raise RuntimeError("the study has no run yet: call begin() first")
         return self.target.parent_run_id
 
     def child_run_id(self, trial_id: str) -> str | None:
-        """Id of the run of a trial, or None if the trial never opened one."""
+        """Return the run id of a trial, None if it never opened a run."""
         run = trial_run(self.client, self.experiment_id, trial_id)
-        return run.info.run_id if run else None
+        if run is None:
+            return None
+        return run.info.run_id
 
     def finish_trial(
-        self, trial_id: str, status: str, tags: Mapping[str, str] | None = None
+        self,
+        trial_id: str,
+        status: str,
+        tags: Mapping[str, str] | None = None,
+        run_id: str | None = None,
     ) -> None:
-        """Set how a trial ended, and tags that say why.
+        """Set how a trial ended, and tags that say why; `run_id` is its run, if that is known.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
-        run_id = self.tag_trial(trial_id, tags or {})
+        run_id = self.tag_trial(trial_id, tags or {}, run_id)
         if run_id is None:
             logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
             return
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.set_terminated(run_id, status)
 
-    def tag_trial(self, trial_id: str, tags: Mapping[str, str]) -> str | None:
-        """Set tags of the run of a trial and return its id, None if there is no run.
+    def tag_trial(
+        self, trial_id: str, tags: Mapping[str, str], run_id: str | None = None
+    ) -> str | None:
+        """Set tags of the run of a trial and return its id, None if there is no run; `run_id` if that is known.
 
         Raises UserError if the store fails.
         """
-        with explained(self.tracking_uri):
-            run_id = self.child_run_id(trial_id)
+        with store_errors(self.tracking_uri):
+            run_id = run_id or self.child_run_id(trial_id)
             for key, value in tags.items() if run_id else ():
                 self.client.set_tag(str(run_id), key, value)
             return run_id
 
     def finish(self, status: str) -> None:
-        """Set how the study ended; unless FINISHED, kill the children that still count as running.
+        """Set the final status of the study; unless FINISHED, mark its running trials KILLED.
 
         Raises ValueError if `status` is not FINISHED, FAILED or KILLED, UserError if the store fails.
         """
         _check_status(status)
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             if status != "FINISHED":
                 self._kill_running()
             self.client.set_terminated(self.parent_run_id, status)
@@ -196,16 +209,16 @@ class StudyTracker:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the whole study so far. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        """Return the metrics of the parent run. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
             return dict(self.client.get_run(self.parent_run_id).data.metrics)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log figures of the whole study, each once: what it has already stays. Raises ValueError if not finite."""
+        """Log the metrics that the parent run lacks. Raises ValueError if one is not finite."""
         from mlflow.entities import Metric
 
-        now, values = _now(), _finite(step, metrics)
-        with explained(self.tracking_uri):
+        now, values = now_ms(), check_finite(step, metrics)
+        with store_errors(self.tracking_uri):
             known = self.client.get_run(self.parent_run_id).data.metrics
             entries = [
                 Metric(key, value, now, step) for key, value in values.items() if key not in known
@@ -214,18 +227,18 @@ class StudyTracker:
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
-        """Keep a folder among the artifacts of the study. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        """Log a folder as artifacts of the study. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
             self.client.log_artifacts(self.parent_run_id, str(folder), artifact_path)
 
     def download_artifacts(self, run_id: str, path: str, folder: Path | str) -> str:
-        """Copy an artifact of a run into a folder and name the copy. Raises UserError if there is none."""
-        with explained(self.tracking_uri):
+        """Copy an artifact of a run into a folder and return its path there. Raises UserError if there is none."""
+        with store_errors(self.tracking_uri):
             return self.client.download_artifacts(run_id, path, str(folder))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the study. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             for key, value in tags.items():
                 self.client.set_tag(self.parent_run_id, key, value)
 
@@ -239,7 +252,7 @@ def _check_status(status: str) -> None:
 
 @contextmanager
 def status_on_exit(tracker: StudyTracker):
-    """Give the parent run its right final status, whatever happens."""
+    """Set the final status of the parent run: FINISHED, KILLED on an interrupt, FAILED on an error."""
     try:
         yield
     except KeyboardInterrupt:

@@ -17,28 +17,29 @@ from tuning.tracking.runs import (
     STUDY_TAG,
     TRIAL_TAG,
     TrackingTarget,
-    _finite,
-    _now,
+    check_finite,
     log_params,
     measured,
+    now_ms,
     open_run,
     trial_run,
 )
-from tuning.tracking.store import connect, explained, quiet_mlflow
+from tuning.tracking.store import connect, quiet_mlflow, store_errors
 from tuning.tracking.study import logger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 FLUSH_ENTRIES = 500
 FLUSH_SECONDS = 5.0
 
 
 class TrialTracker:
-    """The worker's side: one run, opened once or again, and a buffer of metrics in front of it.
+    """The worker's view of a trial: one run, reopened on every restart, behind a buffer of metrics.
 
-    What the run has at a step already is not logged again, so that each key has one value per step however often a
-    trial is resumed. `attempts` counts how often it was opened.
+    A value that the run already has at a step is not logged again: each key keeps one value per step, however often
+    the trial restarts. `attempts` counts how often the run was opened.
     """
 
     def __init__(
@@ -68,15 +69,15 @@ class TrialTracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> TrialTracker:
-        """Find the run of a trial in the experiment or create it, put it below its study and set it running.
+        """Find or create the run of a trial, nest it under its study and set it RUNNING.
 
         Raises UserError if the store fails or the trial was begun with another value of a parameter.
         """
         quiet_mlflow()
-        with explained(target.tracking_uri):
+        with store_errors(target.tracking_uri):
             client = connect(target.tracking_uri)
             found = trial_run(client, target.experiment_id, trial_id)
-            attempts = int(found.data.tags.get(ATTEMPTS_TAG, 1)) + 1 if found else 1
+            attempts = 1 + _attempts(found)
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
             own = {
                 **key,
@@ -85,18 +86,18 @@ class TrialTracker:
                 ATTEMPTS_TAG: str(attempts),
                 **tags,
             }
-            shown_name = f"{run_name}, seed {params['seed']}" if "seed" in params else run_name
+            seed = params.get("seed")
+            shown_name = run_name if seed is None else f"{run_name}, seed {seed}"
             run_id = open_run(client, target.experiment_id, found, shown_name, own)
             log_params(client, run_id, params)
-        return cls(
-            client, target.tracking_uri, run_id, found.data.metrics if found else (), attempts
-        )
+        logged = found.data.metrics if found else ()
+        return cls(client, target.tracking_uri, run_id, logged, attempts)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step, sent in batches. Raises ValueError for a value that is not finite."""
+        """Buffer the metrics of a step and send them in batches. Raises ValueError if one is not finite."""
         from mlflow.entities import Metric
 
-        now, values = _now(), _finite(step, metrics)
+        now, values = now_ms(), check_finite(step, metrics)
         fresh = (key for key in values if not (key in self._logged and step in self._steps_of(key)))
         self._buffer.extend(Metric(key, values[key], now, step) for key in fresh)
         full = len(self._buffer) >= FLUSH_ENTRIES and not self._failing
@@ -104,18 +105,18 @@ class TrialTracker:
             self._try_flush()
 
     def show_first(self, key: str) -> None:
-        """Give a new run a metric before it is known, NaN at step 0: MLflow's compare page starts with a run's first.
+        """Log NaN for a metric at step 0 of a new run: MLflow's compare page opens on the first metric of a run.
 
         Raises UserError if the store fails.
         """
         if key not in self._logged:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 self.client.log_metric(self.run_id, key, math.nan, step=0)
 
     def _steps_of(self, key: str) -> set[int]:
-        """Steps at which the run had a value of this key when it was opened."""
+        """Return the steps at which the run already had a value of this key when it was opened."""
         if key not in self._steps:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 self._steps[key] = {
                     metric.step for metric in self.client.get_metric_history(self.run_id, key)
                 }
@@ -130,9 +131,9 @@ class TrialTracker:
             logger.warning("%d metrics are kept and sent later: %s", len(self._buffer), error)
 
     def flush(self) -> None:
-        """Send what is buffered. Raises UserError if the store fails, and then drops nothing."""
+        """Send the buffer. Raises UserError if the store fails; nothing is dropped then."""
         try:
-            with explained(self.tracking_uri):
+            with store_errors(self.tracking_uri):
                 while self._buffer:
                     self.client.log_batch(self.run_id, metrics=self._buffer[:METRICS_PER_CALL])
                     del self._buffer[:METRICS_PER_CALL]
@@ -140,36 +141,44 @@ class TrialTracker:
             self._tried = time.monotonic()
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
-        """Keep a folder among the artifacts of the trial. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        """Log a folder as artifacts of the trial. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
             self.client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def is_flushed(self) -> bool:
-        """Try to send what is buffered; say whether the store has it all."""
+        """Try to send the buffer; return True if nothing is left in it."""
         self._try_flush()
         return not self._buffer
 
     def tag(self, key: str) -> str:
-        """A tag of the run, empty if it has none such. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        """Return a tag of the run, "" if it is not set. Raises UserError if the store fails."""
+        with store_errors(self.tracking_uri):
             return self.client.get_run(self.run_id).data.tags.get(key, "")
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run. Raises UserError if the store fails."""
-        with explained(self.tracking_uri):
+        with store_errors(self.tracking_uri):
             self.client.set_tag(self.run_id, key, value)
 
     def close(self) -> None:
-        """Send the rest; how the trial ended is the driver's to say. Raises UserError if the store fails."""
+        """Send the rest of the buffer; the driver sets the final status. Raises UserError if the store fails."""
         self.flush()
 
 
 def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] | None:
-    """The last metrics of a trial that some study finished already; None if there is none such.
+    """Return the last metrics of a trial that any study finished, None if none did.
 
     Raises UserError if the store fails.
     """
     quiet_mlflow()
-    with explained(target.tracking_uri):
+    with store_errors(target.tracking_uri):
         run = trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
-    return measured(run) if run and run.info.status == "FINISHED" else None
+    if run is None or run.info.status != "FINISHED":
+        return None
+    return measured(run)
+
+
+def _attempts(run: Run | None) -> int:
+    if run is None:
+        return 0
+    return int(run.data.tags.get(ATTEMPTS_TAG, 1))

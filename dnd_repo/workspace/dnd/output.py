@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -74,11 +74,25 @@ def disk_errors(
     """Turn what a full or unwritable disk raises into an `error` that names the folder; `every`: whatever it raises."""
     try:
         yield
-    except OSError as raised:
-        if raised.errno not in REASONS and not every:
+    except Exception as raised:
+        number = system_error(raised)
+        if number is None or (number not in REASONS and not every):
             raise
-        reason = REASONS.get(raised.errno or 0, f"{raised.strerror or raised}: name another folder")
+        reason = REASONS.get(number, f"{os.strerror(number)}: name another folder")
         raise error(f"cannot write under {folder}: {reason}") from raised
+
+
+def system_error(raised: Exception) -> int | None:
+    """Return the system's number of an error; safetensors and torch raise their own kinds for a full disk."""
+    if isinstance(raised, OSError):
+        return raised.errno or 0
+    if type(raised).__name__ == "SafetensorError" and (
+        found := re.search(r"\(os error (\d+)\)", str(raised))
+    ):
+        return int(found[1])
+    if "inline_container" in str(raised) and isinstance(raised.__context__, OSError):
+        return raised.__context__.errno
+    return None
 
 
 def check_name(name: str, what: str, error: type[Exception] = DndError) -> str:
@@ -193,7 +207,7 @@ class Output:
     def remove(self) -> None:
         """Remove own files, then the folder if nothing of others is left in it."""
         with disk_errors(self.path, self.error), locked(self.folder):
-            for name in sorted(own_files(self.folder), key=self._is_key, reverse=True):
+            for name in reversed(self._key_last(own_files(self.folder))):
                 (self.folder / name).unlink()
             (self.folder / RECORD).unlink(missing_ok=True)
             with suppress(OSError):
@@ -212,7 +226,7 @@ class Output:
 
     def _publish(self, stage: Path) -> None:
         new = stage / "new"
-        names = sorted(path.name for path in new.iterdir())
+        names = self._key_last(path.name for path in new.iterdir())
         odd = [name for name in names if not self._is_written(name)]
         if odd or not names:
             raise ValueError(
@@ -257,29 +271,37 @@ class Output:
     def _swap(self, stage: Path) -> None:
         folder, new, old = self.folder, stage / "new", stage / "old"
         before, after = read_record(folder), read_record(new)
-        going = [
-            name for name in own_files(folder) if not is_among(folder / name, after.get(name, []))
-        ]
-        coming = [name for name in after if not is_among(folder / name, after[name])]
-        both = {name: [*before.get(name, []), *after.get(name, [])] for name in (*before, *after)}
+        own = own_files(folder)
+        going = {name for name in own if not is_among(folder / name, after.get(name, []))}
+        coming = {name for name in after if not is_among(folder / name, after[name])}
+        if (
+            len(going | coming) > 1
+        ):  # nothing may be read meanwhile, so the key leaves first, and comes last
+            going |= {name for name in own if self._is_key(name)}
+            coming |= {name for name in after if self._is_key(name)}
+        both = {
+            n: [*before.get(n, []), *after.get(n, [])] for n in self._key_last({*before, *after})
+        }
         old.mkdir()
         write_record(old, before)
         flush_tree(old)
         try:
             write_record(folder, both, stage, finished=False)
-            if going == coming and len(coming) == 1:
-                keep_copy(folder / going[0], old / going[0])
-                os.replace(new / coming[0], folder / coming[0])
-            else:
-                for name in sorted(going, key=self._is_key, reverse=True):
+            for name in reversed(self._key_last(going)):
+                if going == coming == {name}:
+                    keep_copy(folder / name, old / name)
+                else:
                     os.rename(folder / name, old / name)
-                for name in sorted(coming, key=self._is_key):
-                    os.rename(new / name, folder / name)
+            for name in self._key_last(coming):
+                os.replace(new / name, folder / name)
             flush(folder)
             write_record(folder, after, stage)
         except BaseException:
             undo(folder, stage)
             raise
+
+    def _key_last(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (self._is_key(name), name))
 
     def _is_key(self, name: str) -> bool:
         return fnmatchcase(name, self.patterns[-1])
@@ -396,10 +418,11 @@ def undo(folder: Path, stage: Path) -> None:
     before, own = read_record(old), own_files(folder)
     come = {name for name in own if not is_among(folder / name, before.get(name, []))}
     back = {name for name in os.listdir(old) if name in before}
-    # A single file is put back in one step; of several none may stand beside the successor of another.
-    for name in come if come != back or len(back) > 1 else ():
-        (folder / name).unlink()
-    for name in back:
+    order = list(read_record(folder))  # in which the key is last
+    if len(come | back) > 1 or not back:
+        for name in reversed([name for name in order if name in come | back]):
+            (folder / name).unlink(missing_ok=True)
+    for name in [name for name in order if name in back]:
         os.replace(old / name, folder / name)
     if before:
         os.replace(old / RECORD, folder / RECORD)

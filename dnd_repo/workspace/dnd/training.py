@@ -205,7 +205,10 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
             }
-            torch.save({**trainer, "step": self.step, "losses": self.losses}, stage / TRAINER_FILE)
+            with (stage / TRAINER_FILE).open(
+                "wb"
+            ) as stream:  # of a path torch would hide the system's error
+                torch.save({**trainer, "step": self.step, "losses": self.losses}, stream)
         for older in checkpoints_in(folder)[:-1]:
             Output(older, CHECKPOINT_PATTERNS).remove()
 

@@ -1,18 +1,17 @@
-"""What the platform costs: `phase_4_5` under Ray and MLflow beside the same trainings in one plain process.
+"""The sweep `phase_4_5` under Ray and MLflow beside the same trainings in one plain process: wall time over the ideal.
 
-    python benchmarks/bench_overhead.py                       # all 600 steps, about 20 minutes on two idle cores
-    python benchmarks/bench_overhead.py --steps 200 --seeds 0
+    python benchmarks/bench_sweep.py                       # all 600 steps, about an hour on two idle cores
+    python benchmarks/bench_sweep.py --steps 200 --seeds 0 --repeats 1
 
 Both sides have their caches warm and one thread a training. The plain side trains and evaluates the trials one after
 the other, with neither Ray nor MLflow; the ideal is the sum of its seconds over the number of trials at once. The
 platform's side is the whole command from start to exit: imports, Ray, baselines, trials, artifacts, registration,
 report. Half of the plain trials run before the platform and half after it, so that a machine that gets slower or faster
-meanwhile treats both alike; all is done `--repeats` times. `over_ideal` is the platform's wall time over the ideal (to
-be at most 1.15); `over_own` takes the seconds that the platform's own trials report instead, which a loaded machine or
-cores that slow each other down do not move; `side_by_side`, if asked for, says how much: one training's seconds while
-another one runs, over its seconds alone. The last line of standard output is one JSON object; it is written to
-`benchmarks/results/overhead_cpu_<yyyymm>.json`, or, where the working tree differs from its commit, to the ignored
-folder `scratch/` there.
+meanwhile treats both alike; all is done `--repeats` times (three), and medians with their spread are reported.
+`over_ideal` is the platform's wall time over the ideal (to be at most 1.10). `over_own` takes the seconds that the
+platform's own trials report instead, which a loaded machine or cores that slow each other down do not move.
+`side_by_side`, if asked for, says how much: one training's seconds while another one runs, over its seconds alone. The
+last line of standard output is one JSON object; see `record.py` for where it goes.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 from record import environment, save
+from timing import spread
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,21 +46,25 @@ def plain(options: argparse.Namespace) -> list[float]:
     from tuning.studies import STUDIES, StudyOptions
 
     torch.set_num_threads(1)
-    study = STUDIES["phase_4_5"](StudyOptions(steps=options.steps, seeds=tuple(options.seeds)))
+    study = STUDIES["phase_4_5"](
+        StudyOptions(steps=options.steps, seeds=tuple(options.seeds), smoke=options.quick)
+    )
     world = build_world(options.cache, study.worlds[0], "cpu")
     found = []
     for trial in study.trials[options.part]:
         started = time.perf_counter()
-        outcome = train(trial.config, world.data, world.flora)
+        outcome = train(trial.config, world.data, world.lora_model)
         for part in ("test", "val", "train"):
-            evaluate_generator(outcome.generator, world.data, world.flora, part)
+            evaluate_generator(outcome.generator, world.data, world.lora_model, part)
         found.append(time.perf_counter() - started)
     return found
 
 
-def study_arguments(options: argparse.Namespace) -> list[str]:
+def study_arguments(options: argparse.Namespace, platform: bool = False) -> list[str]:
+    """The options that both sides share, as the platform or as this script spells them."""
     steps = ["--steps", str(options.steps)] if options.steps else []
-    return [*steps, "--cache", str(options.cache), "--seeds", *map(str, options.seeds)]
+    toy = ["--smoke" if platform else "--quick"] if options.quick else []
+    return [*toy, *steps, "--cache", str(options.cache), "--seeds", *map(str, options.seeds)]
 
 
 def start_plain(options: argparse.Namespace, part: str) -> subprocess.Popen[str]:
@@ -85,7 +90,7 @@ def run_platform(options: argparse.Namespace) -> dict[str, Any]:
         command = [
             sys.executable,
             str(ROOT / "tuning" / "run_ablation.py"),
-            *study_arguments(options),
+            *study_arguments(options, platform=True),
         ]
         command += ["--max-concurrent", str(options.concurrent)]
         started = time.perf_counter()
@@ -123,7 +128,7 @@ def side_by_side(options: argparse.Namespace) -> float:
     return median(seconds_of(twin)[0] for twin in twins) / alone
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,7 +137,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--concurrent", type=int, default=2, help="trials at once, and cores used (default: 2)"
     )
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--quick", action="store_true", help="the smoke world, once; says nothing but that it runs"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -150,12 +158,15 @@ def parse_arguments() -> argparse.Namespace:
         metavar="A:B:C",
         help="run these trials of the plain side alone, print their seconds",
     )
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = parse_arguments()
+    options = parser.parse_args(argv)
     options.cache = options.cache.resolve()
+    if options.quick:
+        options.repeats = 1
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
     if options.keep and (options.repeats > 1 or any(options.keep.iterdir())):
         sys.exit("--keep takes an empty folder and one repeat")
     if options.plain:
@@ -165,19 +176,21 @@ def main() -> int:
     slowed = side_by_side(options) if options.side_by_side else None
     runs = [compare(options) for _ in range(options.repeats)]
     result = {
-        "benchmark": "overhead",
+        "benchmark": "sweep",
         "config": {
             "steps": options.steps,
             "seeds": options.seeds,
             "concurrent": options.concurrent,
+            "quick": options.quick,
         },
         "environment": environment("ray", "mlflow", "torch"),
         "over_ideal": median(run["over_ideal"] for run in runs),
         "over_own": median(run["over_own"] for run in runs),
+        "spread": spread(tuple(run["over_ideal"] for run in runs)),
         "side_by_side": slowed,
         "runs": runs,
     }
-    save("overhead_cpu", result)
+    save("sweep_cpu", result)
     return 0
 
 

@@ -1,0 +1,146 @@
+"""Check the folder of a base before it is loaded: config, weight files and tokenizer.
+
+All functions raise UserError, in one sentence that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from llgbm.runtime import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+NO_BASE = "no base model can be loaded from {}: "
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+# How a file begins that git-lfs has not fetched yet.
+POINTER = b"version https://git-lfs"
+
+
+def refusal(folder: Path | str, reason: str) -> UserError:
+    return UserError(NO_BASE.format(folder) + reason)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, cut to what a sentence can hold."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read the config of a causal language model that the library itself knows, and that is not quantised."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    stored = _read_json(folder, "config.json")
+    kind = stored.get("model_type")
+    if stored.get("auto_map") and kind not in CONFIG_MAPPING:
+        raise refusal(
+            folder,
+            f"a {kind} model needs code of its own, and code from a model's folder is never run",
+        )
+    quantised = stored.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "by an unnamed method")
+        raise refusal(
+            folder, f"it is quantised ({method}); name the unquantised model that it was made from"
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        raise refusal(
+            folder, f"its config.json cannot be used ({first_line(error)}): fetch it again"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refusal(folder, f"a {kind} model does not write text token by token")
+    return config
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
+        found = json.loads(content.decode("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise refusal(
+            folder,
+            f"it holds no {name}; name a folder in the Hugging Face layout with config.json, *.safetensors and the "
+            "tokenizer's files",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise refusal(
+            folder, f"{name} cannot be read ({first_line(error)}): fetch it again"
+        ) from error
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """Check that all weight files are there, whole, in safetensors."""
+    for name in _weight_names(folder):
+        path = folder / name
+        if not path.is_file():
+            raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
+        with path.open("rb") as stream:
+            if stream.read(len(POINTER)) == POINTER:
+                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise refusal(
+                folder, f"{name} is truncated or no safetensors file: fetch it again"
+            ) from error
+
+
+def _weight_names(folder: Path) -> Sequence[str]:
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if (folder / INDEX).is_file():
+        listed = _read_json(folder, INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise refusal(folder, f"{INDEX} lists no weights: fetch it again")
+        return sorted({str(name) for name in listed.values()})
+    if any(folder.glob("*.bin")):
+        raise refusal(
+            folder,
+            "its weights are .bin files, pickles, which are not read here: load it with transformers and save it "
+            "again, which writes safetensors",
+        )
+    raise refusal(
+        folder,
+        f"it holds no {WEIGHTS}; name a folder in the Hugging Face layout with config.json, *.safetensors and the "
+        "tokenizer's files",
+    )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        is_empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # a file of another version of tokenizers raises a bare Exception
+        raise refusal(
+            folder,
+            f"its tokenizer cannot be read by the installed transformers and tokenizers ({first_line(error)}): fetch "
+            "tokenizer.json and tokenizer_config.json again",
+        ) from error
+    if is_empty:
+        raise refusal(
+            folder, "it holds no tokenizer: fetch tokenizer.json and tokenizer_config.json"
+        )
+    if tokenizer.eos_token_id is None:
+        raise refusal(folder, "its tokenizer has no end token: name one in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,321 @@
+"""Ids: a change to any input of a trial gives another, a change of nothing gives the same."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llgbm.generator.conditions import encoder_hash
+from llgbm.generator.networks import GeneratorConfig
+from llgbm.models.load import Base, BaseSource, base_hash
+from llgbm.models.pretrain import PretrainConfig
+from llgbm.runtime import UserError, content_hash
+from llgbm.tasks.files import FileSuite
+from llgbm.tasks.suite import Example
+from llgbm.tasks.synthetic import SyntheticSuite
+from llgbm.teachers.bank import BankSource, bank_hash
+from llgbm.teachers.train import TeacherConfig
+from llgbm.training import TrainingConfig, train
+from llgbm.world import World, WorldConfig
+from tuning.studies.spec import TrialSpec
+
+BASE = BaseSource("here", "0" * 16)
+BANK = BankSource("here", "1" * 16)
+WORDS = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Other:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Any = Inner()
+    rate: float = 0.5
+    place: str = field(default="", compare=False)
+
+
+class Mine(SyntheticSuite):
+    """A user's suite, with other answers."""
+
+    def examples(self, *arguments: Any, **more: Any) -> list[Example]:
+        return [Example(e.prompt, WORDS[0]) for e in super().examples(*arguments, **more)]
+
+
+class Theirs(SyntheticSuite):
+    """A user's suite, with other answers."""
+
+    def examples(self, *arguments: Any, **more: Any) -> list[Example]:
+        return [Example(e.prompt, WORDS[1]) for e in super().examples(*arguments, **more)]
+
+
+def trial(config: TrainingConfig | None = None, **world: Any) -> TrialSpec:
+    return TrialSpec("a name", config or TrainingConfig(), WorldConfig(**world))
+
+
+def test_one_number_has_one_id_however_it_is_written() -> None:
+    assert content_hash(1) == content_hash(1.0) and content_hash(0.0) == content_hash(-0.0)
+    assert content_hash(1) != content_hash("1") and content_hash(1.5) != content_hash(1)
+    assert trial(TrainingConfig(lambda_weight=1)).id == trial(TrainingConfig(lambda_weight=1.0)).id
+    assert trial(TrainingConfig(lambda_delta=0.0)).id == trial(TrainingConfig(lambda_delta=-0.0)).id
+
+
+def test_types_count_at_any_depth_and_defaults_do_not() -> None:
+    assert content_hash(Outer(Inner())) != content_hash(Outer(Other()))
+    assert content_hash([Inner(2)]) != content_hash([Other(2)])
+
+    @dataclass(frozen=True)
+    class Grown(Outer):
+        new: int = 3
+
+    Grown.__qualname__ = Outer.__qualname__
+    values = (Outer(rate=0.25), Grown(rate=0.25), Grown(rate=0.25, new=4))
+    old, same, changed = (_own_fields(value) for value in values)
+    assert old == same != changed
+    assert content_hash(Outer(place="a")) == content_hash(Outer(place="b"))
+
+
+def _own_fields(value: Any) -> dict[str, Any]:
+    from llgbm.identity import _canonical
+
+    return {key: item for key, item in _canonical(value).items() if key != "type"}
+
+
+def test_a_suite_of_the_users_has_an_id_of_its_own_by_what_it_does() -> None:
+    ids = {trial(suite=suite).id for suite in (SyntheticSuite(), Mine(), Theirs())}
+    assert len(ids) == 3
+    assert trial(suite=Mine()).id == trial(suite=pickle.loads(pickle.dumps(Mine()))).id
+
+
+def test_a_suite_with_another_fingerprint_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trial().id
+    changed = SyntheticSuite()
+    changed.__dict__["fingerprint"] = "of other texts"
+    assert trial(suite=changed).id != before
+
+
+# For every input of a trial, values that it may take beside its default.
+CONFIGS: dict[str, list[Any]] = {
+    "lambda_weight": [0.0, 0.31, 1.0],
+    "lambda_delta": [0.0, 0.5, 2.0],
+    "seed": [1, 7],
+    "model_size": ["micro", "base-mine"],
+    "steps": [599, 1200],
+    "batch_size": [8, 17],
+    "learning_rate": [1e-3, 2.1e-3],
+    "weight_decay": [0.0, 0.1],
+    "n_prompts": [8, 15],
+    "n_probes": [1, 4],
+    "delta_probes": ["generic", "domain"],
+    "delta_loss": ["mse", "mse_raw", "cosine"],
+    "delta_reading": ["mean"],
+    "gradient_accumulation": [2, 4],
+    "mixed_precision": ["bf16", "fp16"],
+    "activation_checkpointing": [True],
+    "probe_chunk": [1, 2],
+    "eval_every": [50, 200],
+    "patience": [1, 3],
+    "generator": [
+        GeneratorConfig("hyperconv"),
+        GeneratorConfig(hidden=8),
+        GeneratorConfig(blocks=2),
+    ],
+}
+WORLDS: dict[str, list[Any]] = {
+    "size": ["micro"],
+    "suite": [SyntheticSuite(n_test=12), SyntheticSuite(split_seed=1), Mine()],
+    "pretrain": [PretrainConfig(steps=1999), PretrainConfig(seed=1)],
+    "teachers": [TeacherConfig(rank=2), TeacherConfig(alpha=4.0), TeacherConfig(trajectories=8)],
+    "encoder_hash": ["base"],
+    "delta_probes": ["generic", "domain"],
+    "eval_examples": [4, 25],
+    "smoke": [True],
+    "base": [BASE, replace(BASE, hash="2" * 16), replace(BASE, dtype="bfloat16")],
+    "bank": [BANK, replace(BANK, hash="2" * 16)],
+}
+
+
+def test_the_changes_below_are_to_every_input() -> None:
+    assert set(CONFIGS) == {f.name for f in fields(TrainingConfig) if f.compare}
+    assert set(WORLDS) == {f.name for f in fields(WorldConfig) if f.compare}
+
+
+def drawn(changes: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of the fields, each with one of its values."""
+    optional = {name: st.sampled_from(values) for name, values in changes.items()}
+    return st.fixed_dictionaries({}, optional=optional)
+
+
+def spelled(value: Any) -> Any:
+    """The same value otherwise: a copy, a whole float for an integer and the other way round."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is int:
+        return float(value)
+    return pickle.loads(pickle.dumps(value))
+
+
+def made(config: dict[str, Any], world: dict[str, Any]) -> TrialSpec:
+    named = {("encoder" if name == "encoder_hash" else name): v for name, v in world.items()}
+    if "lambda_weight" in config and config["lambda_weight"] == 0 == config.get("lambda_delta", 1):
+        config = {**config, "lambda_delta": 3.0}
+    return TrialSpec("any", TrainingConfig(**config), WorldConfig(**named))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn(CONFIGS), drawn(WORLDS), drawn(CONFIGS), drawn(WORLDS))
+def test_two_trials_have_one_id_exactly_if_all_their_inputs_are_equal(
+    config: dict[str, Any], world: dict[str, Any], other: dict[str, Any], elsewhere: dict[str, Any]
+) -> None:
+    one, two = made(config, world), made(other, elsewhere)
+    equal = one.config == two.config and one.world == two.world
+    assert (one.id == two.id) == equal
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn(CONFIGS), drawn(WORLDS), st.data())
+def test_any_one_change_is_seen_and_none_is_not(
+    config: dict[str, Any], world: dict[str, Any], data: Any
+) -> None:
+    before = made(config, world)
+    again = made(
+        {name: spelled(value) for name, value in config.items()},
+        {name: pickle.loads(pickle.dumps(value)) for name, value in world.items()},
+    )
+    assert again.id == before.id == pickle.loads(pickle.dumps(before)).id
+    moved = {
+        name: replace(value, path="elsewhere") if name in ("base", "bank") else value
+        for name, value in world.items()
+    }
+    assert made(config, moved).id == before.id
+    changes, given_ = data.draw(st.sampled_from([(CONFIGS, config), (WORLDS, world)]))
+    name = data.draw(st.sampled_from(sorted(changes)))
+    others = [value for value in changes[name] if value != given_.get(name)]
+    if not others:
+        return
+    new = {**given_, name: data.draw(st.sampled_from(others))}
+    after = made(new, world) if changes is CONFIGS else made(config, new)
+    assert after.id != before.id
+
+
+@pytest.fixture
+def folder(tiny_base: Base, tmp_path: Path) -> Path:
+    """A copy of the tiny base."""
+    return Path(shutil.copytree(tiny_base.path, tmp_path / "base"))
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**known, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit("tokenizer_config.json", eos_token="<|endoftext|>"),
+        edit("generation_config.json", eos_token_id=[0, 1]),
+        edit("special_tokens_map.json", eos_token="."),
+        edit("added_tokens.json", new=7),
+        edit("config.json", rope_theta=7.0),
+        edit("tokenizer.json", version="2"),
+        edit("model.safetensors.index.json", weight_map={}),
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda folder: (folder / "tokenizer.model").write_bytes(b"pieces"),
+    ],
+)
+def test_every_file_that_numbers_depend_on_is_part_of_a_bases_hash(
+    folder: Path, change: Callable[[Path], object]
+) -> None:
+    before = base_hash(folder)
+    (folder / "README.md").write_text("words")
+    assert base_hash(folder) == before
+    change(folder)
+    assert base_hash(folder) != before
+
+
+def test_weights_that_a_base_lacks_are_not_made_up(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from llgbm.models.load import load_base
+
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if ".layers.1.mlp." not in k}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights lack model\.layers\.1\.mlp"):
+        load_base(folder)
+
+
+def test_an_encoder_is_known_by_its_files_wherever_they_lie(tmp_path: Path) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+    assert encoder_hash(str(first)) == encoder_hash(str(second)) != encoder_hash("minilm")
+    ids = {trial(encoder=str(folder)).id for folder in (first, second)}
+    (second / "model.safetensors").write_bytes(b"changed")
+    assert len(ids) == 1 and trial(encoder=str(second)).id not in ids
+
+
+@pytest.mark.parametrize("name", ["alpha", "rank", "target_modules", "prompts", "trajectories"])
+def test_everything_of_a_bank_is_part_of_its_hash(world: World, tmp_path: Path, name: str) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(world.bank.folder, bank)
+    before = bank_hash(bank)
+    manifest = json.loads((bank / "manifest.json").read_text())
+    if name in manifest:
+        manifest[name] = manifest[name][:1] if name == "target_modules" else manifest[name] + 1
+        (bank / "manifest.json").write_text(json.dumps(manifest))
+    elif name == "prompts":
+        path = next(bank.rglob("prompts.json"))
+        path.write_text(path.read_text().replace("[", '["another", ', 1))
+    else:
+        path = bank / "trajectories.json"
+        told = json.loads(path.read_text())
+        next(iter(told.values()))[0][1] += "!"
+        path.write_text(json.dumps(told))
+    assert bank_hash(bank) != before
+
+
+def test_a_bank_that_was_built_is_named_by_its_weights(world: World) -> None:
+    assert world.bank.hash == bank_hash(world.bank.folder)
+
+
+@pytest.mark.parametrize("change", [{"model_size": "micro"}, {"delta_probes": "generic"}])
+def test_data_of_another_size_or_of_other_probes_are_refused(
+    world: World, config: TrainingConfig, change: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="its data are of"):
+        train(replace(config, **change), world.data, world.lora_model)
+
+
+def test_rows_of_files_are_part_of_an_id_and_their_folder_is_not(tmp_path: Path) -> None:
+    from helpers import rows, write_rows
+
+    suites = []
+    for place, shift in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / place).mkdir()
+        for topic in ("river", "stone", "cloud"):
+            write_rows(tmp_path / place, topic, rows(topic, 32 + shift))
+        suites.append(FileSuite.open(tmp_path / place, ["river"], ["stone"], ["cloud"]))
+    one, same, another = (trial(suite=suite, base=BASE).id for suite in suites)
+    assert one == same != another

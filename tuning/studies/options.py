@@ -1,0 +1,247 @@
+"""Define the options of the main job, each one field with its help text.
+
+`StudyArguments` make a study: they are recorded with it, and `--resume` reads them back. `RunOptions` say how it is
+run, `StoreOptions` where things are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llgbm.models.load import SIZES
+from tuning.studies.builtin import STUDIES
+from tuning.studies.spec import SAMPLERS, VAL_METRICS
+
+SEARCHES = ("grid", *reversed(SAMPLERS))
+SCHEDULERS = ("none", "asha")
+KEEP_ARTIFACTS = ("all", "best", "none")
+POINTS = 20
+
+# The groups of --help, in their order.
+START = "start here"
+COMPARED = "what is compared"
+TRAINING = "how a trial is trained"
+SEARCH = "how trials are chosen and stopped early"
+BASE = "a base model of your own (default: the embedded one)"
+DATA = "datasets of your own (default: the synthetic suite)"
+AGAIN = "running a study again"
+MACHINES = "machines and cost"
+STORES = "where things are kept"
+GROUPS = (START, COMPARED, TRAINING, SEARCH, BASE, DATA, AGAIN, MACHINES, STORES)
+
+
+def _option(group: str, text: str, metavar: str | None = None, default: Any = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+
+
+def _flag(group: str, text: str) -> Any:
+    return _option(group, text, default=False)
+
+
+@dataclass(frozen=True)
+class StudyArguments:
+    """The options that make a study. They are recorded with it, by the names of these fields."""
+
+    smoke: bool = _flag(START, "toy settings: shows that everything runs, nothing else")
+    study: str | None = _option(
+        START,
+        f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
+        "(default: phase_4_5, or optuna_lambda for a search)",
+        "NAME",
+    )
+
+    model_size: tuple[str, ...] | None = _option(
+        COMPARED, f"of {', '.join(SIZES)} (default: nano)", "SIZE"
+    )
+    lambda_weight: tuple[float, ...] | None = _option(COMPARED, "weights of the weight loss", "λ")
+    lambda_delta: tuple[float, ...] | None = _option(COMPARED, "weights of the delta loss", "λ")
+    learning_rate: tuple[float, ...] | None = _option(
+        COMPARED, "learning rates (default: 0.002)", "X"
+    )
+    generator: tuple[str, ...] | None = _option(
+        COMPARED, "generators by name (default: default)", "NAME"
+    )
+    seeds: tuple[int, ...] | None = _option(COMPARED, "default: 0 1 2; of a search: 0 1", "N")
+    metric: str | None = _option(
+        COMPARED,
+        "validation metric that chooses the best generator and that asha judges by: "
+        f"{' or '.join(VAL_METRICS)} (default: the study's, which is {VAL_METRICS[0]})",
+        "NAME",
+    )
+
+    steps: int | None = _option(TRAINING, "training steps of each trial (default: 600)", "N")
+    batch_size: int | None = _option(TRAINING, "tasks in a training step (default: 16)", "N")
+    delta_probes: str = _option(
+        TRAINING, "trajectory (default), generic or domain", "KIND", "trajectory"
+    )
+    encoder: str = _option(
+        TRAINING, "minilm (default), base, or a sentence-transformers folder", "NAME|DIR", "minilm"
+    )
+    activation_checkpointing: bool = _flag(
+        TRAINING, "less memory in the delta loss, for more time; same gradients"
+    )
+    probe_chunk: int | None = _option(
+        TRAINING, "probes in one pass (default: all); less memory, same gradients", "N"
+    )
+
+    search: str | None = _option(
+        SEARCH,
+        "grid: the study's own list of trials; random or optuna (TPE): points drawn from its space, of which two "
+        "numbers after --lambda-weight, --lambda-delta or --learning-rate are a range and one fixes the value "
+        "(default: what the study is made for)",
+        "HOW",
+    )
+    num_samples: int | None = _option(
+        SEARCH, f"points of a search, earlier runs' included (default: {POINTS})", "N"
+    )
+    objectives: tuple[str, ...] | None = _option(
+        SEARCH,
+        "what a search maximises, as mean over a point's seeds: one or both of "
+        f"{', '.join(VAL_METRICS)} (default: the metric)",
+        "NAME",
+    )
+    scheduler: str = _option(
+        SEARCH,
+        "none (default); or asha: stop the worse half of the trials at a quarter and at half of their steps",
+        "NAME",
+        "none",
+    )
+    optuna_storage: str | None = _option(
+        SEARCH, "where a search is kept (default: optuna.db beside the MLflow store)", "URL"
+    )
+
+    base: str | None = _option(BASE, "a folder in the Hugging Face layout, or a hub id", "DIR|HUB")
+    dtype: str = _option(BASE, "float32 (default), bfloat16 or float16", "TYPE", "float32")
+    rank: int | None = _option(BASE, "LoRA rank (default: that of the size, else 8)", "N")
+    alpha: float | None = _option(BASE, "LoRA alpha (default: twice the rank)", "X")
+    teacher_steps: int | None = _option(BASE, "steps of each teacher (default: 150)", "N")
+    teacher_rate: float | None = _option(BASE, "learning rate of teachers (default: 5e-4)", "X")
+    adapters_per_task: int | None = _option(BASE, "teachers a task (of datasets: parts; 4)", "N")
+    bank: str | None = _option(
+        BASE, "trained teachers (`python -m llgbm teachers`, `bank import`)", "DIR"
+    )
+
+    data: str | None = _option(DATA, "folder of NAME_train.json, NAME_test.json, …", "DIR")
+    tasks: tuple[str, ...] | None = _option(
+        DATA, "datasets to train on, one of them to choose on", "NAME"
+    )
+    held_out: tuple[str, ...] | None = _option(DATA, "datasets that only the report sees", "NAME")
+    validation: tuple[str, ...] | None = _option(
+        DATA, "which of --tasks choose (default: one, named)", "NAME"
+    )
+    rows: int | None = _option(DATA, "rows used of each dataset (default: all)", "N")
+    skip_bad_rows: bool = _flag(DATA, "leave bad rows out, and say so, instead of ending")
+
+    @property
+    def n_points(self) -> int:
+        """The number of points of a search."""
+        return POINTS if self.num_samples is None else self.num_samples
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the options that differ from their defaults."""
+        return [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+
+    def record(self) -> dict[str, Any]:
+        """Return what is recorded with the study."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> StudyArguments:
+        """Read a record back; an option that it lacks is at its default."""
+        return read_options(cls, record)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options that say how a study is run. No number depends on them."""
+
+    dry_run: bool = _flag(START, "print the trials, their state and their cost; run nothing")
+    resume: str | None = _option(
+        AGAIN,
+        "go on with an interrupted study: its id, or `latest`; finished and failed trials are left",
+        "STUDY_ID",
+    )
+    retry_failed: bool = _flag(AGAIN, "run the failed trials again, and no others")
+    fresh: bool = _flag(AGAIN, "run all trials anew, finished ones too")
+    cpus_per_trial: float | None = _option(MACHINES, "CPUs of a trial (default: 1)", "X")
+    gpus_per_trial: float | None = _option(MACHINES, "GPUs of a trial, fractions allowed", "X")
+    max_concurrent: int | None = _option(MACHINES, "trials at once (default: what fits)", "N")
+    address: str | None = _option(
+        MACHINES, "a Ray cluster: auto, host:port or ray://host:port", "ADDRESS"
+    )
+    estimate: bool = _flag(
+        MACHINES, "print parameters, FLOPs and memory of the trials, from shapes alone; run nothing"
+    )
+    debug: bool = _flag(MACHINES, "show tracebacks")
+
+    @property
+    def is_preview(self) -> bool:
+        return self.dry_run or self.estimate
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """The options that say where things are kept, and which."""
+
+    cache: str = _option(STORES, "folder of worlds (default: ./.llgbm)", "DIR", ".llgbm")
+    tracking_uri: str | None = _option(
+        STORES, "an MLflow server (default: ./mlruns/mlflow.db)", "URI"
+    )
+    experiment: str = _option(STORES, "MLflow experiment (default: llgbm)", "NAME", "llgbm")
+    storage_path: str | None = _option(
+        STORES,
+        "where unfinished trials keep their state, a folder or s3://… that all machines reach (default: CACHE/sweeps)",
+        "DIR",
+    )
+    keep_checkpoints: bool = _flag(STORES, "keep the state of finished trials too")
+    keep_artifacts: str = _option(
+        STORES,
+        f"trials that keep their generated adapters: {', '.join(KEEP_ARTIFACTS)} (default: all)",
+        "WHICH",
+        "all",
+    )
+    keep_best: int | None = _option(
+        STORES, "number of trials a size for --keep-artifacts best (default: 1)", "K"
+    )
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache).expanduser().resolve()
+
+    @property
+    def storage(self) -> str:
+        """The folder or address below which trials keep their state."""
+        storage = self.storage_path or str(self.cache_folder / "sweeps")
+        if "://" in storage:
+            return storage
+        return str(Path(storage).expanduser().resolve())
+
+
+@dataclass(frozen=True)
+class Options:
+    """The whole command line."""
+
+    study: StudyArguments = StudyArguments()
+    run: RunOptions = RunOptions()
+    stores: StoreOptions = StoreOptions()
+
+    @property
+    def optuna_url(self) -> str:
+        """The storage of a search."""
+        from tuning.search.points import optuna_url
+
+        return self.study.optuna_storage or optuna_url(self.stores.tracking_uri, Path.cwd())
+
+
+Part = TypeVar("Part", "StudyArguments", "RunOptions", "StoreOptions")
+
+
+def read_options(part: type[Part], values: Mapping[str, Any]) -> Part:
+    """Make options of the values that are theirs; a value that is missing is at its default."""
+    own = {one.name: values[one.name] for one in fields(part) if one.name in values}
+    lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+    return part(**{**own, **lists})
