@@ -47,8 +47,8 @@ class MiniLMEncoder(TextEncoder):
     """
 
     def __init__(self, model: str | None = None) -> None:
-        source = encoder_folder(model)
-        self._encode = _sentence_transformer(str(source)) if model else MiniLM(source).encode
+        folder = encoder_folder(model)
+        self._encode = _sentence_transformer(folder) if model else MiniLM(folder).encode
         self.name = f"minilm:{model}" if model else "minilm"
         self.hash = encoder_hash(model or "minilm")
         self.width = self.encode(["width"]).shape[1]
@@ -58,12 +58,12 @@ class MiniLMEncoder(TextEncoder):
         return self._encode(prompts)
 
 
-def _sentence_transformer(source: str) -> Callable[[Sequence[str]], Tensor]:
+def _sentence_transformer(source: Path) -> Callable[[Sequence[str]], Tensor]:
     """Load a folder or hub id of sentence-transformers. Raises UserError where there is none."""
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(source, trust_remote_code=False)
+        model = SentenceTransformer(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no sentence encoder can be loaded from {source}: name a folder or a hub id"

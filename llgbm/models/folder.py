@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
 
 from llgbm.runtime import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NO_BASE = "no base model can be loaded from {}: "
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

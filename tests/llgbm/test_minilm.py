@@ -22,7 +22,7 @@ def minilm() -> MiniLM:
 
 def test_embeddings_are_bit_identical_to_the_library(minilm: MiniLM) -> None:
     """Single prompts, batches with and without padding, prompts longer than the limit, more than one batch."""
-    library, draw = _sentence_transformer(str(_packaged_minilm())), random.Random(0)
+    library, draw = _sentence_transformer(_packaged_minilm()), random.Random(0)
     for count, longest in ((1, 5), (1, 700), (3, 1), (16, 30), (130, 12)):
         prompts = [
             "a " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)
