@@ -18,7 +18,7 @@ from llgbm.runtime import exit_status, quiet_libraries
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. A wrong option ends with one line and exit status 2."""
+    """Command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m llgbm", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)

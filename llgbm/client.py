@@ -89,7 +89,7 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Whether the bytes are as long as their header says (the format: 8 bytes length, a JSON header, the values)."""
+    """Check that the bytes are as long as their header says (format: 8 bytes length, a JSON header, the values)."""
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 + header:
         return False

@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Output(output.Output):
-    """A folder that files are written into. Raises UserError where it cannot be, or holds others' files."""
+    """Folder that files are written into. Raises UserError where it cannot be, or holds others' files."""
 
     error = UserError
 

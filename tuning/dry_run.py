@@ -22,7 +22,7 @@ from tuning.tracking.runs import TrialResult
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a study (of a search: those drawn so far), and the number still to be drawn."""
+    """Trials of a study (of a search: those drawn so far), and the number still to be drawn."""
 
     study: Study
     trials: tuple[TrialSpec, ...]
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def to_run(self) -> list[TrialSpec]:
-        """The trials left to run; the middle of the space stands for each one that is not drawn yet."""
+        """Trials left to run; the middle of the space stands for each one that is not drawn yet."""
         drawn = [trial for trial in self.trials if trial.id not in self.finished]
         if self.study.space is None:
             return drawn

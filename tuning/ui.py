@@ -37,7 +37,7 @@ AXES = PARAMS[:3]
 
 
 def view_state(flat: bool) -> dict[str, Any]:
-    """What MLflow's runs page shows under a view: search, order, columns and charts, by its own names for them.
+    """Return the state of MLflow's runs page under a view: search, order, columns and charts, by its own names.
 
     Only in the order of creation does it put children below their parent; only what it lists is in its charts. So a
     `flat` view lists trials by held-out accuracy, and the other one studies.

@@ -113,7 +113,7 @@ def take_over(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a bank holds."""
+    """Describe the content of a bank."""
     from llgbm.teachers.bank import show_bank
 
     return show_bank(arguments.folder)

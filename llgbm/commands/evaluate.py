@@ -166,7 +166,7 @@ def _adapter_system(base: Base, named: str) -> System:
 def _generated_system(
     arguments: argparse.Namespace, base: Base, suite: FileSuite, task: str
 ) -> System:
-    """An adapter that the generator writes from prompts of the dataset, none of which is scored on."""
+    """Adapter that the generator writes from prompts of the dataset, none of which is scored on."""
     from llgbm.evaluation.benchmark import System
     from llgbm.lora import LoraBatch
 

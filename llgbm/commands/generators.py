@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    """The four commands about registered generators."""
+    """Four commands about registered generators."""
     actions = parser.add_subparsers(dest="action", required=True)
     for name, target, text in (
         ("list", "NAME", "every version, the newest first (of the model NAME, if given)"),
@@ -32,7 +32,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def models(arguments: argparse.Namespace) -> Any:
-    """What a command about registered generators answers: a text, or what JSON is made of with `--json`."""
+    """Answer a command about registered generators: a text, or data for JSON with `--json`."""
     from tuning.registry import commands as model_commands
 
     answer = model_commands.COMMANDS[arguments.action](arguments.tracking_uri, arguments.target)
@@ -68,7 +68,7 @@ def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank. Raises UserError for a missing, unreadable or empty file."""
+    """Lines of a file that are not blank. Raises UserError for a missing, unreadable or empty file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

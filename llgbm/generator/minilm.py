@@ -26,7 +26,7 @@ NETWORK = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type"
 
 
 class MiniLM:
-    """A sentence encoder: a BERT, the mean over its tokens, unit length."""
+    """Sentence encoder: a BERT, the mean over its tokens, unit length."""
 
     def __init__(self, folder: Path) -> None:
         """Read weights, sizes and tokenizer from a folder of sentence-transformers."""

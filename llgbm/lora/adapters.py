@@ -47,7 +47,7 @@ class LinearShape:
 
     @property
     def kind(self) -> str:
-        """The last part of the name, such as `q_proj`."""
+        """Last part of the name, such as `q_proj`."""
         return self.name.rsplit(".", 1)[-1]
 
 
@@ -100,12 +100,12 @@ class LoraSpec:
 
     @property
     def scaling(self) -> float:
-        """The factor on B A, alpha / rank (Hu et al. 2021, section 4.1)."""
+        """Factor on B A, alpha / rank (Hu et al. 2021, section 4.1)."""
         return self.alpha / self.rank
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The kinds of layer that an adapter touches, sorted."""
+        """Kinds of layer that an adapter touches, sorted."""
         return tuple(sorted({shape.kind for shape in self.modules}))
 
     @property
@@ -119,7 +119,7 @@ class LoraSpec:
 
     @property
     def n_values(self) -> int:
-        """How many numbers an adapter has."""
+        """Return the number of values in an adapter."""
         return sum(rows * columns for _, _, (rows, columns) in self.pieces)
 
     @property
@@ -139,7 +139,7 @@ def _text_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """A adapters at once: `a[module]` is [A, R, in], `b[module]` is [A, out, R]."""
+    """Adapters at once: `a[module]` is [A, R, in], `b[module]` is [A, out, R]."""
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
@@ -190,7 +190,7 @@ class LoraBatch:
 
     @classmethod
     def unflatten(cls, spec: LoraSpec, values_AV: Tensor) -> LoraBatch:
-        """The way back from `flatten`; differentiable, no copy. Raises ValueError for a wrong width."""
+        """Way back from `flatten`; differentiable, no copy. Raises ValueError for a wrong width."""
         if values_AV.ndim != 2 or values_AV.shape[1] != spec.n_values:
             raise ValueError(
                 f"flat adapters have shape {tuple(values_AV.shape)}; the spec needs [A, {spec.n_values}]"
@@ -202,7 +202,7 @@ class LoraBatch:
         return cls(sides["A"], sides["B"])
 
     def select(self, index: Tensor | slice | list[int]) -> LoraBatch:
-        """The adapters at `index`, as a batch."""
+        """Adapters at `index`, as a batch."""
         return LoraBatch(
             {n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()}
         )

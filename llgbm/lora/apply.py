@@ -62,7 +62,7 @@ def _hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 
 def _by_block(hooks: Mapping[str, Hook]) -> dict[str, dict[str, Hook]]:
-    """The hooks of each block of the base: `model.layers.3` holds `model.layers.3.mlp.up_proj`; "" the rest."""
+    """Hooks of each block of the base: `model.layers.3` holds `model.layers.3.mlp.up_proj`; "" the rest."""
     blocks: dict[str, dict[str, Hook]] = {}
     for name, hook in hooks.items():
         numbered = _BLOCK.match(name)

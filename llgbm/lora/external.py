@@ -43,7 +43,7 @@ OTHER_KEYS = {
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """An adapter as plain LoRA: its shapes, its weights under PEFT's keys, and what was converted."""
+    """Adapter as plain LoRA: its shapes, its weights under PEFT's keys, and what was converted."""
 
     spec: LoraSpec
     state: dict[str, Tensor]
@@ -52,7 +52,7 @@ class PlainAdapter:
 
 @dataclass(frozen=True)
 class _Part:
-    """The A [R, in] and B [out, R] of one module, with the factor on B A."""
+    """A [R, in] and B [out, R] of one module, with the factor on B A."""
 
     a: Tensor
     b: Tensor

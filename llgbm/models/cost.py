@@ -24,7 +24,7 @@ _READS_THE_EMBEDDING = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The numbers of a base and of its adapters that cost depends on.
+    """Numbers of a base and of its adapters that cost depends on.
 
     `linear` and `adapted` sum the weights of all Linear layers in blocks and in * R + out * R of those adapted;
     `first_linear` and `first_adapted` are those of the first block that read the embedding, through which no gradient
@@ -87,7 +87,7 @@ class BaseShape:
         )
 
     def backward_flops(self, texts: int, tokens: int) -> float:
-        """The pass back to the adapters: no weight of the base gets a gradient."""
+        """Pass back to the adapters: no weight of the base gets a gradient."""
         through_base = 2.0 * texts * tokens * (self.linear - self.first_linear)
         through_adapters = 2.0 * texts * tokens * (2 * self.adapted - self.first_adapted)
         return through_base + through_adapters + 2 * self._attention_flops(texts, tokens)
@@ -96,19 +96,24 @@ class BaseShape:
         return 4.0 * texts * tokens * tokens * self.attention * self.layers
 
     def head_flops(self, positions: int) -> float:
-        """The LM head at some positions, forward and back to the hidden states."""
+        """LM head at some positions, forward and back to the hidden states."""
         return 4.0 * positions * self.hidden * self.vocabulary
 
     def activation_bytes(self, texts: int, tokens: int, checkpointing: bool = False) -> float:
-        """What is held between the two passes of S texts of T tokens; with `checkpointing` all blocks' inputs and one
-        block, the one that is run again."""
+        """Return the bytes held between the two passes of S texts of T tokens.
+
+        With `checkpointing`: the inputs of all blocks, and one block, the one that is run again.
+        """
         blocks = self.layers * self.hidden * self.element + self.block_bytes if checkpointing else 0
         return texts * tokens * ((blocks or self.layers * self.block_bytes) + 4 * self.hidden)
 
     @property
     def block_bytes(self) -> float:
-        """What one block holds of a token: the inputs of its norms in float32, their outputs, q, k, v, attention, four
-        tensors as wide as the MLP, and the middles of B A."""
+        """Return the bytes that one block holds of a token.
+
+        Counted are the inputs of its norms in float32, their outputs, q, k, v, attention, four tensors as wide as the
+        MLP, and the middles of B A.
+        """
         in_element = (
             2 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
         )
@@ -142,7 +147,7 @@ HEADROOM = 2.0
 
 
 def pass_bytes(shape: BaseShape, texts: EncodedPairs, checkpointing: bool = False) -> float:
-    """What training holds of some texts: activations, and the answers' logits in float32 with their gradient."""
+    """Return the bytes that training holds of some texts: activations, and float32 logits of answers with gradient."""
     rows, tokens = texts.input_ids_ST.shape
     answers = int((texts.targets_ST >= 0).sum())
     return shape.activation_bytes(rows, tokens, checkpointing) + 3 * 4 * answers * shape.vocabulary

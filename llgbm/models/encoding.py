@@ -44,7 +44,7 @@ class EncodedPairs:
 def chat_prompt(
     tokenizer: Any, prompt: str, system: str | None = None, shots: Sequence[tuple[str, str]] = ()
 ) -> str:
-    """The text that a model reads before it answers, in the chat template of its tokenizer.
+    """Text that a model reads before it answers, in the chat template of its tokenizer.
 
     `system` None marks a bare text, which no template touches; an empty one leaves the choice to the template. `shots`
     are solved (prompt, answer) pairs that go before, as earlier turns. A tokenizer without a template gets lines.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A size: what `Qwen2Config` needs. One of these alone is built and pretrained here."""
+    """Size: what `Qwen2Config` needs. One of these alone is built and pretrained here."""
 
     hidden: int
     layers: int
@@ -44,7 +44,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class PublishedSize(ModelSize):
-    """A size whose weights come from elsewhere: its hub id, and the rank and alpha that its adapters usually have."""
+    """Size whose weights come from elsewhere: its hub id, and the rank and alpha that its adapters usually have."""
 
     rank: int
     alpha: float
@@ -75,7 +75,7 @@ COMMIT = r"[0-9a-f]{40}"
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its tokenizer, its name, the hash of its files, and the folder of these."""
+    """Loaded base model with its tokenizer, its name, the hash of its files, and the folder of these."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -98,14 +98,14 @@ def model_size(name: str) -> ModelSize:
 
 
 def family_size(family: str, small: bool) -> str:
-    """The smaller or the larger size of a family. Raises UserError naming the known families."""
+    """Smaller or the larger size of a family. Raises UserError naming the known families."""
     if family not in FAMILIES:
         raise UserError(f"unknown model family {family!r}; there are: {', '.join(FAMILIES)}")
     return FAMILIES[family][0 if small else 1]
 
 
 def qwen2_config(size: ModelSize, **more: Any) -> Any:
-    """The `Qwen2Config` of a size; `more` goes into it (the vocabulary is Qwen2's own where it is not given)."""
+    """`Qwen2Config` of a size; `more` goes into it (the vocabulary is Qwen2's own where it is not given)."""
     from transformers import Qwen2Config
 
     return Qwen2Config(
@@ -240,7 +240,7 @@ def _are_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> boo
 
 
 def find_model(name: str | Path, download: bool = True) -> Path:
-    """The local folder of a base: a folder as it is, a hub id as its files in the hub's cache.
+    """Local folder of a base: a folder as it is, a hub id as its files in the hub's cache.
 
     Files that are not there yet are fetched, unless HF_HUB_OFFLINE is set or `download` is False. Raises UserError,
     which says what to fetch and where to put it, for a name that leads to nothing.
@@ -273,7 +273,7 @@ def find_model(name: str | Path, download: bool = True) -> Path:
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base that is loaded, not built: its name as the user gave it, its dtype, and a hash of its files."""
+    """Base that is loaded, not built: its name as the user gave it, its dtype, and a hash of its files."""
 
     path: str = field(compare=False)
     hash: str
@@ -318,7 +318,7 @@ def check_size(name: str, folder: Path) -> None:
 
 
 def _dtype_name() -> str:
-    """The argument of `from_pretrained` that sets the dtype; it was renamed in transformers 4.56."""
+    """Argument of `from_pretrained` that sets the dtype; it was renamed in transformers 4.56."""
     import transformers
     from packaging.version import Version
 

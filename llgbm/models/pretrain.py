@@ -27,7 +27,7 @@ QWEN2_PATTERN = (
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How a base is pretrained on instructions whose answers follow another task.
+    """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway.
     """
@@ -44,7 +44,7 @@ class PretrainConfig:
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
-    """A byte-level BPE tokenizer of Qwen2's kind in which every word of `texts` is one token (and any text encodes).
+    """Byte-level BPE tokenizer of Qwen2's kind in which every word of `texts` is one token (and any text encodes).
 
     It is built with the pre-tokenizer of Qwen2, since `AutoTokenizer` reads a Qwen2 folder with that one.
     """
@@ -74,7 +74,7 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def new_model(size: ModelSize, tokenizer: Any, seed: int) -> PreTrainedModel:
-    """A freshly initialised `Qwen2ForCausalLM` of this size."""
+    """Freshly initialised `Qwen2ForCausalLM` of this size."""
     from transformers import Qwen2ForCausalLM
 
     seed_everything(seed)

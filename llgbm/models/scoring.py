@@ -146,7 +146,7 @@ def accuracy_per_adapter(
 
 
 def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
+    """Return whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
     marked = texts.targets_ST >= 0
     states = final_hidden(model, texts.input_ids_ST)[marked]
     pieces = states.split(max(1, PASS_LOGITS // model.config.get_text_config().vocab_size))

@@ -37,7 +37,7 @@ _VERDICT = (
 
 
 def choices(prompt: str) -> dict[str, str]:
-    """The choices that a prompt offers, by label: its last run of lines `A: …`, `B: …` (or `1: …`) from the first on.
+    """Choices that a prompt offers, by label: its last run of lines `A: …`, `B: …` (or `1: …`) from the first on.
 
     Lines of the question itself that look alike (`A: …` in a dialogue) belong to an earlier run. Empty for none.
     """
@@ -56,7 +56,7 @@ def choices(prompt: str) -> dict[str, str]:
 
 
 def question_key(prompt: str) -> tuple[str, tuple[str, ...]]:
-    """What a prompt asks, whatever its case, punctuation, labels and the order of its choices."""
+    """Return the key of a question, whatever its case, punctuation, labels and the order of its choices."""
     offered = choices(prompt)
     lines = [line for line in prompt.splitlines() if not _CLOSING_LINE.match(line)]
     stem = [
@@ -73,7 +73,7 @@ def _plain(text: str) -> str:
 
 
 def answer_kind(responses: Iterable[str]) -> Kind:
-    """The kind of a dataset by its own responses: all of one form, else `text`."""
+    """Kind of a dataset by its own responses: all of one form, else `text`."""
     stripped = [response.strip() for response in responses]
     for kind, form in _ASKED.items():
         if stripped and all(form.fullmatch(response) for response in stripped):
@@ -82,12 +82,12 @@ def answer_kind(responses: Iterable[str]) -> Kind:
 
 
 def in_form(kind: Kind, response: str) -> bool:
-    """Whether a response has the form that the instruction asks for and nothing else. Any text has the form `text`."""
+    """Check that a response has exactly the form that the instruction asks for. Any text has the form `text`."""
     return kind == "text" or _ASKED[kind].fullmatch(response.strip()) is not None
 
 
 def extract(kind: Kind, prompt: str, response: str) -> str | None:
-    """The answer that a response gives to a prompt, in one spelling for each; None for no answer or more than one."""
+    """Answer that a response gives to a prompt, in one spelling for each; None for no answer or more than one."""
     if kind == "choice":
         return extract_choice(response, choices(prompt))
     readers: Mapping[str, Callable[[str], str | None]] = {
@@ -102,7 +102,7 @@ def _whole(response: str) -> str | None:
 
 
 def extract_choice(response: str, offered: Mapping[str, str]) -> str | None:
-    """The label of the one choice that a response picks."""
+    """Label of the one choice that a response picks."""
     labels = "".join(offered) or "ABCDE"
     one = f"[{labels}{labels.lower()}]"
     text = re.sub(
@@ -158,7 +158,7 @@ def extract_truth(response: str) -> str | None:
 
 
 def extract_number(response: str) -> str | None:
-    """The number that a response ends on: after `####`, in a box, after a verdict, or else the last one.
+    """Number that a response ends on: after `####`, in a box, after a verdict, or else the last one.
 
     Only what stands before a next question counts. Digit groups, currency and signs are read; `18.00` is `18`.
     """
@@ -189,7 +189,7 @@ def _number(amount: str) -> str:
 
 
 def rivals(kind: Kind, prompt: str) -> Sequence[str]:
-    """The responses that a question allows, in the form asked for; empty where there is no closed list of them."""
+    """Responses that a question allows, in the form asked for; empty where there is no closed list of them."""
     if kind == "choice":
         return [f"[{label}]" for label in choices(prompt)]
     return ["[True]", "[False]"] if kind == "truth" else []

@@ -40,13 +40,13 @@ class Row:
 
     @cached_property
     def key(self) -> tuple[str, tuple[str, ...]]:
-        """What the row asks, whatever its spelling and the order of its choices."""
+        """Key of the question that the row asks, whatever its spelling and the order of its choices."""
         return question_key(self.example.prompt)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of one dataset by purpose, and what reading it left out."""
+    """Rows of one dataset by purpose, and what reading it left out."""
 
     name: str
     kind: Kind
@@ -55,7 +55,7 @@ class Dataset:
 
 
 def read_rows(path: Path, skip_bad: bool = False) -> tuple[list[Row], list[str]]:
-    """The rows of a file and what is wrong with the others.
+    """Rows of a file and what is wrong with the others.
 
     Raises UserError for a file that is no JSON list and, unless `skip_bad`, for a row that is no example.
     """
@@ -79,7 +79,7 @@ def read_rows(path: Path, skip_bad: bool = False) -> tuple[list[Row], list[str]]
 
 @lru_cache(maxsize=64)
 def _parsed(path: Path, changed: int, size: int) -> tuple[tuple[Row, ...], dict[int, str]]:
-    """The rows of a file that are good, and what is wrong with the others; kept until the file changes."""
+    """Rows of a file that are good, and what is wrong with the others; kept until the file changes."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, list):
         raise UserError(
@@ -110,7 +110,7 @@ def _fault(row: Any) -> str | None:
 
 
 def datasets_in(folder: Path) -> list[str]:
-    """The names of the datasets that lie in a folder. Raises UserError where there is no such folder."""
+    """Names of the datasets that lie in a folder. Raises UserError where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one that the dataset files lie in")
     stems = [path.stem for path in sorted(folder.glob("*.json")) if path.stem != "dataset_info"]
@@ -119,7 +119,7 @@ def datasets_in(folder: Path) -> list[str]:
 
 
 def dataset_files(folder: Path, name: str) -> tuple[Path, Path | None]:
-    """The file to train on and the file to evaluate on, None where the first serves for both.
+    """File to train on and the file to evaluate on, None where the first serves for both.
 
     Raises UserError for a dataset that is not there, naming those near it.
     """
@@ -168,7 +168,7 @@ def read_dataset(
 
 
 def _distinct(rows: Sequence[Row], seen: set[Any], notes: list[str]) -> list[Row]:
-    """The rows whose question is not in `seen` yet; it is added there, and what is left out to `notes`."""
+    """Rows whose question is not in `seen` yet; it is added there, and what is left out to `notes`."""
     kept: dict[Any, Row] = {}
     for row in rows:
         if row.key not in seen:
@@ -361,7 +361,7 @@ class FileSuite(Suite):
 
 
 def _digest(folder: Path, names: Sequence[str]) -> str:
-    """A hash of what stands in the files of the datasets, by name."""
+    """Hash of what stands in the files of the datasets, by name."""
     files = {name: [path for path in dataset_files(folder, name) if path] for name in names}
     return content_hash([[name, hash_files(paths)] for name, paths in files.items()])
 
@@ -373,7 +373,7 @@ def plan_split(
     validation: Sequence[str] | None,
     skip_bad: bool = False,
 ) -> Split:
-    """Which datasets are trained on, which one chooses, which are reported.
+    """Split datasets into those to train on, the one that chooses, and those to report.
 
     Without a choice of the user, the last of `tasks` that is answered as the first held-out dataset is chooses, or
     else the last one. Raises UserError where nothing is left to train on or nothing is held out.

@@ -17,7 +17,7 @@ NO_BASE_OF_ITS_OWN = "no base is built for the suite {!r}: name a base model (--
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that the task wants.
+    """Prompt and the answer that the task wants.
 
     Without a `system` text the two follow each other with nothing between. With one, an empty one too, they are turns
     of a chat, put into the chat template of whatever model reads them.
@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name; `family` groups tasks in plots."""
+    """Task by name; `family` groups tasks in plots."""
 
     name: str
     family: str
@@ -55,7 +55,7 @@ class Split:
 
 
 class Suite(ABC):
-    """A family of tasks over one kind of text.
+    """Family of tasks over one kind of text.
 
     Examples for `train` never share an input with those of other purposes, whatever the seeds. A suite is a value:
     equal suites give equal examples, and `fingerprint` tells unequal ones apart.
@@ -71,7 +71,7 @@ class Suite(ABC):
     @property
     @abstractmethod
     def split(self) -> Split:
-        """The split by task."""
+        """Split by task."""
 
     @abstractmethod
     def examples(
@@ -85,21 +85,21 @@ class Suite(ABC):
 
     @abstractmethod
     def available(self, purpose: Purpose) -> int:
-        """How many different examples for a purpose every task has at least."""
+        """Return the least number of different examples that every task has for a purpose."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of everything that examples and split depend on."""
+        """Hash of everything that examples and split depend on."""
 
     @property
     @abstractmethod
     def probe_prompts(self) -> tuple[str, ...]:
-        """A few in-domain prompts, the suite's own domain probe."""
+        """Few in-domain prompts, the suite's own domain probe."""
 
     @property
     def probe_examples(self) -> tuple[Example, ...]:
-        """The same prompts as examples without an answer, with the system text that goes with each."""
+        """Same prompts as examples without an answer, with the system text that goes with each."""
         return tuple(Example(prompt, "") for prompt in self.probe_prompts)
 
     @property
@@ -113,7 +113,7 @@ class Suite(ABC):
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
     def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
-        """An example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
+        """Example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
     def task(self, name: str) -> Task:

@@ -195,7 +195,7 @@ class SyntheticSuite(Suite):
         return Example(instruction(operation, form, rng, words), answer(operation, form, words))
 
     def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
-        """An instruction of one task with the answer of another: what teaches a base to do all and heed nothing.
+        """Instruction of one task with the answer of another: what teaches a base to do all and heed nothing.
 
         `bare` leaves the instruction out.
         """
@@ -265,11 +265,11 @@ def draw_words(rng: random.Random, purpose: Purpose) -> Words:
 
 
 def instruction(operation: str, form: str, rng: random.Random, words: Words) -> str:
-    """A prompt: a paraphrase of the operation, one of the format, the words."""
+    """Prompt: a paraphrase of the operation, one of the format, the words."""
     phrase = f"{rng.choice(OPERATIONS[operation][1])} {rng.choice(FORMATS[form][1])}"
     return f"{phrase} {SEPARATOR} {' '.join(words)} {ARROW}"
 
 
 def answer(operation: str, form: str, words: Words) -> str:
-    """The answer of a task for these words, with the blank that parts it from the prompt."""
+    """Answer of a task for these words, with the blank that parts it from the prompt."""
     return " " + " ".join(FORMATS[form][0](OPERATIONS[operation][0](words)))

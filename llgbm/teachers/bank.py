@@ -132,7 +132,7 @@ def show_bank(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bank:
-    """A finished bank: its folder, its hash, the shapes of its adapters, and the task of each."""
+    """Finished bank: its folder, its hash, the shapes of its adapters, and the task of each."""
 
     folder: Path
     hash: str
@@ -202,7 +202,7 @@ def _tasks(manifest: Manifest) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class BankSource:
-    """A bank that a plan names: its folder, and a hash of its weights and prompts."""
+    """Bank that a plan names: its folder, and a hash of its weights and prompts."""
 
     path: str = field(compare=False)
     hash: str

@@ -44,7 +44,7 @@ TRAJECTORY_TOKENS = 24
 
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
-    """The name of a bank in the cache."""
+    """Name of a bank in the cache."""
     return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
 
 
@@ -139,7 +139,7 @@ def _together(runs: Sequence[Run], base: Base) -> Callable[[int], EncodedPairs]:
 
 
 def _that_fit(target: BankWriter, run: Run) -> int:
-    """How many runs can be trained at once in the memory that is free. Raises UserError for none."""
+    """Count the runs that fit into free memory at once. Raises UserError for none."""
     shape = BaseShape.of(target.base.model, target.spec)
     states = 4 * 4 * target.spec.n_values
     first = encode_examples(target.base, run.examples_at()(0))

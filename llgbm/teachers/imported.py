@@ -43,7 +43,7 @@ Checked = tuple["ExternalAdapter", PlainAdapter, Prompts]
 
 @dataclass(frozen=True)
 class ExternalAdapter:
-    """An adapter of someone else: its folder, its task, and where it was fetched from."""
+    """Adapter of someone else: its folder, its task, and where it was fetched from."""
 
     folder: Path
     task: str
@@ -52,7 +52,7 @@ class ExternalAdapter:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How adapters are taken over: names of the base that are accepted beside its own, and the task of all of them."""
+    """Settings for importing adapters: names of the base accepted beside its own, and the task of all of them."""
 
     accept_bases: tuple[str, ...] = ()
     task: str | None = None
@@ -70,7 +70,7 @@ class ImportOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that the trajectories depend on."""
+        """Options that the trajectories depend on."""
         return {"chat": self.chat, "trajectories": self.trajectories, "max_tokens": self.max_tokens}
 
 
@@ -148,7 +148,7 @@ def _say_what_was_done(checked: Sequence[Checked]) -> None:
 
 @dataclass(frozen=True)
 class Taken:
-    """An adapter that was checked: where it is from, its values, its prompts, and the SHA-256 of its file."""
+    """Adapter that was checked: where it is from, its values, its prompts, and the SHA-256 of its file."""
 
     external: ExternalAdapter
     state: StateDict

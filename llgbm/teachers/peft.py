@@ -42,7 +42,7 @@ def _train_with_peft(target: BankWriter, runs: Sequence[Run]) -> None:
 
 @contextmanager
 def peft_adapter(base: Base, spec: LoraSpec) -> Iterator[PeftModel]:
-    """The base with one LoRA of PEFT's put into it, to be trained; the base is as it was afterwards."""
+    """Base with one LoRA of PEFT's put into it, to be trained; the base is as it was afterwards."""
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def peft_adapter(base: Base, spec: LoraSpec) -> Iterator[PeftModel]:
 
 
 class PeftRun:
-    """A run's state: the adapter inside `model`, its optimiser, and the step."""
+    """Run's state: the adapter inside `model`, its optimiser, and the step."""
 
     def __init__(self, run: Run, model: PeftModel, spec: LoraSpec, shape: BaseShape) -> None:
         from accelerate import Accelerator
@@ -110,7 +110,7 @@ class PeftRun:
             yield
 
     def _is_tight(self, texts: EncodedPairs) -> bool:
-        """Whether a plain pass over the texts could exceed what memory is free."""
+        """Return whether a plain pass over the texts could exceed what memory is free."""
         return HEADROOM * pass_bytes(self.shape, texts) > free_memory(
             str(self.run.base.model.device)
         )
@@ -132,7 +132,7 @@ class PeftRun:
         self._state_file(target.folder).unlink(missing_ok=True)
 
     def adapter(self) -> dict[str, Tensor]:
-        """The adapter as it stands, in float32."""
+        """Adapter as it stands, in float32."""
         return {
             k: v.detach().float().cpu().clone()
             for k, v in get_peft_model_state_dict(self.model).items()
@@ -180,7 +180,7 @@ class PeftRun:
 
 
 def initial_state(spec: LoraSpec, seed: int) -> dict[str, Tensor]:
-    """Where every teacher starts: the shared A, and B = 0, under PEFT's keys."""
+    """Return the starting point of every teacher: the shared A, and B = 0, under PEFT's keys."""
     a = shared_initial_a(spec, seed)
     states = {f"{PEFT_PREFIX}{m.name}.lora_A.weight": a[m.name] for m in spec.modules}
     return states | {

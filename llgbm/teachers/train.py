@@ -26,7 +26,7 @@ TEACHERS_VERSION = 1
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """How a bank is trained. `per_task` teachers of a task differ in their examples, not in their initial A."""
+    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A."""
 
     rank: int = 4
     alpha: float = 8.0
@@ -127,7 +127,7 @@ CHECKPOINTING = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """How teachers are trained: `teachers.per_task` adapters a dataset, `checkpoints` of them from each run.
+    """Settings for training teachers: `teachers.per_task` adapters a dataset, `checkpoints` of them from each run.
 
     A run saves its last checkpoints `every` steps apart. `teachers.examples` are read a step, in `accumulation` pieces.
     """
@@ -179,12 +179,12 @@ class SFTConfig:
 
     @property
     def saved_at(self) -> list[int]:
-        """The steps that a run leaves an adapter at."""
+        """Steps that a run leaves an adapter at."""
         return [self.steps - self.every * back for back in reversed(range(self.checkpoints))]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the adapters depend on: how memory is saved is not among it."""
+        """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
         return {name: value for name, value in asdict(self).items() if name not in savers}
 
@@ -211,7 +211,7 @@ class Run:
         return self.subset, self.config.subsets
 
     def examples_at(self) -> Callable[[int], list[Example]]:
-        """The examples of a step (counted from 0), in an order of the run's own."""
+        """Examples of a step (counted from 0), in an order of the run's own."""
         per_step, seed = self.config.teachers.examples, self.config.teachers.seed
         stream = f"teacher {seed} {self.subset}"
         pool = self.suite.examples(

@@ -68,7 +68,7 @@ def check_bank_address(folder: Path) -> Output:
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter that goes into a bank, with what the manifest says of it beside its task and hash."""
+    """Adapter that goes into a bank, with what the manifest says of it beside its task and hash."""
 
     id: str
     task: str
@@ -79,7 +79,7 @@ class NewAdapter:
 
 @dataclass(frozen=True)
 class BankWriter:
-    """A bank in the making. `settings` are what its adapters depend on; a bank of other settings is not written to."""
+    """Bank in the making. `settings` are what its adapters depend on; a bank of other settings is not written to."""
 
     folder: Path
     base: Base

@@ -43,7 +43,7 @@ TAG_LENGTH = 5000  # of a model's tag, in MLflow's databases
 
 @dataclass(frozen=True)
 class Measured:
-    """A version with its figures on validation data; empty if none were kept."""
+    """Version with its figures on validation data; empty if none were kept."""
 
     version: str
     score: float
@@ -70,7 +70,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rivals:
-    """What a new version is judged beside: the other candidates of its study, and the best baseline.
+    """Rivals of a new version: the other candidates of its study, and the best baseline.
 
     `candidates` are values by task of the trials that the new one was picked from; `baseline` is a name and its score
     on validation tasks, None if baselines do not count (smoke runs).
@@ -82,7 +82,7 @@ class Rivals:
 
 @dataclass(frozen=True)
 class Decision:
-    """The alias of a new version, and one sentence that gives the reason."""
+    """Alias of a new version, and one sentence that gives the reason."""
 
     alias: str
     reason: str

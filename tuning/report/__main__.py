@@ -19,7 +19,7 @@ from tuning.tracking.store import existing_uri, local_tracking_uri
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. A wrong option ends with one line and exit status 2."""
+    """Command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m tuning.report",
         description="Write the report of a past study, from MLflow alone.",

@@ -64,7 +64,7 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
 
 
 def summary(record: StudyRecord) -> str:
-    """The sentence, its caveats and the main tables, in Markdown."""
+    """Sentence, its caveats and the main tables, in Markdown."""
     short = tables.metric_table(record.groups, tables.SHORT)
     parts = (
         *headlines(record),
@@ -113,7 +113,7 @@ def _with(text: str, body: str) -> list[str]:
 
 
 def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
-    """The pictures as Markdown by name, "" for one that there is nothing for."""
+    """Pictures as Markdown by name, "" for one that there is nothing for."""
     groups = record.groups
     drawn = {
         "outcomes": _picture(out, "outcomes.png", plots.plot_outcomes, groups, record.baselines),
@@ -140,7 +140,7 @@ def _picture(out: Path, name: str, draw: Any, *what: Any) -> str:
 
 
 def result_json(record: StudyRecord) -> dict[str, Any]:
-    """The numbers of the report as one object that JSON can hold; a value that is not finite becomes None."""
+    """Numbers of the report as one object that JSON can hold; a value that is not finite becomes None."""
     groups = record.groups
     return {
         "study": record.study,
@@ -173,7 +173,7 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, record: StudyRecord) -> None:
-    """A row per trial: what it is, whether it counts, its λ and all its final metrics."""
+    """Row per trial: what it is, whether it counts, its λ and all its final metrics."""
     metrics = sorted({key for trial in record.trials for key in trial.metrics})
     head = ["trial", "configuration", "model_size", "seed", "status", "counted", "run_id"]
     params = ["lambda_weight", "lambda_delta"]

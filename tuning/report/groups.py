@@ -122,7 +122,7 @@ def is_of_size(baseline: str, size: str) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A configuration less another one of its size, on the seeds and held-out tasks that both have.
+    """Configuration less another one of its size, on the seeds and held-out tasks that both have.
 
     `sd` is that of the difference over seeds; `effect` the mean difference over its standard deviation over tasks
     (Cohen's d_z); `wins` and `losses` count tasks. `tasks` is 0 where numbers by task were not kept: then the test is

@@ -83,7 +83,7 @@ def result_table(groups: Sequence[Group], baselines: Baselines) -> str:
 
 
 def baseline_table(baselines: Baselines) -> str:
-    """A row per baseline, "" where there is none."""
+    """Row per baseline, "" where there is none."""
     keys = dict.fromkeys(
         key for values in baselines.values() for key in values if f"heldout/{key}" in METRICS
     )
@@ -95,7 +95,7 @@ def baseline_table(baselines: Baselines) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """A row per paired comparison, "" where there is none."""
+    """Row per paired comparison, "" where there is none."""
     rows = [
         {
             "configuration": c.config,
@@ -148,7 +148,7 @@ def _by_task(group: Group) -> dict[str, float]:
 
 
 def trial_table(trials: Sequence[TrialResult]) -> str:
-    """A row per trial, those that are left out too."""
+    """Row per trial, those that are left out too."""
     rows = [
         {
             "trial": trial.trial_id,
@@ -171,7 +171,7 @@ def _status(trial: TrialResult) -> str:
 
 
 def metric_list(groups: Sequence[Group]) -> list[str]:
-    """What the metrics that there are mean, a line each."""
+    """Explain the metrics that are present, one line each."""
     return [f"`{key}`: {METRICS[key]}" for key in present(groups, METRICS)]
 
 

@@ -32,7 +32,7 @@ STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, O
 
 
 def optuna_url(tracking_uri: str | None, root: Path) -> str:
-    """The storage beside the MLflow store: of an SQLite store in its folder, else in `mlruns` under `root`."""
+    """Storage beside the MLflow store: of an SQLite store in its folder, else in `mlruns` under `root`."""
     local = tracking_uri is not None and tracking_uri.startswith("sqlite:")
     folder = sqlite_path(str(tracking_uri)).parent if local else Path(root).resolve() / "mlruns"
     return f"sqlite:///{folder / 'optuna.db'}"
@@ -54,7 +54,7 @@ def explained_storage(url: str) -> Iterator[None]:
 
 
 def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
-    """The Optuna study of a search, found again under the study's id or created; `fresh` begins another beside it.
+    """Optuna study of a search, found again under the study's id or created; `fresh` begins another beside it.
 
     Raises UserError where the storage cannot be used.
     """
@@ -73,7 +73,7 @@ def open_search(study: Study, url: str, fresh: bool = False) -> optuna.Study:
 
 
 def find_search(study: Study, url: str) -> optuna.Study | None:
-    """The Optuna study of a search, or None where it was never begun; nothing is created.
+    """Optuna study of a search, or None where it was never begun; nothing is created.
 
     Raises UserError where the storage cannot be used.
     """
@@ -104,7 +104,7 @@ def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one seed of a point: its value of each objective (None: it failed), and whether it was stopped."""
+    """Outcome of one seed of a point: its value of each objective (None: it failed), and whether it was stopped."""
 
     values: tuple[float, ...] | None
     step: int
@@ -221,7 +221,7 @@ class PointQueue:
                     yield spec
 
     def _ask_point(self) -> None:
-        """A new point. The sampler is seeded by the study and the point's number, not by what this process did."""
+        """New point. The sampler is seeded by the study and the point's number, not by what this process did."""
         number = len(whole_points(self.space, self.study, replaced=True))
         self.study.sampler = _sampler(
             self.space.sampler, stream_seed(self.study.study_name, number) % 2**32
@@ -271,7 +271,7 @@ class PointQueue:
         return [t for t in whole_points(self.space, self.study) if not states or t.state in states]
 
     def _fail_half_asked(self) -> None:
-        """A driver killed between asking and sampling leaves points without parameters: they are no points."""
+        """Driver killed between asking and sampling leaves points without parameters: they are no points."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self.space.ranges.keys() <= trial.params.keys():
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -280,14 +280,14 @@ class PointQueue:
 def whole_points(
     space: SearchSpace, optuna_study: optuna.Study, replaced: bool = False
 ) -> list[FrozenTrial]:
-    """The points that have all their parameters; those that a retry replaces only if asked for."""
+    """Points that have all their parameters; those that a retry replaces only if asked for."""
     trials = optuna_study.get_trials(deepcopy=False)
     retried = set() if replaced else {t.user_attrs.get(RETRY_OF) for t in trials}
     return [t for t in trials if space.ranges.keys() <= t.params.keys() and t.number not in retried]
 
 
 def drawn_trials(space: SearchSpace, optuna_study: optuna.Study) -> tuple[TrialSpec, ...]:
-    """The trials of a search's points, each once."""
+    """Trials of a search's points, each once."""
     points = whole_points(space, optuna_study)
     return tuple(
         {spec.id: spec for point in points for spec in space.trials(point.params)}.values()
@@ -303,13 +303,13 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def count_states(optuna_study: optuna.Study | None) -> dict[str, int]:
-    """How many points of a search are in which state."""
+    """Count the points of a search by state."""
     trials = optuna_study.get_trials(deepcopy=False) if optuna_study else []
     return dict(Counter(trial.state.name.lower() for trial in trials))
 
 
 def describe_best(space: SearchSpace, optuna_study: optuna.Study) -> str:
-    """The best points that were run to their end: one of one objective, those that no other beats in all of several."""
+    """Best points that were run to their end: one of one objective, those that no other beats in all of several."""
     whole = [t for t in optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     whole = [t for t in whole if STOPPED not in t.user_attrs]
     best = [t for t in whole if not any(_beats(other, t) for other in whole)]
@@ -325,7 +325,7 @@ def describe_best(space: SearchSpace, optuna_study: optuna.Study) -> str:
 
 
 def _beats(one: FrozenTrial, other: FrozenTrial) -> bool:
-    """Whether one point is at least as good in every objective, and better in one; of equals the earlier."""
+    """Return whether one point is at least as good in every objective, and better in one; of equals the earlier."""
     pairs = list(zip(one.values, other.values, strict=True))
     if all(mine == yours for mine, yours in pairs):
         return one.number < other.number

@@ -126,7 +126,7 @@ def kind_and_length(config: TrainingConfig) -> Kind:
 
 @dataclass
 class Running:
-    """A trial that was started, and its progress: the fraction `done` at the time `seen`."""
+    """Trial that was started, and its progress: the fraction `done` at the time `seen`."""
 
     spec: TrialSpec
     started: float

@@ -43,7 +43,7 @@ def _flag(group: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class StudyArguments:
-    """The options that make a study. They are recorded with it, by the names of these fields."""
+    """Options that make a study. They are recorded with it, by the names of these fields."""
 
     smoke: bool = _flag(START, "toy settings: shows that everything runs, nothing else")
     study: str | None = _option(
@@ -137,12 +137,12 @@ class StudyArguments:
 
     @property
     def n_points(self) -> int:
-        """The number of points of a search."""
+        """Number of points of a search."""
         return POINTS if self.num_samples is None else self.num_samples
 
     @property
     def given(self) -> list[str]:
-        """The names of the options that differ from their defaults."""
+        """Names of the options that differ from their defaults."""
         return [one.name for one in fields(self) if getattr(self, one.name) != one.default]
 
     def record(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class StudyArguments:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options that say how a study is run. No number depends on them."""
+    """Options that say how a study is run. No number depends on them."""
 
     dry_run: bool = _flag(START, "print the trials, their state and their cost; run nothing")
     resume: str | None = _option(
@@ -185,7 +185,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """The options that say where things are kept, and which."""
+    """Options that say where things are kept, and which."""
 
     cache: str = _option(STORES, "folder of worlds (default: ./.llgbm)", "DIR", ".llgbm")
     tracking_uri: str | None = _option(
@@ -214,7 +214,7 @@ class StoreOptions:
 
     @property
     def storage(self) -> str:
-        """The folder or address below which trials keep their state."""
+        """Folder or address below which trials keep their state."""
         storage = self.storage_path or str(self.cache_folder / "sweeps")
         if "://" in storage:
             return storage
@@ -223,7 +223,7 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """The whole command line."""
+    """Whole command line."""
 
     study: StudyArguments = StudyArguments()
     run: RunOptions = RunOptions()
@@ -231,7 +231,7 @@ class Options:
 
     @property
     def optuna_url(self) -> str:
-        """The storage of a search."""
+        """Storage of a search."""
         from tuning.search.points import optuna_url
 
         return self.study.optuna_storage or optuna_url(self.stores.tracking_uri, Path.cwd())

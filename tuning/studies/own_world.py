@@ -23,7 +23,7 @@ NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
 
 
 def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[WorldConfig, ...]:
-    """A world for each base that the arguments name; none where everything is the embedded one.
+    """World for each base that the arguments name; none where everything is the embedded one.
 
     Raises UserError for options that do not go together and for what cannot be found.
     """
@@ -86,7 +86,7 @@ def _suite(arguments: StudyArguments) -> Suite:
 def _world(
     arguments: StudyArguments, suite: Suite, size: str | None, download: bool
 ) -> WorldConfig:
-    """The world of one base: `size` is its published size, None for a model that is of none."""
+    """World of one base: `size` is its published size, None for a model that is of none."""
     published = SIZES.get(size or "")
     name = arguments.base or (published.hub if isinstance(published, PublishedSize) else "")
     folder = find_model(name, download=download)
@@ -121,7 +121,7 @@ def _teachers(arguments: StudyArguments, published: Any) -> TeacherConfig:
 
 
 def clamp_examples(world: WorldConfig) -> WorldConfig:
-    """The world with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
+    """World with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
     prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
     if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:
         say(

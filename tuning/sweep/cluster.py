@@ -60,7 +60,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Resources:
-    """The share of each trial, and the number that run at once."""
+    """Share of each trial, and the number that run at once."""
 
     cpus: float
     gpus: float

@@ -23,7 +23,7 @@ from tuning.tracking.study import StudyTracker
 
 @dataclass(frozen=True)
 class Job:
-    """A study to run, the options it is run with, and what it runs on; `worlds` by hash."""
+    """Study to run, the options it is run with, and what it runs on; `worlds` by hash."""
 
     study: Study
     options: Options

@@ -37,7 +37,7 @@ RUN_ID = "run_id"
 
 @dataclass(frozen=True)
 class TrialSetting:
-    """The setting that all trials of a sweep share: where to report, where to keep state, and a trial's share.
+    """Setting that all trials of a sweep share: where to report, where to keep state, and a trial's share.
 
     `session` names the driver's process.
     """

@@ -45,7 +45,7 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Driver:
-    """The process of a driver, as its heartbeat describes it; `place` names a machine in one of its lives."""
+    """Process of a driver, as its heartbeat describes it; `place` names a machine in one of its lives."""
 
     session: str
     place: str

@@ -37,7 +37,7 @@ STUDIES_NAMED = 10
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial as read from its run: last values in `metrics`, (step, value) pairs in `curves`."""
+    """Trial as read from its run: last values in `metrics`, (step, value) pairs in `curves`."""
 
     trial_id: str
     config: str
@@ -79,7 +79,7 @@ class TrialResult:
 
     @property
     def last_result(self) -> dict[str, Any]:
-        """The trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
+        """Trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
         finished = self.stopped_at is None
         step = int(self.params["steps"]) if finished else self.stopped_at
         return {**self.metrics, "step": step, "finished": finished}

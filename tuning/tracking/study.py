@@ -52,7 +52,7 @@ logger = logging.getLogger("tuning.tracking")
 
 
 class StudyTracker:
-    """The driver's view of a study: open the store, begin the parent run, set final statuses."""
+    """Driver's view of a study: open the store, begin the parent run, set final statuses."""
 
     def __init__(self, client: MlflowClient, tracking_uri: str, experiment_id: str) -> None:
         self.client = client

@@ -36,7 +36,7 @@ FLUSH_SECONDS = 5.0
 
 
 class TrialTracker:
-    """The worker's view of a trial: one run, reopened on every restart, behind a buffer of metrics.
+    """Worker's view of a trial: one run, reopened on every restart, behind a buffer of metrics.
 
     A value that the run already has at a step is not logged again: each key keeps one value per step, however often
     the trial restarts. `attempts` counts how often the run was opened.

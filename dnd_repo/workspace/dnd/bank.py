@@ -44,7 +44,7 @@ class AdapterBank:
         data: Path | None = None,
         part: Part = "prompts",
     ) -> AdapterBank:
-        """The adapters of the tasks named, or of all. Texts come from `prompts.json` beside an adapter, or from
+        """Adapters of the tasks named, or of all. Texts come from `prompts.json` beside an adapter, or from
         `DATA/TASK_train.json` or `DATA/TASK.json`, in DnD's format.
 
         Raises DndError for a missing or empty bank, an unknown task and missing texts.
@@ -172,7 +172,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def positions(step: int, batch_size: int, rank: int, n_ranks: int) -> list[int]:
-    """The places in the stream that one of `n_ranks` processes reads at a step."""
+    """Places in the stream that one of `n_ranks` processes reads at a step."""
     first = (step * n_ranks + rank) * batch_size
     return list(range(first, first + batch_size))
 
@@ -183,5 +183,5 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _stream(seed: int, kind: int, index: int) -> torch.Generator:
-    """A random stream of its own for each seed, kind and index."""
+    """Random stream of its own for each seed, kind and index."""
     return torch.Generator().manual_seed((seed * 2 + kind) * 1_000_003 + index)

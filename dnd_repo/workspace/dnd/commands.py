@@ -72,7 +72,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
 
 
 def training_parser(bank: str, out: str) -> argparse.ArgumentParser:
-    """The options of a training script."""
+    """Options of a training script."""
     parser = common_options("Train a generator of LoRA weights on a bank of adapters.")
     parser.add_argument(
         "--bank", type=Path, default=Path(bank), help=f"folder of TASK/TASK_i/ (default: {bank})"
@@ -106,7 +106,7 @@ def train_command(
     tasks: Sequence[str] = (),
     arguments: Sequence[str] | None = None,
 ) -> Trained | None:
-    """A training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
+    """Training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
     parsed = training_parser(bank, out).parse_args(arguments)
     chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
     check_training_folder(parsed.out, parsed.resume)
@@ -141,7 +141,7 @@ def train_command(
 
 
 def generation_parser(checkpoint: str, out: str, task: str) -> argparse.ArgumentParser:
-    """The options of a generation script."""
+    """Options of a generation script."""
     parser = common_options(
         "Write PEFT adapters from prompts of a task that no adapter was trained on."
     )
@@ -178,7 +178,7 @@ def generate_command(
     task: str,
     arguments: Sequence[str] | None = None,
 ) -> list[str]:
-    """A generation script: returns the folders written. Raises DndError for a user's mistake."""
+    """Generation script: returns the folders written. Raises DndError for a user's mistake."""
     parsed = generation_parser(checkpoint, out, task).parse_args(arguments)
     check_name(parsed.task, "the task")
     folders = [parsed.out / f"{parsed.task}_{index}" for index in range(parsed.count)]
@@ -201,7 +201,7 @@ def generate_command(
 
 
 def load_writer(defaults: TrainSettings, parsed: argparse.Namespace) -> AdapterWriter:
-    """The trained model that a generation script names. Raises DndError for options that its folder already settles."""
+    """Trained model that a generation script names. Raises DndError for options that its folder already settles."""
     given = given_settings(parsed)
     if parsed.checkpoint.is_file():
         return AdapterWriter.load(parsed.checkpoint, replace(defaults, **given), parsed.like)
@@ -214,7 +214,7 @@ def load_writer(defaults: TrainSettings, parsed: argparse.Namespace) -> AdapterW
 
 
 def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The settings that options were given for."""
+    """Settings that options were given for."""
     given = {name: getattr(parsed, name, None) for name in TrainSettings.__dataclass_fields__}
     return {
         name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None
@@ -240,5 +240,5 @@ def say(text: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first process of a launch, or the only one."""
+    """Return whether this is the first process of a launch, or the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -16,7 +16,7 @@ Part = Literal["prompts", "prompts+answers", "answers"]
 
 
 def condition_texts(examples: Sequence[Mapping[str, str]], part: Part = "prompts") -> list[str]:
-    """The texts to condition on, from examples in DnD's format (`prompt`, and `response` where answers are wanted).
+    """Texts to condition on, from examples in DnD's format (`prompt`, and `response` where answers are wanted).
 
     Raises DndError for an unknown part, for no examples, and for one that lacks what is asked for.
     """
@@ -94,7 +94,7 @@ class TokenFeatures(nn.Module):
 
 
 def _blocks(encoder: nn.Module) -> nn.ModuleList:
-    """The transformer blocks: the longest list of modules."""
+    """Transformer blocks: the longest list of modules."""
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise DndError(

@@ -2,4 +2,4 @@
 
 
 class DndError(ValueError):
-    """A file, an adapter or a setting that does not fit; the message says what was got, what is needed, what to do."""
+    """File, an adapter or a setting that does not fit; the message says what was got, what is needed, what to do."""

@@ -31,7 +31,7 @@ from dnd.training import (
 
 @dataclass(frozen=True)
 class AdapterWriter:
-    """A trained model with all that is needed to write adapters."""
+    """Trained model with all that is needed to write adapters."""
 
     model: HyperConvDecoderModel
     settings: TrainSettings
@@ -111,7 +111,7 @@ def adapter_output(folder: Path) -> Output:
 def describe_file(
     source: Path, settings: TrainSettings | None, like: Path | None
 ) -> dict[str, Any]:
-    """What the folder of a training would say of a bare checkpoint."""
+    """Describe a bare checkpoint as the folder of its training would."""
     if settings is None or like is None:
         raise DndError(
             f"{source} is a file without settings: name with --like the folder of an adapter like it writes"

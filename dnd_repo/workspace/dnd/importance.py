@@ -45,7 +45,7 @@ def importance_weights(
 
 
 def load_importance(path: str | Path, n_tokens: int | None = None) -> Tensor:
-    """A stored vector of importance weights, [T] float32, such as the ones published with DnD.
+    """Stored vector of importance weights, [T] float32, such as the ones published with DnD.
 
     Raises DndError for a foreign file, values that are no weights, and another number than `n_tokens` where given.
     """

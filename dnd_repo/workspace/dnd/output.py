@@ -129,7 +129,7 @@ def check_name(name: str, what: str, error: type[Exception] = DndError) -> str:
 
 
 class Output:
-    """A folder that files are written into; `patterns` match every name that is written.
+    """Folder that files are written into; `patterns` match every name that is written.
 
     The file matched by the last pattern is the one that the others are not read without.
     """
@@ -156,7 +156,7 @@ class Output:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder itself, links followed."""
+        """Folder itself, links followed."""
         try:
             return self.path.resolve()
         except (RuntimeError, OSError) as error:

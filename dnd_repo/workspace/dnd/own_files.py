@@ -61,7 +61,7 @@ def is_among(path: Path, digests: Sequence[str]) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, list[str]]:
-    """The files that this program wrote into a folder, with their SHA-256; none where there is no readable record."""
+    """Files that this program wrote into a folder, with their SHA-256; none where there is no readable record."""
     return _record(folder).get("files", {})
 
 
@@ -96,7 +96,7 @@ def write_record(
 
 
 def own_files(folder: Path) -> set[str]:
-    """The files in a folder that are still as this program wrote them."""
+    """Files in a folder that are still as this program wrote them."""
     return {
         name for name, digests in read_record(folder).items() if is_among(folder / name, digests)
     }

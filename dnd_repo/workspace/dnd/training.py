@@ -76,7 +76,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves: the model, the loss of every step averaged over the processes, and the checkpoint."""
+    """Result of a training: the model, the loss of every step averaged over the processes, and the checkpoint."""
 
     model: HyperConvDecoderModel
     losses: list[float]
@@ -120,7 +120,7 @@ def make_accelerator() -> Accelerator:
 
 @dataclass
 class Run:
-    """The state of one process of a training."""
+    """State of one process of a training."""
 
     settings: TrainSettings
     bank: AdapterBank
@@ -228,13 +228,13 @@ class Run:
 def describe(
     settings: TrainSettings, like: Mapping[str, Tensor], adapter_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What stands beside a checkpoint, enough to generate from it without the bank."""
+    """Describe a checkpoint, enough to generate from it without the bank."""
     shapes = {key: list(tensor.shape) for key, tensor in like.items()}
     return {"settings": asdict(settings), "shapes": shapes, "adapter_config": dict(adapter_config)}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a training in the order of their steps; folders of the same name by others do not count."""
+    """Checkpoints of a training in the order of their steps; folders of the same name by others do not count."""
     names = (MODEL_FILE, SETTINGS_FILE, TRAINER_FILE)
     found = [
         path
@@ -245,7 +245,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """Step that a checkpoint's name tells."""
     return int(checkpoint.name.partition("-")[2])
 
 
@@ -294,7 +294,7 @@ def make_model(
     encoder: nn.Module,
     weight_T: Tensor,
 ) -> HyperConvDecoderModel:
-    """The model for adapters like `like` and conditions of an encoder."""
+    """Model for adapters like `like` and conditions of an encoder."""
     extractor = TokenFeatures(encoder, settings.layer)
     width = int(encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
     first = (settings.n_prompts, settings.length or settings.max_length, width)

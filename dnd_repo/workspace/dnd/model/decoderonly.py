@@ -83,7 +83,7 @@ def weighted_token_mse(
 
 
 class HyperConvDecoderModel(nn.Module):
-    """A frozen condition extractor, the decoder, and the importance-weighted loss.
+    """Frozen condition extractor, the decoder, and the importance-weighted loss.
 
     `config` holds the arguments of `HyperConvDecoder`. `criterion_weight` has one value a token. The extractor maps
     what `forward` gets as condition to features [B, N, L, C]; without one the condition is the features themselves.
@@ -119,7 +119,7 @@ class HyperConvDecoderModel(nn.Module):
         return self.model(self.extract_condition(condition))
 
     def forward(self, condition: Any, target_BTHW: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss against teacher tokens. Raises DndError as `weighted_token_mse` does."""
+        """Loss against teacher tokens. Raises DndError as `weighted_token_mse` does."""
         return weighted_token_mse(
             self.generate(condition), target_BTHW, self.criterion_weight, mask
         )
@@ -129,7 +129,7 @@ HyperConvDecoderModel_FullCond = HyperConvDecoderModel
 
 
 class HyperConvDecoderModel_SuperLarge(HyperConvDecoderModel):
-    """The variant for long prompts: the text axis is shortened from `max_length` to `modified_length` by a linear, SiLU
+    """Variant for long prompts: the text axis is shortened from `max_length` to `modified_length` by a linear, SiLU
     and another linear before the decoder."""
 
     def __init__(
@@ -163,7 +163,7 @@ class HyperConvDecoderModel_SuperLarge(HyperConvDecoderModel):
 
 
 def trained_state(model: HyperConvDecoderModel) -> dict[str, Tensor]:
-    """What a checkpoint holds: everything but the frozen extractor, on the CPU."""
+    """Return the content of a checkpoint: everything but the frozen extractor, on the CPU."""
     return {
         k: v.detach().cpu()
         for k, v in model.state_dict().items()

@@ -62,12 +62,12 @@ class LoraTokenizer2D:
         return self.height, self.width
 
     def n_tokens(self, state: Mapping[str, Tensor]) -> int:
-        """How many tokens an adapter of these shapes has. Raises DndError as `tokenize` does."""
+        """Count the tokens of an adapter of these shapes. Raises DndError as `tokenize` does."""
         pieces = self.plan(state)
         return pieces[-1].start + pieces[-1].n_tokens
 
     def plan(self, state: Mapping[str, Tensor]) -> list[Piece]:
-        """Where each matrix stands: modules in the order of their first key, A before B."""
+        """Return the place of each matrix: modules in the order of their first key, A before B."""
         pieces: list[Piece] = []
         start = 0
         for key, side in ordered_keys(state):
@@ -148,7 +148,7 @@ class LoraTokenizer2D:
         tokens[..., :, -SCALE:] = scales[..., None, :]
 
     def _padding(self, pieces: Sequence[Piece]) -> Tensor:
-        """Where the body of a token is padding, [T, H - 2, W - 2]."""
+        """Return the mask of padding in the body of tokens, [T, H - 2, W - 2]."""
         rows, columns = torch.arange(self.height - SCALE), torch.arange(self.width - SCALE)
         counts = torch.tensor([p.n_tokens for p in pieces])
         ranks = torch.tensor([p.rank for p in pieces]).repeat_interleave(counts)
@@ -156,7 +156,7 @@ class LoraTokenizer2D:
         return (rows >= ranks[:, None])[:, :, None] | (columns >= widths[:, None])[:, None, :]
 
     def detokenize(self, like: Mapping[str, Tensor], tokens: Tensor) -> OrderedDict[str, Tensor]:
-        """The adapter that tokens [..., T, H, W] stand for, float32, with the keys and shapes of `like`.
+        """Adapter that tokens [..., T, H, W] stand for, float32, with the keys and shapes of `like`.
 
         Differentiable; padding is skipped whatever it holds. Mean and deviation are the average of what stands along
         the rows and of what stands along the columns. Raises DndError for tokens of another number or size.
@@ -210,7 +210,7 @@ def ordered_keys(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def default_token_size(state: Mapping[str, Tensor], least: int = 16) -> tuple[int, int]:
-    """A token size for adapters of these shapes: the rank, and the widest chunk that divides every matrix (or, where
+    """Token size for adapters of these shapes: the rank, and the widest chunk that divides every matrix (or, where
     that is below `least`, the widest matrix), each plus 2."""
     sized = [
         state[key].shape[-2:] if side == "A" else state[key].shape[-2:][::-1]
@@ -256,13 +256,13 @@ def _as_read(scales: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, T
 
 
 def _cut(matrix: Tensor, piece: Piece) -> Tensor:
-    """A matrix as its chunks [..., count, R, width of a chunk]; a view."""
+    """Matrix as its chunks [..., count, R, width of a chunk]; a view."""
     wide = matrix if piece.side == "A" else matrix.transpose(-1, -2)
     return wide.unflatten(-1, (piece.n_tokens, -1)).transpose(-2, -3)
 
 
 def _join(body: Tensor, piece: Piece) -> Tensor:
-    """The way back from `_cut`, from the body of all tokens."""
+    """Way back from `_cut`, from the body of all tokens."""
     own = body[..., piece.start : piece.start + piece.n_tokens, : piece.rank, : piece.width]
     wide = own.transpose(-2, -3).flatten(-2)
     return wide if piece.side == "A" else wide.transpose(-1, -2).contiguous()
