@@ -4,27 +4,163 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
+import json
 import logging
+import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TypeVar
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from llgbm.identity import content_hash as content_hash
-from llgbm.identity import stream_seed as stream_seed
-
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
+# Hash by content: a dataclass by its type and the fields that differ from their defaults, so that a new field changes
+# no id; a class from outside this project by its code too, a value with a `fingerprint` by that as well.
+OURS = {"llgbm", "tuning", "dnd"}
+LIBRARY = {"builtins", "abc", "typing", "collections", "enum"}
+PLAIN = (str, bool, int, float, type(None))
 
 
 class UserError(ValueError):
     """User mistake: reported as one sentence with exit status 2 and no traceback."""
+
+
+def content_hash(*parts: Any, length: int = 16) -> str:
+    """Hash values to `length` hexadecimal digits: numbers, texts, paths, lists, mappings and dataclasses.
+
+    1 and 1.0 are one value, as are 0.0 and -0.0. A field with `compare=False`, such as the place of a file, is left
+    out. Raises TypeError for other types.
+    """
+    return _digest([_canonical(part) for part in parts], length)
+
+
+def stream_seed(*parts: Any) -> int:
+    """Derive a 63-bit seed from its parts: every random stream has a name, and none depends on another."""
+    return int(_digest(parts, 16), 16) >> 1
+
+
+def _digest(content: Any, length: int) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _canonical(value: Any) -> Any:
+    """Convert a value to one that JSON can hold, the same for equal content."""
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value.is_integer() else float(value)
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if _is_named_by_itself(value) or (is_dataclass(value) and not isinstance(value, type)):
+        return _canonical_object(value)
+    raise TypeError(f"a {type(value).__name__} cannot be hashed by content")
+
+
+def _is_named_by_itself(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(type(value), "fingerprint")
+
+
+def _canonical_object(value: Any) -> dict[str, Any]:
+    found = {"type": _class_identity(type(value))}
+    if _is_named_by_itself(value):
+        found["fingerprint"] = value.fingerprint
+    if is_dataclass(value):
+        for field in fields(value):
+            own = getattr(value, field.name)
+            # A fingerprint is kept at the default too: it says what the default does.
+            if field.compare and (_is_named_by_itself(own) or not _is_default(field, own)):
+                found[field.name] = _canonical(own)
+    return found
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    if field.default is not MISSING:
+        return bool(_canonical(value) == _canonical(field.default))
+    if field.default_factory is not MISSING:
+        return bool(_canonical(value) == _canonical(field.default_factory()))
+    return False
+
+
+def _class_identity(cls: type) -> Any:
+    """Return the name of a class of this project; of another one the code of all that it adds, too."""
+    others = [base for base in cls.__mro__ if _package(base) not in OURS | LIBRARY]
+    if not others:
+        return cls.__qualname__
+    seen: set[int] = set()
+    return [cls.__qualname__, *(dict(_members(base, seen)) for base in others)]
+
+
+def _package(value: Any) -> str:
+    return str(value.__module__).partition(".")[0]
+
+
+def _members(cls: type, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    for name, member in sorted(vars(cls).items()):
+        # Python and `dataclass` write the other methods with two underscores.
+        if name.startswith("__") and name not in ("__init__", "__post_init__", "__call__"):
+            continue
+        function = _function_of(member)
+        if function is not None and function.__code__.co_filename != "<string>":
+            yield name, _function_identity(function, seen)
+        elif isinstance(member, (*PLAIN, tuple, list, dict)):
+            yield name, repr(member)
+
+
+def _function_of(member: Any) -> FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, cached_property):
+        member = member.func
+    elif isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    return member if isinstance(member, FunctionType) else None
+
+
+def _function_identity(function: FunctionType, seen: set[int]) -> Any:
+    """Describe a function by its code, its defaults and what it uses of its own module, wherever it was loaded from."""
+    if id(function) in seen:
+        return function.__qualname__
+    seen.add(id(function))
+    used: dict[str, Any] = {}
+    for name in sorted(_names(function.__code__)):
+        member = function.__globals__.get(name)
+        if isinstance(member, FunctionType) and member.__module__ == function.__module__:
+            used[name] = _function_identity(member, seen)
+        elif isinstance(member, (*PLAIN, tuple, list, dict)):
+            used[name] = repr(member)
+    return [_code(function.__code__, function.__doc__), repr(function.__defaults__), used]
+
+
+def _names(code: CodeType) -> set[str]:
+    nested = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*nested)
+
+
+def _code(code: CodeType, doc: str | None) -> list[Any]:
+    constants = [
+        _code(constant, None) if isinstance(constant, CodeType) else _constant(constant)
+        for constant in code.co_consts
+        if constant is None or constant != doc
+    ]
+    return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def seed_everything(seed: int) -> None:

@@ -91,7 +91,7 @@ def test_types_count_at_any_depth_and_defaults_do_not() -> None:
 
 
 def _own_fields(value: Any) -> dict[str, Any]:
-    from llgbm.identity import _canonical
+    from llgbm.runtime import _canonical
 
     return {key: item for key, item in _canonical(value).items() if key != "type"}
 

@@ -21,22 +21,22 @@ FEWEST_TASKS = 3
 
 @dataclass(frozen=True)
 class DeltaMap:
-    """Deltas [T, D] of T tasks: of the teachers, and of the adapters that one configuration generated.
+    """Deltas [J, D] of T tasks: of the teachers, and of the adapters that one configuration generated.
 
     A task is named "operation/format". Raises ValueError if the shapes do not agree.
     """
 
-    teacher_TD: np.ndarray
-    generated_TD: np.ndarray
+    teacher_JD: np.ndarray
+    generated_JD: np.ndarray
     tasks: tuple[str, ...]
     config: str
     size: str = ""
 
     def __post_init__(self) -> None:
-        shapes = (self.teacher_TD.shape, self.generated_TD.shape)
+        shapes = (self.teacher_JD.shape, self.generated_JD.shape)
         if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(self.tasks):
             raise ValueError(
-                f"a delta map needs two arrays [T, D] and T names: got teacher {shapes[0]}, generated {shapes[1]} "
+                f"a delta map needs two arrays [J, D] and J names: got teacher {shapes[0]}, generated {shapes[1]} "
                 f"and {len(self.tasks)} names"
             )
 
@@ -63,8 +63,8 @@ def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     labels = [
         f"direction {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares)
     ]
-    for ax, one, (teacher_T2, generated_T2) in zip(axes, drawn, places, strict=False):
-        _draw_families(ax, one, teacher_T2, generated_T2, families)
+    for ax, one, (teacher_J2, generated_J2) in zip(axes, drawn, places, strict=False):
+        _draw_families(ax, one, teacher_J2, generated_J2, families)
         finish_axes(ax, labels[0], labels[1])
         ax.set_title(one.config, fontsize=10)
         ax.margins(0.08)
@@ -84,24 +84,24 @@ def _two_directions(
     """Return both deltas of every map in the first two principal directions, and their shares of variance in %."""
     from sklearn.decomposition import PCA
 
-    parts = chain.from_iterable((one.teacher_TD, one.generated_TD) for one in deltas)
+    parts = chain.from_iterable((one.teacher_JD, one.generated_JD) for one in deltas)
     pca = PCA(n_components=2, svd_solver="full")
     pca.fit(np.concatenate(list(parts)).astype(np.float64))
-    placed = [(pca.transform(one.teacher_TD), pca.transform(one.generated_TD)) for one in deltas]
+    placed = [(pca.transform(one.teacher_JD), pca.transform(one.generated_JD)) for one in deltas]
     return placed, pca.explained_variance_ratio_ * 100
 
 
 def _draw_families(
     ax: Axes,
     one: DeltaMap,
-    teacher_T2: np.ndarray,
-    generated_T2: np.ndarray,
+    teacher_J2: np.ndarray,
+    generated_J2: np.ndarray,
     families: Sequence[str],
 ) -> None:
     for place, family in enumerate(families):
         own = [row for row, name in enumerate(one.families) if name == family]
         if own:
-            _draw_family(ax, teacher_T2[own], generated_T2[own], family_colour(place), family)
+            _draw_family(ax, teacher_J2[own], generated_J2[own], family_colour(place), family)
 
 
 def family_colour(place: int) -> str:
@@ -110,9 +110,9 @@ def family_colour(place: int) -> str:
 
 
 def _draw_family(
-    ax: Axes, teacher_T2: np.ndarray, generated_T2: np.ndarray, colour: str, family: str
+    ax: Axes, teacher_J2: np.ndarray, generated_J2: np.ndarray, colour: str, family: str
 ) -> None:
-    for start, end in zip(teacher_T2, generated_T2, strict=True):
+    for start, end in zip(teacher_J2, generated_J2, strict=True):
         ax.plot(*zip(start, end, strict=True), color=colour, linewidth=0.8, alpha=0.5, zorder=1)
     circle: dict[str, Any] = {
         "fillstyle": "none",
@@ -120,10 +120,10 @@ def _draw_family(
         "markeredgewidth": 1.6,
         "zorder": 2,
     }
-    ax.plot(*teacher_T2.T, "o", color=colour, **circle)
-    ax.plot(*generated_T2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
+    ax.plot(*teacher_J2.T, "o", color=colour, **circle)
+    ax.plot(*generated_J2.T, "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=3)
     offset: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
-    ax.annotate(family, teacher_T2[0], **offset, fontsize=8, color=colour)
+    ax.annotate(family, teacher_J2[0], **offset, fontsize=8, color=colour)
 
 
 def _family_legend(figure: Figure, families: Sequence[str]) -> None:
