@@ -24,6 +24,9 @@ def weight_loss(tokens_pred: Tensor, tokens_teacher: Tensor) -> Tensor:
     Raises ValueError for other shapes, an empty batch, a teacher that is all padding, NaN in the prediction.
     """
     _check_pair("tokens", tokens_pred, tokens_teacher)
+    plain = mse_loss(tokens_pred, tokens_teacher)
+    if torch.isfinite(plain):  # neither padding nor anything to refuse
+        return plain
     real = ~torch.isnan(tokens_teacher)
     if not real.any():
         raise ValueError(
@@ -34,7 +37,7 @@ def weight_loss(tokens_pred: Tensor, tokens_teacher: Tensor) -> Tensor:
             "the predicted tokens hold NaN or infinite values: lower the learning rate or clip gradients"
         )
     if real.all():
-        return mse_loss(tokens_pred, tokens_teacher)
+        return plain
     error = torch.where(real, tokens_pred, 0.0) - torch.where(real, tokens_teacher, 0.0)
     return error.square().sum() / real.sum()
 
