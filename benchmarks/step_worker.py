@@ -67,6 +67,7 @@ def make_trial(setting: dict[str, Any]) -> Any:
         "examples": EncodedPairs(ids, ids),
         "n_examples": 1,
         "encoder": "random",
+        "encoder_hash": "random",
         "hash": "random",
     }
     data = ExperimentData(**{field.name: known[field.name] for field in fields(ExperimentData)})
