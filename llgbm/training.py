@@ -216,7 +216,10 @@ class Trial:
             config.generator, lora_model.spec, width, standardiser, config.seed
         )
         optimizer = torch.optim.AdamW(
-            generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            generator.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)

@@ -137,8 +137,18 @@ class ModuleCodeGenerator(LoraGenerator):
         for block in self.trunk:
             state_AH = block(state_AH)
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
-        written = [self.heads[m.kind](codes_AMH[:, i]) for i, m in enumerate(self.spec.modules)]
-        return torch.cat(written, dim=1)
+        written: dict[int, Tensor] = {}
+        for kind, rows in self._rows_of_kinds().items():  # one product for all modules of a kind
+            tokens = self.heads[kind](codes_AMH[:, rows]).unbind(1)
+            written.update(zip(rows, tokens, strict=True))
+        return torch.cat([written[row] for row in range(len(self.spec.modules))], dim=1)
+
+    def _rows_of_kinds(self) -> dict[str, list[int]]:
+        """Indices in the specification of the modules of each kind."""
+        rows: dict[str, list[int]] = {}
+        for row, module in enumerate(self.spec.modules):
+            rows.setdefault(module.kind, []).append(row)
+        return rows
 
 
 class ResidualBlock(nn.Module):
