@@ -15,6 +15,14 @@ def add_parser(commands: Any) -> None:
     actions = commands.add_parser("bank", help="banks of adapters from elsewhere").add_subparsers(
         dest="action", required=True
     )
+    _add_import(actions)
+    _add_embedded(actions)
+    look = actions.add_parser("show", help="what a bank holds, and whether it is whole")
+    look.add_argument("folder", type=Path, help="the bank")
+    look.set_defaults(do=show)
+
+
+def _add_import(actions: Any) -> None:
     take = actions.add_parser(
         "import", help="make a bank from PEFT adapters, checked against their base"
     )
@@ -60,10 +68,6 @@ def add_parser(commands: Any) -> None:
         "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
     )
     take.set_defaults(do=take_over)
-    _add_embedded(actions)
-    look = actions.add_parser("show", help="what a bank holds, and whether it is whole")
-    look.add_argument("folder", type=Path, help="the bank")
-    look.set_defaults(do=show)
 
 
 def _add_embedded(actions: Any) -> None:

@@ -40,7 +40,12 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="evaluation examples (default: 256, or all there are)",
     )
-    data = score.add_argument_group("datasets in files")
+    _add_data(score.add_argument_group("datasets in files"))
+    score.set_defaults(do=evaluate)
+
+
+def _add_data(data: Any) -> None:
+    """Add the options of datasets in files."""
     data.add_argument("--data", type=Path, metavar="DIR", help="where NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="datasets to score on")
     data.add_argument(
@@ -66,7 +71,6 @@ def add_parser(commands: Any) -> None:
     data.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
     )
-    score.set_defaults(do=evaluate)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:

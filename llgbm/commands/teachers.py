@@ -39,6 +39,12 @@ def add_parser(commands: Any) -> None:
         "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
     )
     _add_sizes(parser)
+    _add_limits(parser)
+    parser.set_defaults(do=do)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that limit memory and rows."""
     parser.add_argument(
         "--gradient-checkpointing",
         default="auto",
@@ -58,7 +64,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="leave out rows that are no examples"
     )
-    parser.set_defaults(do=do)
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from llgbm.evaluation.metrics import REPORTED_PARTS, evaluate_generator
+from llgbm.evaluation.metrics import REPORTED_PARTS, PartResult, evaluate_generator
 from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
-from llgbm.training import State, Trial
+from llgbm.training import Outcome, State, Trial
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
@@ -85,23 +85,27 @@ def run_trial(
         p: evaluate_generator(outcome.generator, world.data, world.lora_model, p)
         for p in ("test", "val", "train")
     }
-    metrics = {
-        **{
-            f"{name}/{key}": value
-            for name, part in REPORTED_PARTS.items()
-            for key, value in results[part].metrics.items()
-        },
-        "best_step": float(outcome.best_step),
-        "time/steps_per_second": outcome.steps_run / outcome.seconds,
-        "time/seconds": before + time.perf_counter() - started,
-        "time/peak_memory_mb": peak_memory_mb(),
-    }
+    metrics = final_metrics(outcome, results)
+    metrics["time/seconds"] = before + time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), trial, world, outcome, results)
         if keep_adapters:
             write_trial_adapters(Path(folder), world, results)
         tracker.log_artifacts(Path(folder), "")
     tracker.log(outcome.steps_run + 1, metrics)
+    return metrics
+
+
+def final_metrics(outcome: Outcome, results: Mapping[str, PartResult]) -> dict[str, float]:
+    """Name the metrics of a finished training: `heldout/…`, `val/…`, `train/…`, its best step, speed and memory."""
+    metrics = {
+        "best_step": float(outcome.best_step),
+        "time/steps_per_second": outcome.steps_run / outcome.seconds,
+        "time/peak_memory_mb": peak_memory_mb(),
+    }
+    for name, part in REPORTED_PARTS.items():
+        for key, value in results[part].metrics.items():
+            metrics[f"{name}/{key}"] = value
     return metrics
 
 
