@@ -68,8 +68,6 @@ def make_trial(setting: dict[str, Any]) -> Any:
         "n_examples": 1,
         "encoder": "random",
         "encoder_hash": "random",
-        "size": "nano",
-        "probes": "trajectory",
         "hash": "random",
     }
     names = [field.name for field in fields(ExperimentData) if field.name in known]
@@ -121,10 +119,12 @@ def run_parts(trial: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         batch["valid"][..., :marks],
     )
     base = batch["base_states"][..., :marks, :]
+    attribute = "lora_model" if hasattr(trial, "lora_model") else "flora"  # the name up to ecb2f2d
+    lora_model = getattr(trial, attribute)
 
     def delta_part() -> None:
         compute_delta_differentiable(
-            trial.lora_model, generator.to_lora(tokens), probes, base
+            lora_model, generator.to_lora(tokens), probes, base
         ).sum().backward()
 
     delta_s, _, _ = seconds(delta_part)
