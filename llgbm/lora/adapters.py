@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llgbm.lora.plain import check_plain
+from llgbm.lora.plain import check_plain, check_types
 from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError, content_hash, split_revision
 
@@ -383,7 +383,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8-sig"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        _check_fields(config)
+        check_types(config)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no {ADAPTER_CONFIG}: name the folder of a PEFT adapter"
@@ -395,18 +395,3 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path") or ""
     named = {"revision": None, **config, "base_model_name_or_path": base}
     return {**named, "r": rank, "lora_alpha": alpha}
-
-
-def _check_fields(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for fields of types that PEFT would not write."""
-    base = config.get("base_model_name_or_path")
-    if not (base is None or isinstance(base, str)):
-        raise ValueError("its base_model_name_or_path is no text")
-    targets = config.get("target_modules")
-    if not targets and not config.get("target_parameters"):
-        raise ValueError("it names no target module")
-    if not isinstance(targets, (str, list, type(None))):
-        raise ValueError("its target_modules are no names")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"its {name} is no table")

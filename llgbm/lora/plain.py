@@ -81,3 +81,18 @@ def _defaults() -> dict[str, Any]:
     from peft import LoraConfig
 
     return {f.name: f.default for f in fields(LoraConfig)}
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for fields of types that PEFT would not write."""
+    base = config.get("base_model_name_or_path")
+    if not (base is None or isinstance(base, str)):
+        raise ValueError("its base_model_name_or_path is no text")
+    targets = config.get("target_modules")
+    if not targets and not config.get("target_parameters"):
+        raise ValueError("it names no target module")
+    if not isinstance(targets, (str, list, type(None))):
+        raise ValueError("its target_modules are no names")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"its {name} is no table")
