@@ -115,7 +115,7 @@ CONFIGS: dict[str, list[Any]] = {
     "lambda_delta": [0.0, 0.5, 2.0],
     "seed": [1, 7],
     "model_size": ["micro", "base-mine"],
-    "steps": [599, 1200],
+    "steps": [596, 1200],
     "batch_size": [8, 17],
     "learning_rate": [1e-3, 2.1e-3],
     "weight_decay": [0.0, 0.1],

@@ -134,7 +134,8 @@ def settle(
     if aliases_of(client, name).get(CHAMPION) == number:
         decision = Decision(CHAMPION, "")
     else:
-        decision = decide_alias(standing_champion(client, name), Measured.of(version), rivals)
+        standing = standing_champion(client, name, number)
+        decision = decide_alias(standing, Measured.of(version), rivals)
         text = f"{introduction} Registered as {decision.alias}. {decision.reason}"
         client.update_model_version(name, number, description=text)
     give_alias(client, name, number, decision.alias)
@@ -142,12 +143,15 @@ def settle(
     return decision.alias
 
 
-def standing_champion(client: MlflowClient, name: str) -> Measured | None:
-    """Return the champion with its figures, or the last one if it was deleted; None if there never was one."""
+def standing_champion(client: MlflowClient, name: str, new: str) -> Measured | None:
+    """Return the champion with its figures, or the last one if it was deleted; None if there never was one.
+
+    A settling of `new` that was cut short may have noted it in the history already: that note does not count.
+    """
     champion = by_alias(client, name, CHAMPION)
     if champion is not None:
         return Measured.of(champion)
-    history = champion_history(client, name)
+    history = [number for number in champion_history(client, name) if number != new]
     if not history:
         return None
     kept = json.loads(client.get_registered_model(name).tags.get(LAST_CHAMPION_TAG, "{}"))
@@ -162,8 +166,9 @@ def give_alias(client: MlflowClient, name: str, number: str, alias: str) -> None
     aliases = aliases_of(client, name)
     if alias == CHAMPION and aliases.get(CHALLENGER) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
-    if alias == CHAMPION and aliases.get(CHAMPION) != number:
-        _write_history(client, name, [*champion_history(client, name), number])
+    history = champion_history(client, name)
+    if alias == CHAMPION and aliases.get(CHAMPION) != number and history[-1:] != [number]:
+        _write_history(client, name, [*history, number])
     if alias == CHAMPION:
         _keep_figures(client, name, number)
     client.set_registered_model_alias(name, alias, number)

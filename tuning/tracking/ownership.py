@@ -194,7 +194,7 @@ class Ownership:
     def _holder(self, trial_id: str) -> Driver | None:
         """Return the living driver of another study that holds the trial, None if there is none."""
         for run in find_runs(self._client, self._experiment, {HOLD_TAG + trial_id: None}):
-            session = run.data.tags[HOLD_TAG + trial_id]
+            session = run.data.tags.get(HOLD_TAG + trial_id)  # None: released since the search
             for driver in drivers_of(run):
                 if session == driver.session != self._driver.session and self._live.is_alive(
                     driver
