@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -106,10 +107,12 @@ class TrainingConfig:
         _one_of("mixed precision", self.mixed_precision, PRECISIONS)
         for name, least in COUNTS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (is_number and float(value).is_integer() and value >= least):
                 raise UserError(
                     f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
+            object.__setattr__(self, name, int(value))  # 600.0 is 600
         if self.steps % self.gradient_accumulation:
             raise UserError(
                 f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "
