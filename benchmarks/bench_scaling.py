@@ -1,4 +1,4 @@
-"""How our costs grow: exponents of seconds in adapters, probes, tokens and rank, and of an evaluation in its tasks.
+"""Growth of costs: exponents of seconds in adapters, probes, tokens and rank, and of an evaluation in its tasks.
 
     python benchmarks/bench_scaling.py
 

@@ -28,7 +28,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the tree that this file is in; nothing where there is no git or no repository."""
+    """Return what git says of the tree that this file is in; nothing where there is no git or no repository."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True

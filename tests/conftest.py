@@ -1,4 +1,4 @@
-"""What tests share: one toy world for all of them, built once by the real code."""
+"""Fixtures of tests: one toy world for all of them, built once by the real code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share: places, free ports, real servers, rows of data sets.
+"""Helpers of tests: places, free ports, real servers, rows of data sets.
 
 Servers start on a free port of 127.0.0.1, are waited for and stopped.
 """

@@ -15,6 +15,7 @@ from tuning.tracking.trial import TrialTracker
 
 OPERATIONS, FORMATS = ("reverse", "copy", "first", "tail"), ("stars", "dashes", "quotes")
 TASKS = [f"{operation}-{form}" for operation in OPERATIONS for form in FORMATS]
+VALIDATION_TASKS = [f"task-{index}" for index in range(8)]
 LAMBDAS = {"multitask": (0.3, 1.0), "delta-only": (0.0, 1.0), "weight-only": (1.0, 0.0)}
 BASELINES = {
     "base": {"accuracy": 0.0, "delta_cosine": 0.0},
@@ -22,6 +23,11 @@ BASELINES = {
     "ridge": {"accuracy": 0.39, "delta_cosine": 0.8},
 }
 WIDTH = 16
+
+
+def accuracies(mean: float) -> dict[str, float]:
+    """Validation tasks with a spread of their own, around a mean."""
+    return {task: mean + 0.01 * (index % 3 - 1) for index, task in enumerate(VALIDATION_TASKS)}
 
 
 def make_study(

@@ -255,7 +255,7 @@ def test_bad_input_costs_one_sentence(
 
 
 def test_the_package_needs_nothing_of_llgbm_but_for_its_bank(tmp_path: Path) -> None:
-    """What `dnd_repo/requirements.txt` does not name is made unimportable; the bare interpreter has no LLGBM to run."""
+    """Make unimportable what `dnd_repo/requirements.txt` does not name; the bare interpreter has no LLGBM to run."""
     code = (
         "import os, sys; os.environ.pop('PYTHONPATH', None); sys.executable = sys._base_executable;"
         "sys.modules.update(dict.fromkeys(('llgbm', 'tuning', 'ray', 'mlflow', 'peft')));"
