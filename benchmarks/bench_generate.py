@@ -33,7 +33,7 @@ from llgbm.generator import LoraGenerator
 from llgbm.generator.conditions import TextEncoder, make_encoder
 from llgbm.lora import LoraBatch
 from llgbm.lora.adapters import adapter_config, save_adapter
-from llgbm.teachers.train import adam_with_decay, example_source
+from llgbm.teachers.train import Pupil, adam_with_decay, example_source
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World, WorldConfig, build_world
 
@@ -111,9 +111,7 @@ def time_teacher(
     """Seconds and steps that training a PEFT LoRA takes until its accuracy is `wanted`, and whether it got there."""
     spec, task = world.lora_model.spec, world.data.tasks[row]
     config = replace(world.config.teachers, steps=options.limit, per_task=1)
-    source = example_source(
-        world.config.suite, world.base, [task], ["teacher of the benchmark"], config
-    )
+    source = example_source(world.config.suite, world.base, [Pupil(task, 0)], config)
     model = fresh_peft(world.base, spec, config.seed)
     optimizer, schedule = adam_with_decay(
         [p for p in model.parameters() if p.requires_grad], config.learning_rate, options.limit

@@ -32,6 +32,7 @@ from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.models.scoring import adapter_losses
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.train import (
+    Pupil,
     TeacherConfig,
     adam_with_decay,
     example_source,
@@ -72,9 +73,8 @@ def make_source(base: Base, config: TeacherConfig, adapters: int) -> Source:
     """Examples by step, adapter-major, each step's encoded once (both sides read the same tensors)."""
     suite = SyntheticSuite()
     tasks = [suite.split.tasks[index % len(suite.split.tasks)] for index in range(adapters)]
-    at = example_source(
-        suite, base, tasks, [f"teacher {index}" for index in range(adapters)], config
-    )
+    pupils = [Pupil(task, index) for index, task in enumerate(tasks)]
+    at = example_source(suite, base, pupils, replace(config, per_task=adapters))
     steps = [at(step) for step in range(config.steps)]
     return steps.__getitem__
 

@@ -27,13 +27,28 @@ PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
+class LevelData:
+    """Tasks of one level of novelty: prompts to generate from, [A, N, C], and examples to score on, adapter-major."""
+
+    name: str
+    tasks: tuple[str, ...]
+    conditions_ANC: Tensor
+    examples: EncodedPairs
+
+    def to(self, device: str | torch.device) -> LevelData:
+        return replace(
+            self, conditions_ANC=self.conditions_ANC.to(device), examples=self.examples.to(device)
+        )
+
+
+@dataclass(frozen=True)
 class ExperimentData:
     """Tensors of a world that all trials share, on one device. Row i of every table is the same adapter.
 
     The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
     `examples` are evaluation examples, adapter-major, `n_examples` per task. `multitask_V` is the adapter trained on
     all training tasks together. `size` and `delta_probes` are those that a trial's configuration must name ("" fits
-    any).
+    any). `levels` are the open levels of novelty.
     """
 
     adapter_ids: tuple[str, ...]
@@ -53,6 +68,7 @@ class ExperimentData:
     encoder_hash: str = ""
     size: str = ""
     delta_probes: str = ""
+    levels: tuple[LevelData, ...] = ()
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}
@@ -66,7 +82,10 @@ class ExperimentData:
         """Copy all tensors to a device."""
         tables = ("loss_deltas", "shared_deltas", "generic_deltas")
         moved = ("values_AV", "multitask_V", "conditions", *tables, "examples")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
+        levels = tuple(level.to(device) for level in self.levels)
+        return replace(
+            self, levels=levels, **{name: getattr(self, name).to(device) for name in moved}
+        )
 
     def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
         """Select the evaluation examples of some adapters, adapter-major."""

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from llgbm.cache import build_entry, entry_is_whole
-from llgbm.dataset import ExperimentData
+from llgbm.dataset import ExperimentData, LevelData
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
-from llgbm.generator.conditions import build_conditions, conditions_key, encoder_hash, make_encoder
+from llgbm.generator.conditions import (
+    TextEncoder,
+    build_conditions,
+    conditions_key,
+    embed_texts,
+    encoder_hash,
+    make_encoder,
+)
+from llgbm.models.ability import Ability, measure_ability
 from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
-from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
+from llgbm.runtime import UserError, content_hash, pick_device, say, stream_seed
 from llgbm.tasks.suite import Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, BankSource
 from llgbm.teachers.build import bank_key, build_bank, build_multitask
 from llgbm.teachers.train import TEACHERS_VERSION, TeacherConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSIONS = {
     "suite": SUITE_VERSION,
@@ -39,6 +53,8 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
+EMBEDDED_TEACHERS = TeacherConfig(steps=75, target=0.97, rounds=8)
+ABILITY, QUESTIONS = "ability.json", 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class WorldConfig:
     size: str = "nano"
     suite: Suite = SyntheticSuite()
     pretrain: PretrainConfig = PretrainConfig()
-    teachers: TeacherConfig = TeacherConfig()
+    teachers: TeacherConfig = EMBEDDED_TEACHERS
     encoder: str = field(default="minilm", compare=False)
     delta_probes: str = "trajectory"
     eval_examples: int = 24
@@ -75,6 +91,28 @@ class WorldConfig:
     def hash(self) -> str:
         return content_hash(self)
 
+    @property
+    def seed(self) -> int:
+        """Seed of everything that is drawn to make the world: pretraining, teachers and split."""
+        return self.teachers.seed
+
+    @property
+    def label(self) -> str:
+        """Name of the world among others of a study: its size, and its seed unless that is 0."""
+        return f"{self.size} world {self.seed}" if self.seed else self.size
+
+    def with_seed(self, seed: int) -> WorldConfig:
+        """Return the world of another seed. Raises UserError where nothing of it is drawn."""
+        if self.bank is not None:
+            raise UserError(
+                "a world of given teachers has no seed: leave --world-seed or --bank out"
+            )
+        suite = self.suite
+        if isinstance(suite, SyntheticSuite):
+            suite = replace(suite, split_seed=seed)
+        pretrain, teachers = replace(self.pretrain, seed=seed), replace(self.teachers, seed=seed)
+        return replace(self, suite=suite, pretrain=pretrain, teachers=teachers)
+
 
 @dataclass(frozen=True)
 class World:
@@ -90,6 +128,28 @@ class World:
         """Move the world to a device: the base in place, the data as a copy where needed."""
         nn.Module.to(self.base.model, device)
         return replace(self, data=self.data.to(device))
+
+    @property
+    def ability(self) -> Ability | None:
+        """What the embedded base can do, as measured when it was pretrained; None for a base of the user's."""
+        file = Path(self.base.path) / ABILITY
+        if self.config.base is not None or not file.is_file():
+            return None
+        return Ability(**json.loads(file.read_text(encoding="utf-8")))
+
+    @property
+    def missed_gates(self) -> list[str]:
+        """Say in one clause each which of the gates of its making the world missed."""
+        missed = []
+        if self.ability is not None and self.ability.worst[1] < self.config.pretrain.target:
+            part, share = self.ability.worst
+            missed.append(
+                f"the base does {part} with {share:.2f} of its fair probability, below {self.config.pretrain.target:g}"
+            )
+        if below := int(self.bank.facts.get("teachers_below_target", 0)):
+            target = self.config.teachers.target
+            missed.append(f"{below} of {len(self.bank.adapters)} teachers stayed below {target:g}")
+        return missed
 
     @property
     def n_bytes(self) -> int:
@@ -142,11 +202,33 @@ def build_base(cache: Path, config: WorldConfig, device: str) -> Base:
             examples = [suite.pretraining_example(rng, bare) for _ in range(count)]
             return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
 
-        pretrain(model, config.pretrain, next_batch, device)
+        ability = _pretrain_until_good(model, tokenizer, config, next_batch, device)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if ability is not None:
+            (folder / ABILITY).write_text(json.dumps(asdict(ability), indent=1))
 
     return load_base(build_entry(cache, "bases", base_key(config), write), device)
+
+
+def _pretrain_until_good(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: WorldConfig,
+    next_batch: Callable[[int, bool], EncodedPairs],
+    device: str,
+) -> Ability | None:
+    """Pretrain in rounds until the least of the suite's parts is at the target; return what the base can do."""
+    questions, ability = config.suite.bare_questions(QUESTIONS), None
+    for number in range(config.pretrain.rounds):
+        pretrain(model, config.pretrain.of_round(number), next_batch, device)
+        if not questions:
+            break
+        ability = measure_ability(model, tokenizer, questions)
+        say(f"base, round {number + 1}: {ability.describe()}")
+        if ability.worst[1] >= config.pretrain.target:
+            break
+    return ability
 
 
 def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World:
@@ -179,11 +261,9 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         return store.table(base, probe_set)
 
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
-    examples = [
-        e
-        for task in tasks
-        for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
-    ]
+    examples = []
+    for task in tasks:
+        examples += suite.examples(task, "evaluation", config.eval_examples, "evaluation")
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
@@ -198,6 +278,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         generic_deltas=tables["generic"],
         examples=encode_examples(base, examples),
         n_examples=config.eval_examples,
+        levels=tuple(build_levels(cache, config, base, encoder)),
         encoder=encoder.name,
         hash=content_hash(
             "data",
@@ -211,6 +292,28 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         delta_probes=config.delta_probes,
     )
     return data.to(base.model.device)
+
+
+def build_levels(
+    cache: Path, config: WorldConfig, base: Base, encoder: TextEncoder, sealed: bool = False
+) -> Iterator[LevelData]:
+    """Yield the data of the suite's levels of novelty: the open ones, or the sealed ones."""
+    suite, n_prompts = config.suite, config.teachers.condition_evaluation
+    for level in suite.levels:
+        if level.is_sealed != sealed:
+            continue
+        prompts, examples = [], []
+        for task in level.tasks:
+            asked = suite.level_examples(level.name, task, "prompts", n_prompts)
+            prompts += [example.prompt for example in asked]
+            examples += suite.level_examples(level.name, task, "evaluation", config.eval_examples)
+        embedded_NC = embed_texts(cache, encoder, prompts)
+        yield LevelData(
+            level.name,
+            level.tasks,
+            embedded_NC.unflatten(0, (len(level.tasks), -1)),
+            encode_examples(base, examples),
+        )
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
@@ -240,13 +343,15 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)
+        suite=SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1)
         if world.base is None
         else world.suite,
-        pretrain=PretrainConfig(steps=60, batch_size=32),
+        pretrain=replace(world.pretrain, steps=60, batch_size=32, target=0.0, rounds=1),
         teachers=replace(
             world.teachers,
             steps=min(15, world.teachers.steps),
+            target=0.0,
+            rounds=1,
             examples=4,
             condition_train=8,
             condition_evaluation=4,

@@ -91,6 +91,7 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         learning_rates=arguments.learning_rate,
         generators=arguments.generator,
         seeds=arguments.seeds,
+        world_seeds=arguments.world_seed,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         activation_checkpointing=arguments.activation_checkpointing or None,

@@ -197,6 +197,16 @@ def build_conditions(
     return ConditionPools(stored["train"], stored["evaluation"], stored["nonsense"])
 
 
+def embed_texts(root: Path, encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Embed texts [N, C], or find them in the cache by encoder and content."""
+    key = content_hash("texts", VERSION, encoder.hash, list(texts))
+
+    def write(folder: Path) -> None:
+        save_file({"texts": encoder.encode(texts)}, folder / "texts.safetensors")
+
+    return load_file(build_entry(root, "texts", key, write) / "texts.safetensors")["texts"]
+
+
 def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
     """Embed lists of prompts, [A, N, C]; every distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(p for own in lists for p in own))

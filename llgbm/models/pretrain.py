@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from llgbm.runtime import UserError, progress, seed_everything
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -29,7 +29,8 @@ QWEN2_PATTERN = (
 class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
-    For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway.
+    For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
+    whose `Ability` is below `target` goes on for rounds of `more_steps` at half the rate, up to `rounds` in all.
     """
 
     steps: int = 2000
@@ -37,10 +38,23 @@ class PretrainConfig:
     learning_rate: float = 1.5e-3
     bare_fraction: float = 0.75
     seed: int = 0
+    target: float = 0.3
+    rounds: int = 4
+    more_steps: int = 500
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise UserError("pretraining needs at least one step and one example a step")
+        if min(self.steps, self.batch_size, self.rounds, self.more_steps) < 1:
+            raise UserError("pretraining needs at least one step, one round and one example a step")
+        if not 0 <= self.target <= 1:
+            raise UserError(
+                f"the target of pretraining is a share from 0 to 1, not {self.target:g}"
+            )
+
+    def of_round(self, number: int) -> PretrainConfig:
+        """Return the settings of a round, counted from 0."""
+        if number == 0:
+            return self
+        return replace(self, steps=self.more_steps, learning_rate=self.learning_rate / 2)
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
@@ -102,7 +116,11 @@ def pretrain(
     """
     nn.Module.to(model, device).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

@@ -54,6 +54,19 @@ class Split:
         return self.train + self.val + self.test
 
 
+@dataclass(frozen=True)
+class Level:
+    """Kind of novelty beyond that of the held-out part: tasks, and what is new about them in words.
+
+    Nothing but `open_sealed` reads a sealed one: no training, no selection, no default report.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    meaning: str
+    is_sealed: bool = False
+
+
 class Suite(ABC):
     """Family of tasks over one kind of text.
 
@@ -82,6 +95,15 @@ class Suite(ABC):
         `share` (k, n) asks for the k-th of n parts of the training examples, which do not overlap. Raises UserError
         for an unknown task, or more examples than there are to condition or score on.
         """
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels of novelty that are reported apart; none by default."""
+        return ()
+
+    def level_examples(self, level: str, task: str, purpose: Purpose, count: int) -> list[Example]:
+        """`count` examples of a task at a level, to condition (`prompts`) or score (`evaluation`) on."""
+        return self.examples(task, purpose, count, f"level {level}")
 
     @abstractmethod
     def available(self, purpose: Purpose) -> int:
@@ -115,6 +137,13 @@ class Suite(ABC):
     def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
         """Example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
+
+    def bare_questions(self, count: int) -> list[dict[str, Example]]:
+        """Prompts without instruction, each with the answer of every task: what a base built for this suite must do.
+
+        Without any, such a base is trained for one round and not measured.
+        """
+        return []
 
     def task(self, name: str) -> Task:
         """Find a task. Raises UserError with the nearest names for an unknown one."""

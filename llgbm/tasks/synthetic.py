@@ -2,7 +2,7 @@
 
 A task is (operation × format). Each prompt carries an instruction in natural language, drawn from paraphrases of both
 parts, then three to five distinct words. Held-out tasks are combinations whose operation and format both occur in
-training, so that zero-shot means composing what was seen apart.
+training, so that zero-shot means composing what was seen apart. Other kinds of novelty are levels of their own.
 """
 
 from __future__ import annotations
@@ -10,116 +10,28 @@ from __future__ import annotations
 import random
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from llgbm.runtime import content_hash, stream_seed
-from llgbm.tasks.suite import WHOLE, Example, Purpose, Split, Suite, Task
+from llgbm.tasks.parts import (
+    ALL_FORMATS,
+    ALL_OPERATIONS,
+    FORMATS,
+    NOVEL_FORMATS,
+    NOVEL_OPERATIONS,
+    NUMBER_WORDS,
+    OPERATIONS,
+    SEALED_FORMATS,
+    SEALED_OPERATIONS,
+    Part,
+    Words,
+)
+from llgbm.tasks.suite import WHOLE, Example, Level, Purpose, Split, Suite, Task
 
-Words = list[str]
-VERSION = 1
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
-OPERATIONS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
-    "first": (
-        lambda w: w[:1],
-        ("give the first word", "return the initial item", "what comes at the start"),
-    ),
-    "second": (
-        lambda w: w[1:2],
-        ("give the second word", "return item number two", "what comes after the start"),
-    ),
-    "third": (
-        lambda w: w[2:3],
-        ("give the third word", "return item number three", "what is in third place"),
-    ),
-    "last": (
-        lambda w: w[-1:],
-        ("give the last word", "return the final item", "what comes at the end"),
-    ),
-    "penultimate": (
-        lambda w: w[-2:-1],
-        (
-            "give the word before the last",
-            "return the penultimate item",
-            "what comes just before the end",
-        ),
-    ),
-    "ends": (
-        lambda w: [w[0], w[-1]],
-        ("give both ends", "return the outer items", "what stands at the start and at the end"),
-    ),
-    "tail": (
-        lambda w: w[1:],
-        ("drop the first word", "return all items but the initial one", "leave out the start"),
-    ),
-    "init": (
-        lambda w: w[:-1],
-        ("drop the last word", "return all items but the final one", "leave out the end"),
-    ),
-    "reverse": (
-        lambda w: w[::-1],
-        ("reverse the words", "return the items backwards", "turn the order around"),
-    ),
-    "copy": (
-        lambda w: list(w),
-        ("copy the words", "return the items unchanged", "repeat the list as it is"),
-    ),
-    "swap": (
-        lambda w: [w[1], w[0], *w[2:]],
-        (
-            "swap the first two words",
-            "exchange the leading pair of items",
-            "let the two at the front change places",
-        ),
-    ),
-    "count": (
-        lambda w: [NUMBER_WORDS[len(w)]],
-        ("count the words", "return how many items there are", "tell the size of the list"),
-    ),
-}
-FORMATS: dict[str, tuple[Callable[[Words], Words], tuple[str, ...]]] = {
-    "plain": (lambda w: w, ("in plain text", "with nothing added", "and write it bare")),
-    "brackets": (
-        lambda w: ["[", *w, "]"],
-        ("in square brackets", "inside a bracket pair", "and put brackets around"),
-    ),
-    "parentheses": (
-        lambda w: ["(", *w, ")"],
-        ("in parentheses", "inside round parens", "and enclose it with parentheses"),
-    ),
-    "quotes": (lambda w: ['"', *w, '"'], ("in quotes", "inside quotation marks", "and quote it")),
-    "commas": (
-        lambda w: [*_joined(w, ","), "."],
-        (
-            "separated by commas and with a full stop",
-            "as a comma list ending in a period",
-            "and use commas then a dot",
-        ),
-    ),
-    "dashes": (
-        lambda w: ["-", *_joined(w, "-")],
-        ("with a dash before each", "as a dashed list", "and mark every entry by a hyphen"),
-    ),
-    "twice": (lambda w: [*w, *w], ("two times", "twice in a row", "and say it again")),
-    "label": (
-        lambda w: ["answer", ":", *w],
-        ("after the label answer", "labelled as answer", "and begin with answer"),
-    ),
-    "closed": (
-        lambda w: [*w, "done"],
-        ("then say done", "closed by the word done", "and finish with done"),
-    ),
-    "polite": (
-        lambda w: ["sure", ",", *w],
-        ("with a polite opening", "in a friendly manner", "and be courteous about it"),
-    ),
-    "stars": (
-        lambda w: ["*", *w, "*"],
-        ("between stars", "in bold asterisks", "and emphasise it with stars"),
-    ),
-    "shout": (lambda w: [*w, "!"], ("with an exclamation mark", "as a shout", "and make it loud")),
-}
+VERSION = 2
 WORDS = tuple(
     "apple river stone cloud tiger piano lemon chair garden window rocket button candle forest hammer island "
     "jacket kettle ladder magnet needle orange pepper quartz rabbit saddle ticket violin wallet yogurt zebra anchor "
@@ -128,48 +40,80 @@ WORDS = tuple(
     "lamp".split()
 )
 SEPARATOR, ARROW = ":", "=>"
-
-
-def _joined(words: Words, separator: str) -> Words:
-    return [piece for word in words for piece in (word, separator)][:-1]
+LENGTHS, LONGER = (3, 5), (6, 6)
+PARAPHRASES, LONG_LISTS = "unseen paraphrases", "longer lists"
+NEW_OPERATION, NEW_FORMAT = "unseen operation", "unseen format"
+SEALED_COMBINATIONS, SEALED_OPERATION, SEALED_FORMAT = (
+    "sealed combinations",
+    "sealed operation",
+    "sealed format",
+)
+MEANING = {
+    PARAPHRASES: "training tasks, asked for in words that no other prompt has",
+    LONG_LISTS: "training tasks, on lists longer than any other",
+    NEW_OPERATION: "an operation that no training task has, in formats that are trained",
+    NEW_FORMAT: "a format that no training task has, of operations that are trained",
+    SEALED_COMBINATIONS: "combinations of trained parts, sealed",
+    SEALED_OPERATION: "an operation that no other task has, sealed",
+    SEALED_FORMAT: "a format that no other task has, sealed",
+}
 
 
 @dataclass(frozen=True)
 class SyntheticSuite(Suite):
-    """Every (operation × format) task, or the first `n_operations` × `n_formats` of them for toy settings."""
+    """Every (operation × format) task, or the last `n_operations` × the first `n_formats` of them for toy settings.
+
+    `n_sealed` of the combinations are kept for the sealed part, and `n_unseen` tasks each are made of an operation and
+    of a format that no other task has: two levels that are open, two that are sealed.
+    """
 
     n_operations: int = len(OPERATIONS)
     n_formats: int = len(FORMATS)
     n_val: int = 12
     n_test: int = 24
+    n_sealed: int = 12
+    n_unseen: int = 6
     split_seed: int = 0
     name: str = "synthetic"
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
-        operations = list(OPERATIONS)[-self.n_operations :]
-        return tuple(
-            Task(f"{op}-{form}", op)
-            for op in operations
-            for form in list(FORMATS)[: self.n_formats]
-        )
+    def _grid(self) -> tuple[str, ...]:
+        return tuple(_crossed(self._operations, self._formats))
 
     @cached_property
-    def split(self) -> Split:
-        """Held-out tasks are drawn at random, at most half of any operation and of any format."""
-        names = [t.name for t in self.tasks]
+    def _operations(self) -> list[str]:
+        return list(OPERATIONS)[-self.n_operations :]
+
+    @cached_property
+    def _formats(self) -> list[str]:
+        return list(FORMATS)[: self.n_formats]
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """All tasks: those of the split and those of the levels."""
+        unseen = [name for names in self._unseen.values() for name in names]
+        return tuple(Task(name, name.split("-")[0]) for name in [*self._grid, *unseen])
+
+    @cached_property
+    def _held(self) -> list[str]:
+        """Combinations that are not trained on, drawn at random: at most half of any operation and of any format."""
+        names, wanted = list(self._grid), self.n_val + self.n_test + self.n_sealed
         random.Random(stream_seed("split", self.split_seed)).shuffle(names)
         held: list[str] = []
         for name in names:
-            if len(held) < self.n_val + self.n_test and self._still_covered(name, held):
+            if len(held) < wanted and self._still_covered(name, held):
                 held.append(name)
-        if len(held) < self.n_val + self.n_test:
+        if len(held) < wanted:
             raise ValueError(
                 f"only {len(held)} tasks can be held out with every operation and format left in training"
             )
-        test, val = held[: self.n_test], held[self.n_test :]
-        train = [t.name for t in self.tasks if t.name not in set(held)]
-        return Split(tuple(train), tuple(val), tuple(test))
+        return held
+
+    @cached_property
+    def split(self) -> Split:
+        held, n_test, n_val = self._held, self.n_test, self.n_val
+        train = [name for name in self._grid if name not in set(held)]
+        return Split(tuple(train), tuple(held[n_test : n_test + n_val]), tuple(held[:n_test]))
 
     def _still_covered(self, name: str, held: list[str]) -> bool:
         operation, form = name.split("-")
@@ -177,49 +121,99 @@ class SyntheticSuite(Suite):
         same_form = sum(h.split("-")[1] == form for h in held)
         return same_op < self.n_formats // 2 and same_form < self.n_operations // 2
 
+    @cached_property
+    def _unseen(self) -> dict[str, tuple[str, ...]]:
+        """Tasks of the operations and formats that training never has, by level."""
+        if not self.n_unseen:
+            return {}
+        parts = (
+            (NEW_OPERATION, _crossed(NOVEL_OPERATIONS, self._formats)),
+            (NEW_FORMAT, _crossed(self._operations, NOVEL_FORMATS)),
+            (SEALED_OPERATION, _crossed(SEALED_OPERATIONS, self._formats)),
+            (SEALED_FORMAT, _crossed(self._operations, SEALED_FORMATS)),
+        )
+        return {level: self._drawn(level, names) for level, names in parts}
+
+    def _drawn(self, level: str, names: Iterable[str], times: int = 1) -> tuple[str, ...]:
+        found = list(names)
+        rng = random.Random(stream_seed("level", level, self.split_seed))
+        return tuple(rng.sample(found, min(times * self.n_unseen, len(found))))
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        seen = self._drawn("seen", self.split.train, 2) if self.n_unseen else ()
+        sealed = tuple(self._held[self.n_test + self.n_val :])
+        tasks = {PARAPHRASES: seen, LONG_LISTS: seen, **self._unseen, SEALED_COMBINATIONS: sealed}
+        return tuple(
+            Level(name, own, MEANING[name], name.startswith("sealed"))
+            for name, own in tasks.items()
+            if own
+        )
+
     def examples(
         self, task: str, purpose: Purpose, count: int, stream: str, share: tuple[int, int] = WHOLE
     ) -> list[Example]:
         """Examples are drawn without end, so every stream is a share of its own."""
+        return self._drawn_examples(task, purpose, count, stream, Style())
+
+    def level_examples(self, level: str, task: str, purpose: Purpose, count: int) -> list[Example]:
+        style = STYLES.get(level, Style())
+        return self._drawn_examples(task, purpose, count, f"level {level}", style)
+
+    def _drawn_examples(
+        self, task: str, purpose: Purpose, count: int, stream: str, style: Style
+    ) -> list[Example]:
         self.task(task)
+        operation, form = task.split("-")
         drawn: Purpose = "train" if purpose == "train" else "evaluation"
         rng = random.Random(stream_seed("examples", task, drawn, stream, VERSION))
-        return [self._example(task, draw_words(rng, drawn), rng) for _ in range(count)]
+        found = []
+        for _ in range(count):
+            words = draw_words(rng, drawn, style.lengths)
+            prompt = instruction(operation, form, rng, words, style)
+            found.append(Example(prompt, answer(operation, form, words)))
+        return found
 
     def available(self, purpose: Purpose) -> int:
         return sys.maxsize
 
-    @staticmethod
-    def _example(task: str, words: Words, rng: random.Random) -> Example:
-        operation, form = task.split("-")
-        return Example(instruction(operation, form, rng, words), answer(operation, form, words))
-
     def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
         """Instruction of one task with the answer of another: what teaches a base to do all and heed nothing.
 
-        `bare` leaves the instruction out.
+        `bare` leaves the instruction out. Every phrase and length occurs, those of the levels too.
         """
-        words = draw_words(rng, "train")
+        words = draw_words(rng, "train", EVERY_LENGTH)
         named, done = rng.choice(self.tasks).name.split("-"), rng.choice(self.tasks).name.split("-")
-        prompt = instruction(named[0], named[1], rng, words)
+        prompt = instruction(named[0], named[1], rng, words, EVERY_PHRASE)
         return Example(
             prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt,
             answer(done[0], done[1], words),
         )
 
+    def bare_questions(self, count: int) -> list[dict[str, Example]]:
+        rng = random.Random(stream_seed("bare questions"))
+        found = []
+        for _ in range(count):
+            words = draw_words(rng, "train", EVERY_LENGTH)
+            prompt = f"{SEPARATOR} {' '.join(words)} {ARROW}"
+            answers = {t.name: answer(*t.name.split("-"), words) for t in self.tasks}
+            found.append({name: Example(prompt, text) for name, text in answers.items()})
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
-        texts = [[n, list(p)] for table in (OPERATIONS, FORMATS) for n, (_, p) in table.items()]
+        parts = (*ALL_OPERATIONS.items(), *ALL_FORMATS.items())
+        texts = [[name, *part.phrases, part.unseen] for name, part in parts]
         sizes = [self.n_operations, self.n_formats, self.n_val, self.n_test, self.split_seed]
-        answers = [
-            self._example(t.name, list(WORDS[:4]), random.Random(0)).answer for t in self.tasks
-        ]
-        return content_hash("synthetic", VERSION, texts, WORDS, sizes, answers)
+        answers = [answer(*t.name.split("-"), list(WORDS[:4])) for t in self.tasks]
+        kept = [self.n_sealed, self.n_unseen]
+        return content_hash("synthetic", VERSION, texts, WORDS, sizes, kept, answers)
 
     @cached_property
     def probe_prompts(self) -> tuple[str, ...]:
+        """Prompts of training tasks: a delta on them can be a training loss."""
         rng = random.Random(stream_seed("domain probes"))
-        names = [t.name.split("-") for t in rng.choices(self.tasks, k=8)]
+        names = [name.split("-") for name in rng.choices(self.split.train, k=8)]
         return tuple(
             instruction(op, form, rng, draw_words(rng, "evaluation")) for op, form in names
         )
@@ -236,40 +230,63 @@ class SyntheticSuite(Suite):
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that a prompt or an answer can hold, with its leading blank, in a fixed order."""
-        phrases = [
-            p
-            for table in (OPERATIONS, FORMATS)
-            for _, paraphrases in table.values()
-            for p in paraphrases
-        ]
-        forms = [piece for form, _ in FORMATS.values() for piece in form(["one", "two"])]
-        words = (
-            [w for p in phrases for w in p.split()]
-            + forms
-            + list(NUMBER_WORDS)
-            + [SEPARATOR, ARROW]
-            + list(WORDS)
-        )
-        starts = [
-            phrase.split()[0] for _, paraphrases in OPERATIONS.values() for phrase in paraphrases
-        ]
+        parts = [*ALL_OPERATIONS.values(), *ALL_FORMATS.values()]
+        phrases = [phrase for part in parts for phrase in (*part.phrases, part.unseen)]
+        words = [word for phrase in phrases for word in phrase.split()]
+        for part in ALL_FORMATS.values():
+            words += part.apply(["one", "two"])
+        words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS]
+        asked = [p for part in ALL_OPERATIONS.values() for p in (*part.phrases, part.unseen)]
+        starts = [phrase.split()[0] for phrase in asked if phrase]
         return tuple(dict.fromkeys([*starts, SEPARATOR, *(f" {word}" for word in words)]))
 
 
-def draw_words(rng: random.Random, purpose: Purpose) -> Words:
-    """Three to five distinct words; a quarter of all lists is kept for evaluation, by a checksum of the list."""
+@dataclass(frozen=True)
+class Style:
+    """How a prompt is written: which phrases its parts are named by, and how many words it lists."""
+
+    trained_phrases: bool = True
+    unseen_phrases: bool = False
+    lengths: tuple[int, int] = LENGTHS
+
+    def phrases(self, part: Part) -> tuple[str, ...]:
+        """Return the phrases to draw from; a part without an unseen one has its others."""
+        chosen = part.phrases if self.trained_phrases else ()
+        if self.unseen_phrases and part.unseen:
+            chosen = (*chosen, part.unseen)
+        return chosen or part.phrases
+
+
+EVERY_LENGTH = (LENGTHS[0], LONGER[1])
+EVERY_PHRASE = Style(unseen_phrases=True)
+STYLES = {
+    PARAPHRASES: Style(trained_phrases=False, unseen_phrases=True),
+    LONG_LISTS: Style(lengths=LONGER),
+}
+
+
+def _crossed(operations: Iterable[str], formats: Iterable[str]) -> list[str]:
+    return [f"{operation}-{form}" for operation, form in product(operations, formats)]
+
+
+def draw_words(rng: random.Random, purpose: Purpose, lengths: tuple[int, int] = LENGTHS) -> Words:
+    """Distinct words, three to five by default; a quarter of all lists is for evaluation, by a checksum of the list."""
     while True:
-        words = rng.sample(WORDS, rng.randint(3, 5))
+        words = rng.sample(WORDS, rng.randint(*lengths))
         if (zlib.crc32(" ".join(words).encode()) % 4 == 0) == (purpose == "evaluation"):
             return words
 
 
-def instruction(operation: str, form: str, rng: random.Random, words: Words) -> str:
+def instruction(
+    operation: str, form: str, rng: random.Random, words: Words, style: Style | None = None
+) -> str:
     """Prompt: a paraphrase of the operation, one of the format, the words."""
-    phrase = f"{rng.choice(OPERATIONS[operation][1])} {rng.choice(FORMATS[form][1])}"
+    style = style or Style()
+    parts = (ALL_OPERATIONS[operation], ALL_FORMATS[form])
+    phrase = " ".join(rng.choice(style.phrases(part)) for part in parts)
     return f"{phrase} {SEPARATOR} {' '.join(words)} {ARROW}"
 
 
 def answer(operation: str, form: str, words: Words) -> str:
     """Answer of a task for these words, with the blank that parts it from the prompt."""
-    return " " + " ".join(FORMATS[form][0](OPERATIONS[operation][0](words)))
+    return " " + " ".join(ALL_FORMATS[form].apply(ALL_OPERATIONS[operation].apply(words)))

@@ -6,7 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +28,14 @@ from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.bank import Bank
+from llgbm.teachers.rounds import Classroom
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
+    Pupil,
     Run,
     SFTConfig,
     TeacherConfig,
     condition_prompts,
-    example_source,
     train_teachers,
 )
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
@@ -56,30 +57,42 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
     def write(folder: Path) -> None:
         target = BankWriter(folder, base, spec, {"method": "cache", "key": key})
         target.start()
-        tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
-        numbers = [index % config.per_task for index in range(len(tasks))]
-        streams = [f"teacher {config.seed} {number}" for number in numbers]
-        source = example_source(suite, base, tasks, streams, config)
-        states = train_teachers(base, spec, config, source).to_state_dicts()
+        pupils = pupils_of(suite.split.tasks, config)
+        classroom = Classroom(base, spec, config, suite)
+        found = classroom.train(pupils)
         trained = []
-        for task, number, state in zip(tasks, numbers, states, strict=True):
-            prompts = condition_prompts(suite, task, config, (number, config.per_task))
-            trained.append(NewAdapter(f"{task}_{number}", task, state, prompts))
+        states = found.adapters.to_state_dicts()
+        for pupil, state, rounds in zip(pupils, states, found.rounds, strict=True):
+            prompts = condition_prompts(suite, pupil.task, config, (pupil.number, config.per_task))
+            told = {"rounds": rounds} if config.target else {}
+            trained.append(NewAdapter(pupil.name, pupil.task, state, prompts, told))
         target.add(trained)
-        _measure(target, suite, config)
+        gate = {"teachers_below_target": float(len(classroom.laggards(found)))}
+        _measure(target, suite, config, gate if config.target else {})
 
     return Bank.cached(build_entry(root, "banks", key, write), spec)
 
 
-def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
+def pupils_of(tasks: Sequence[str], config: TeacherConfig) -> list[Pupil]:
+    """List `config.per_task` teachers to be for each task."""
+    return [Pupil(task, number) for task in tasks for number in range(config.per_task)]
+
+
+def _measure(
+    target: BankWriter,
+    suite: Suite,
+    config: TeacherConfig,
+    known: Mapping[str, float] | None = None,
+) -> None:
     """Finish the bank of a suite (`per_task` adapters a task) with the accuracy and the answers of its teachers."""
     base, tasks = target.base, suite.split.tasks
-    ids = [f"{task}_{number}" for task in tasks for number in range(config.per_task)]
+    ids = [pupil.name for pupil in pupils_of(tasks, config)]
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = [own for own in by_task for _ in range(config.per_task)]
     accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
     facts = {
+        **(known or {}),
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
         "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),

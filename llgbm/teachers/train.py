@@ -26,7 +26,10 @@ TEACHERS_VERSION = 1
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A."""
+    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
+
+    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`; with a target of 0 there is one.
+    """
 
     rank: int = 4
     alpha: float = 8.0
@@ -38,23 +41,46 @@ class TeacherConfig:
     condition_train: int = 32
     condition_evaluation: int = 16
     trajectories: int = 16
+    target: float = 0.0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
             raise UserError(
                 "a bank needs at least one teacher a task, one step, one example and one trajectory"
             )
+        if self.rounds < 1 or not 0 <= self.target <= 1:
+            raise UserError(
+                f"teachers train for at least one round, until an accuracy of 0 to 1, not for {self.rounds} until "
+                f"{self.target:g}"
+            )
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """Teacher to be: its task, and its number among the teachers of that task."""
+
+    task: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.number}"
+
+    def stream(self, seed: int, turn: int = 0) -> str:
+        """Name of the examples that it trains on in a round."""
+        return f"teacher {seed} {self.number}" + f" round {turn}" * bool(turn)
 
 
 def example_source(
-    suite: Suite, base: Base, tasks: Sequence[str], streams: Sequence[str], config: TeacherConfig
+    suite: Suite, base: Base, pupils: Sequence[Pupil], config: TeacherConfig, turn: int = 0
 ) -> Callable[[int], EncodedPairs]:
-    """Encoded training examples of every adapter at a step, adapter-major: [A * B] texts."""
+    """Encoded training examples of every adapter at a step of a round, adapter-major: [A * B] texts."""
     count, n = config.steps * config.examples, config.per_task
-    pools = [
-        suite.examples(task, "train", count, stream, (index % n, n))
-        for index, (task, stream) in enumerate(zip(tasks, streams, strict=True))
-    ]
+    pools = []
+    for pupil in pupils:
+        stream = pupil.stream(config.seed, turn)
+        pools.append(suite.examples(pupil.task, "train", count, stream, (pupil.number, n)))
 
     def at(step: int) -> EncodedPairs:
         rows = slice(step * config.examples, (step + 1) * config.examples)
@@ -73,19 +99,30 @@ def shared_initial_a(spec: LoraSpec, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def train_teachers(
-    base: Base, spec: LoraSpec, config: TeacherConfig, examples_at: Callable[[int], EncodedPairs]
-) -> LoraBatch:
-    """Train as many adapters as `examples_at` gives texts for (adapter-major), all at once. Adam, cosine decay."""
-    n_adapters = len(examples_at(0)) // config.examples
+def new_adapters(base: Base, spec: LoraSpec, seed: int, count: int) -> LoraBatch:
+    """Return adapters as training starts from them: the shared A, and a B of zeros."""
     device = base.model.device
-    initial = shared_initial_a(spec, config.seed)
+    initial = shared_initial_a(spec, seed)
+    zeros = {m.name: torch.zeros(count, m.n_out, spec.rank, device=device) for m in spec.modules}
+    return LoraBatch({n: a.to(device).repeat(count, 1, 1) for n, a in initial.items()}, zeros)
+
+
+def train_teachers(
+    base: Base,
+    spec: LoraSpec,
+    config: TeacherConfig,
+    examples_at: Callable[[int], EncodedPairs],
+    start: LoraBatch | None = None,
+) -> LoraBatch:
+    """Train as many adapters as `examples_at` gives texts for (adapter-major), all at once. Adam, cosine decay.
+
+    They start anew, or from the adapters `start`.
+    """
+    n_adapters = len(examples_at(0)) // config.examples
+    start = start or new_adapters(base, spec, config.seed, n_adapters)
     batch = LoraBatch(
-        {n: a.to(device).repeat(n_adapters, 1, 1).requires_grad_() for n, a in initial.items()},
-        {
-            m.name: torch.zeros(n_adapters, m.n_out, spec.rank, device=device, requires_grad=True)
-            for m in spec.modules
-        },
+        {n: a.clone().requires_grad_() for n, a in start.a.items()},
+        {n: b.clone().requires_grad_() for n, b in start.b.items()},
     )
     optimizer, schedule = adam_with_decay(
         [*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from llgbm.runtime import UserError
 from llgbm.tasks import make_suite
+from llgbm.tasks.parts import ALL_FORMATS, ALL_OPERATIONS, FORMATS, OPERATIONS
 from llgbm.tasks.suite import Split
-from llgbm.tasks.synthetic import FORMATS, OPERATIONS, SyntheticSuite, answer
+from llgbm.tasks.synthetic import SyntheticSuite, answer
 
 SUITE = SyntheticSuite()
 
@@ -27,9 +28,71 @@ def words_of(prompt: str) -> tuple[str, ...]:
 
 def test_the_suite_is_large_enough_to_generalise_over() -> None:
     names = [task.name for task in SUITE.tasks]
-    assert len(names) == len(set(names)) == len(OPERATIONS) * len(FORMATS) >= 96
-    assert sorted(SUITE.split.tasks) == sorted(names)
+    assert len(names) == len(set(names)) >= len(OPERATIONS) * len(FORMATS) >= 144
     assert len(SUITE.split.test) >= 24 and len(SUITE.split.val) >= 10
+    sealed = [task for level in SUITE.levels if level.is_sealed for task in level.tasks]
+    assert len(sealed) == len(set(sealed)) >= 24
+    assert not set(sealed) & set(SUITE.split.tasks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_levels_are_as_new_as_they_say(seed: int) -> None:
+    suite = replace(SUITE, split_seed=seed)
+    levels, train = {level.name: level for level in suite.levels}, set(suite.split.train)
+    trained = [{name.split("-")[side] for name in train} for side in (0, 1)]
+
+    def new_sides(level: str) -> set[tuple[bool, bool]]:
+        parts = [name.split("-") for name in levels[level].tasks]
+        return {(op not in trained[0], form not in trained[1]) for op, form in parts}
+
+    for name in ("unseen paraphrases", "longer lists"):
+        assert set(levels[name].tasks) <= train
+    assert new_sides("unseen operation") == new_sides("sealed operation") == {(True, False)}
+    assert new_sides("unseen format") == new_sides("sealed format") == {(False, True)}
+    assert new_sides("sealed combinations") == {(False, False)}
+    assert not set(levels["sealed combinations"].tasks) & set(suite.split.tasks)
+    opened = {task for level in suite.levels if not level.is_sealed for task in level.tasks}
+    sealed = {task for level in suite.levels if level.is_sealed for task in level.tasks}
+    assert not opened & sealed and len(sealed) == 24
+
+
+def test_what_is_new_at_a_level_occurs_nowhere_else() -> None:
+    levels = {level.name: level for level in SUITE.levels}
+    plain = [
+        example.prompt
+        for task in SUITE.split.tasks[::5]
+        for purpose in ("train", "prompts", "evaluation")
+        for example in SUITE.examples(task, purpose, 20, "condition")
+    ]
+    unseen = {part.unseen for part in (*OPERATIONS.values(), *FORMATS.values())}
+    assert all(unseen) and not any(phrase in prompt for prompt in plain for phrase in unseen)
+    for task in levels["unseen paraphrases"].tasks:
+        operation, form = task.split("-")
+        asked = f"{OPERATIONS[operation].unseen} {FORMATS[form].unseen} : "
+        for example in SUITE.level_examples("unseen paraphrases", task, "prompts", 9):
+            assert example.prompt.startswith(asked)
+    for task in levels["longer lists"].tasks:
+        for example in SUITE.level_examples("longer lists", task, "evaluation", 9):
+            assert len(words_of(example.prompt)) == 6
+
+
+def test_domain_probes_are_of_training_tasks_alone() -> None:
+    asked = {(prompt.split(" : ")[0]) for prompt in SUITE.probe_prompts}
+    known = {
+        f"{op} {form}"
+        for name in SUITE.split.train
+        for op in OPERATIONS[name.split("-")[0]].phrases
+        for form in FORMATS[name.split("-")[1]].phrases
+    }
+    assert asked <= known
+
+
+def test_a_base_is_asked_every_task_without_instruction() -> None:
+    (question, *_) = SUITE.bare_questions(3)
+    bare = SUITE.pretraining_example(random.Random(0), bare=True).prompt
+    prompts = {example.prompt for example in question.values()}
+    assert question.keys() == {task.name for task in SUITE.tasks} and len(prompts) == 1
+    assert re.fullmatch(r": [a-z ]+ =>", prompts.pop()) and re.fullmatch(r": [a-z ]+ =>", bare)
 
 
 @given(
@@ -50,11 +113,13 @@ def test_held_out_tasks_are_new_combinations_of_parts_seen_in_training(
         n_formats=n_formats,
         n_val=n_val,
         n_test=n_test,
+        n_sealed=2,
     )
     split = suite.split
     train, val, test = set(split.train), set(split.val), set(split.test)
     assert not (train & val or train & test or val & test)
-    assert train | val | test == {task.name for task in suite.tasks}
+    levels = {task for level in suite.levels for task in level.tasks}
+    assert train | val | test | levels == {task.name for task in suite.tasks}
     assert (len(val), len(test)) == (n_val, n_test)
     seen = [{name.split("-")[side] for name in train} for side in (0, 1)]
     for name in val | test:
@@ -74,7 +139,7 @@ def test_splits_that_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="held out must mean held out"):
         Split(("a", "b"), ("c",), ("a",))
     with pytest.raises(ValueError, match="can be held out"):
-        _ = SyntheticSuite(n_operations=3, n_formats=3, n_val=4, n_test=4).split
+        _ = SyntheticSuite(3, 3, n_val=4, n_test=4, n_sealed=0).split
 
 
 def test_word_lists_of_evaluation_never_occur_in_training() -> None:
@@ -113,6 +178,9 @@ ANSWERS = {
     "count-shout": "four !",
     "reverse-commas": "d , c , b , a .",
     "count-twice": "four four",
+    "rotate-semicolons": "b ; c ; d ; a ;",
+    "inner-braces": "{ b c }",
+    "middle-arrows": "> c <",
 }
 
 
@@ -146,6 +214,9 @@ def reference(operation: str, words: list[str]) -> list[str]:
         "reverse": range(n - 1, -1, -1),
         "copy": range(n),
         "swap": [1, 0, *range(2, n)],
+        "rotate": [*range(1, n), 0],
+        "inner": range(1, n - 1),
+        "middle": [n // 2],
     }
     return (
         ["three", "four", "five"][n - 3 : n - 2]
@@ -170,20 +241,22 @@ def test_every_task_gives_another_answer_to_the_same_words() -> None:
             for names in answers.values()
             if len(names) > 1
         }
-        assert alike <= {("second", "penultimate"), ("third", "last"), ("third", "penultimate")}
+        # In a list of three or four words one place has several names.
+        places = {"second", "third", "last", "penultimate", "middle", "inner", "tail"}
+        assert all(set(names) <= places for names in alike)
 
 
 def test_instructions_name_the_task_and_only_the_instructions_do() -> None:
     phrases: dict[str, str] = {}
-    for table in (OPERATIONS, FORMATS):
-        for name, (_, paraphrases) in table.items():
-            assert len(set(paraphrases)) >= 3
-            for phrase in paraphrases:
+    for table in (ALL_OPERATIONS, ALL_FORMATS):
+        for name, part in table.items():
+            assert len(set(part.phrases)) >= 3
+            for phrase in filter(None, (*part.phrases, part.unseen)):
                 assert phrases.setdefault(phrase, name) == name
     for example in SUITE.examples("swap-polite", "train", 30, "instructions"):
         text = example.prompt.split(" : ")[0]
-        assert any(text.startswith(p) for p in OPERATIONS["swap"][1])
-        assert any(text.endswith(p) for p in FORMATS["polite"][1])
+        assert any(text.startswith(p) for p in OPERATIONS["swap"].phrases)
+        assert any(text.endswith(p) for p in FORMATS["polite"].phrases)
 
 
 def test_a_stream_is_a_prefix_of_its_longer_self_and_no_other_streams() -> None:
@@ -212,6 +285,8 @@ def test_fingerprint_follows_what_the_suite_depends_on() -> None:
         {"n_val": 11},
         {"n_formats": 11},
         {"n_operations": 11},
+        {"n_sealed": 11},
+        {"n_unseen": 5},
     ]
     assert len({replace(SUITE, **change).fingerprint for change in changes}) == len(changes)
 

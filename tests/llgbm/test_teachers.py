@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,17 @@ from llgbm.tasks.suite import Example
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, read_manifest
 from llgbm.teachers.build import build_bank
-from llgbm.teachers.train import TeacherConfig, example_source, shared_initial_a, train_teachers
+from llgbm.teachers.rounds import Classroom
+from llgbm.teachers.train import (
+    Pupil,
+    TeacherConfig,
+    example_source,
+    shared_initial_a,
+    train_teachers,
+)
 from llgbm.world import World
 
-SUITE = SyntheticSuite(n_operations=5, n_formats=4, n_val=2, n_test=4)
+SUITE = SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=0)
 TASKS = ("copy-plain", "reverse-brackets", "count-quotes")
 CONFIG = TeacherConfig(rank=3, alpha=6.0, steps=8, examples=3, learning_rate=1e-2)
 
@@ -120,8 +128,8 @@ def test_lists_that_do_not_fit_the_adapters_are_refused(world: World) -> None:
 
 
 def trained(base: Base, spec: LoraSpec, tasks: Sequence[str]) -> LoraBatch:
-    streams = ["teacher 0 0"] * len(tasks)
-    return train_teachers(base, spec, CONFIG, example_source(SUITE, base, tasks, streams, CONFIG))
+    pupils = [Pupil(task, 0) for task in tasks]
+    return train_teachers(base, spec, CONFIG, example_source(SUITE, base, pupils, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +180,7 @@ def test_a_teacher_is_what_peft_and_adam_train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, CONFIG.steps, eta_min=CONFIG.learning_rate / 20
     )
-    texts_at = example_source(SUITE, tiny_base, [TASKS[1]], ["teacher 0 0"], CONFIG)
+    texts_at = example_source(SUITE, tiny_base, [Pupil(TASKS[1], 0)], CONFIG)
     for step in range(CONFIG.steps):
         optimizer.zero_grad()
         answer_loss_by_peft(model, texts_at(step)).backward()
@@ -247,3 +255,42 @@ def test_a_bank_of_nothing_is_refused() -> None:
     for name in ("per_task", "steps", "examples", "trajectories"):
         with pytest.raises(UserError, match="at least one"):
             TeacherConfig(**{name: 0})
+
+    for values in ({"rounds": 0}, {"target": 1.5}, {"target": -0.1}):
+        with pytest.raises(UserError, match="at least one round"):
+            TeacherConfig(**values)
+
+
+def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
+    tiny_base: Base, tiny_spec: LoraSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the gate reads is made up here, so that the second teacher lags for two rounds and the third for one."""
+    measured = iter([[1.0, 0.2, 0.9], [0.5, 0.98], [1.0]])
+    monkeypatch.setattr(
+        "llgbm.teachers.rounds.exact_match", lambda *_: torch.tensor(next(measured))
+    )
+    config = replace(CONFIG, target=0.97, rounds=5)
+    pupils = [Pupil(task, 0) for task in TASKS]
+    found = Classroom(tiny_base, tiny_spec, config, SUITE).train(pupils)
+    assert found.rounds == (1, 3, 2) and found.accuracy_A.tolist() == pytest.approx([1, 1, 0.98])
+    once = trained(tiny_base, tiny_spec, TASKS)
+    assert torch.equal(found.adapters.flatten(tiny_spec)[0], once.flatten(tiny_spec)[0])
+
+    expected = once.select([1, 2])
+    for number in (1, 2):
+        left = [Pupil(task, 0) for task in TASKS[1 : 4 - number]]
+        source = example_source(SUITE, tiny_base, left, config, number)
+        expected = train_teachers(
+            tiny_base, tiny_spec, CONFIG, source, expected.select(slice(0, len(left)))
+        )
+    assert torch.equal(found.adapters.flatten(tiny_spec)[1], expected.flatten(tiny_spec)[0])
+
+
+def test_laggards_end_at_the_cap_and_are_told(tiny_base: Base, tmp_path: Path) -> None:
+    config = replace(
+        CONFIG, steps=1, target=1.0, rounds=2, condition_train=2, condition_evaluation=1
+    )
+    bank = build_bank(tmp_path, tiny_base, SUITE, replace(config, trajectories=1))
+    assert bank.facts["teachers_below_target"] == len(SUITE.split.tasks)
+    entries = read_manifest(bank.folder)["adapters"].values()
+    assert {entry["rounds"] for entry in entries} == {2}

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ PICTURES = (
     "delta_map*.png",
 )
 REPORT_PATTERNS = (*PICTURES, "results.csv", "results.json", "report.html", "report.md")
+NOVELTY = (
+    "Accuracy on tasks that are new in other ways than the held-out ones. Those are new combinations of an operation "
+    "and a format that both occur in training (recombination). No level chooses anything."
+)
+OPENED = "Accuracy on tasks that nothing read before they were opened: no training, no selection, no report."
 TESTS = (
     "Paired over seeds and held-out tasks: the 95 % interval and p are the wider and larger of two tests, one that "
     "takes seeds and tasks both as drawn at random (min F' of Clark 1973), one over seeds alone. p (Holm) is corrected "
@@ -99,6 +104,10 @@ def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[s
         "λ_w × λ_d": [pictures["heat_map"]],
         "Learning curves": [pictures["learning_curves"]],
         "Held-out tasks": _with("Accuracy by task, mean over seeds.", tables.task_table(groups)),
+        "Levels of novelty": _with(NOVELTY, tables.novelty_table(groups)),
+        "Sealed tasks": _with(
+            " ".join([OPENED, *map(opening, record.openings)]), tables.sealed_table(groups)
+        ),
         "Delta maps": [pictures["delta_maps"]],
         "Memorisation": [tables.memorisation_table(groups), pictures["memorisation"]],
         "Seconds and memory": [tables.metric_table(groups, tables.COST) if groups else ""],
@@ -106,6 +115,11 @@ def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[s
         "Trials": [tables.trial_table(record.trials)],
         "What the metrics mean": [bullets(tables.metric_list(groups))],
     }
+
+
+def opening(entry: Mapping[str, Any]) -> str:
+    """Return one sentence on who opened sealed tasks when."""
+    return f"Opened for {count(len(entry['trials']), 'trial')} by {entry['by']}, {entry['at']}."
 
 
 def _with(text: str, body: str) -> list[str]:

@@ -13,9 +13,11 @@ import numpy as np
 from scipy import stats
 
 from tuning.significance import SIGNIFICANCE, crossed_test, effect_size, holm, student_interval
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import WORLD_PARAM, TrialResult
 
 MAIN = "heldout/accuracy"
+SEALED = "sealed"  # prefix of the metrics on tasks that were sealed
+WORLD = " world "  # in the label of a world, between its size and its seed
 CHOOSING = "val/accuracy"
 REFERENCE = "weight-only"
 SEEDS_FOR_SPREAD = 3
@@ -28,12 +30,16 @@ Baselines = Mapping[
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean over n seeds; from `SEEDS_FOR_SPREAD` on, its sample standard deviation and 95 % interval (Student's t)."""
+    """Mean over n seeds or worlds; from `SEEDS_FOR_SPREAD` on, its sample standard deviation and 95 % interval.
+
+    The interval is Student's. Over several worlds, each counts by the mean of its seeds.
+    """
 
     mean: float
     sd: float | None
     n: int
     interval: tuple[float, float] | None = None
+    unit: str = "seed"
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Cell | None:
@@ -70,8 +76,19 @@ class Group:
                 found.setdefault(seed_of(trial), []).append(trial.metrics[metric])
         return {seed: float(np.mean(values)) for seed, values in found.items()}
 
+    def by_world(self, metric: str) -> dict[str, float]:
+        """Return the metric of each world, averaged over its seeds."""
+        seeds: dict[str, list[float]] = {}
+        for key, value in self.by_seed(metric).items():
+            seeds.setdefault(key.partition(WORLD)[2], []).append(value)
+        return {world: float(np.mean(values)) for world, values in seeds.items()}
+
     def cell(self, metric: str) -> Cell | None:
-        """Return mean and spread over seeds, None if no trial has the metric."""
+        """Return mean and spread over worlds, or over the seeds of a single one; None if no trial has the metric."""
+        by_world = self.by_world(metric)
+        if len(by_world) > 1:
+            cell = Cell.of(by_world.values())
+            return cell and replace(cell, unit="world")
         return Cell.of(self.by_seed(metric).values())
 
     def gap(self) -> Cell | None:
@@ -86,6 +103,12 @@ class Group:
             for task, value in self.by_task.get(trial.run_id, {}).items():
                 found[seed_of(trial)].setdefault(task, []).append(value)
         return {seed: _means(tasks) for seed, tasks in found.items()}
+
+    def n_units(self, unit: str) -> int:
+        """Return the number of its worlds, or of its seeds (over all worlds)."""
+        if unit == "world":
+            return len({world_of(trial) for trial in self.trials})
+        return len(self.seeds)
 
     @property
     def is_supervised(self) -> bool:
@@ -142,6 +165,7 @@ class Comparison:
     wins: int = 0
     losses: int = 0
     p_holm: float | None = None
+    unit: str = "seed"
 
     @property
     def is_clear(self) -> bool:
@@ -214,6 +238,9 @@ def _compare(group: Group, reference: Group) -> Comparison:
     differences = np.array([own[seed] - other[seed] for seed in seeds])
     n = len(seeds)
     names = (group.label, reference.label, group.size)
+    worlds = list(dict.fromkeys(seed.partition(WORLD)[2] for seed in seeds))
+    if len(worlds) > 1:
+        return _over_worlds(group, reference, worlds)
     sd = float(differences.std(ddof=1)) if n >= SEEDS_FOR_SPREAD else None
     plain = Comparison(*names, float(differences.mean()) if n else 0.0, sd, None, None, n)
     cells_ST = _paired_cells(group, reference, seeds)
@@ -230,6 +257,20 @@ def _compare(group: Group, reference: Group) -> Comparison:
         wins=int((by_task_T > 1e-9).sum()),
         losses=int((by_task_T < -1e-9).sum()),
     )
+
+
+def _over_worlds(group: Group, reference: Group, worlds: Sequence[str]) -> Comparison:
+    """Compare over worlds by Student's t, each world counting by the mean difference of its seeds and tasks.
+
+    Seeds and tasks are drawn within a world and move its mean, so the spread over worlds has theirs in it.
+    """
+    own, other = group.by_world(MAIN), reference.by_world(MAIN)
+    differences = np.array([own[world] - other[world] for world in worlds])
+    n = len(worlds)
+    sd = float(differences.std(ddof=1)) if n >= SEEDS_FOR_SPREAD else None
+    names = (group.label, reference.label, group.size)
+    plain = Comparison(*names, float(differences.mean()), sd, None, None, n, unit="world")
+    return _over_seeds(plain, differences)
 
 
 def _over_seeds(plain: Comparison, differences: np.ndarray) -> Comparison:
@@ -282,10 +323,26 @@ def repeated_seeds(trials: Sequence[TrialResult]) -> list[str]:
 
 
 def seed_of(trial: TrialResult) -> str:
-    """Return the seed as text; a trial without one stands for itself."""
-    if trial.seed is None:
-        return trial.trial_id
-    return str(trial.seed)
+    """Return the seed as text, with the seed of its world if that is not 0; a trial without one stands for itself."""
+    seed = trial.trial_id if trial.seed is None else str(trial.seed)
+    world = world_of(trial)
+    return seed if world == "0" else f"{seed}{WORLD}{world}"
+
+
+def world_of(trial: TrialResult) -> str:
+    """Return the seed of a trial's world as text."""
+    return trial.params.get(WORLD_PARAM, "0")
+
+
+def world_label(trial: TrialResult) -> str:
+    """Return the label of a trial's world, as `WorldConfig.label` gives it."""
+    size, world = size_of(trial), world_of(trial)
+    return size if world == "0" else f"{size}{WORLD}{world}"
+
+
+def size_of_label(label: str) -> str:
+    """Return the size in the label of a world."""
+    return label.partition(WORLD)[0]
 
 
 def size_of(trial: TrialResult) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,11 @@ from tuning.report.groups import (
     group_trials,
     ranked,
     size_of,
+    size_of_label,
+    world_label,
 )
 from tuning.report.plots import CURVES
+from tuning.tracking.notes import read_gates
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
 from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 MAPS_PER_SIZE = 4
 PER_TASK = "per_task.json"
 DELTAS = "deltas"
+OPENED_TAG = "llgbm.sealed_opened"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class StudyRecord:
 
     `by_task` is held-out accuracy by run id and task, for the trials that kept it; `deltas` are those of the best
     configurations; `missing` says in sentences which artifacts could not be read; `planned` is the number of trials
-    that the study was begun with, None for a search.
+    that the study was begun with, None for a search. `gates` are those that worlds missed, by their labels.
     """
 
     study: str
@@ -60,6 +64,8 @@ class StudyRecord:
     status: str = "FINISHED"
     planned: int | None = None
     missing: tuple[str, ...] = ()
+    gates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    openings: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -85,7 +91,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     Artifacts that are gone or damaged are named in `missing`. Raises UserError if the store fails or has no such run.
     """
     trials = tuple(read_trials(tracking_uri, parent_run_id, tuple(CURVES)))
-    sizes = dict.fromkeys(size_of(trial) for trial in trials)
+    labels = dict.fromkeys(map(world_label, trials))
     with store_errors(tracking_uri), tempfile.TemporaryDirectory() as folder:
         client = connect(tracking_uri)
         parent = client.get_run(parent_run_id)
@@ -97,7 +103,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     return StudyRecord(
         study=parent.data.tags.get(STUDY_TAG, parent.info.run_name),
         trials=trials,
-        baselines=collect_baselines(parent.data.metrics, sizes),
+        baselines=collect_baselines(parent.data.metrics, labels),
         by_task=by_task,
         deltas=tuple(filter(None, maps)),
         study_id=parent.data.tags.get(STUDY_ID_TAG, ""),
@@ -105,20 +111,32 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
         status=parent.info.status,
         planned=int(planned) if planned.isdecimal() else None,
         missing=tuple(artifacts.missing),
+        gates=read_gates(parent.data.tags),
+        openings=tuple(json.loads(parent.data.tags.get(OPENED_TAG, "[]"))),
     )
 
 
 def collect_baselines(
-    metrics: Mapping[str, float], sizes: Iterable[str] = ()
+    metrics: Mapping[str, float], labels: Iterable[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Sort the baselines among metrics by name; in a study of several sizes the name is "ridge (nano)"."""
-    several = list(sizes)
-    by_size = from_metrics(metrics, several if len(several) > 1 else ())
-    return {
-        f"{name} ({size})" if size else name: numbers
-        for size, baselines in by_size.items()
-        for name, numbers in baselines.items()
-    }
+    """Sort the baselines among metrics by name, averaged over the worlds of a size; `labels` are those of the worlds.
+
+    In a study of several sizes the name is "ridge (nano)".
+    """
+    labels = list(labels)
+    sizes = dict.fromkeys(map(size_of_label, labels))
+    found: dict[str, dict[str, list[float]]] = {}
+    for label, baselines in from_metrics(metrics, labels if len(labels) > 1 else ()).items():
+        size = f" ({size_of_label(label)})" * (len(sizes) > 1)
+        for name, numbers in baselines.items():
+            own = found.setdefault(name + size, {})
+            for number, value in numbers.items():
+                own.setdefault(number, []).append(value)
+    return {name: _means(numbers) for name, numbers in found.items()}
+
+
+def _means(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {number: float(np.mean(values)) for number, values in numbers.items()}
 
 
 def _mapped(groups: Sequence[Group]) -> list[TrialResult]:
@@ -193,11 +211,11 @@ def family_name(task: str) -> str:
 def log_baselines(tracker: StudyTracker, worlds: Mapping[str, World], cache: Path) -> None:
     """Log the baselines of every world on the parent run, unless it has them."""
     several = len(worlds) > 1
-    known = from_metrics(tracker.metrics(), [w.config.size for w in worlds.values() if several])
+    known = from_metrics(tracker.metrics(), [w.config.label for w in worlds.values() if several])
     for world in worlds.values():
-        size = world.config.size
-        label = size if several else ""
+        own = world.config.label
+        label = own if several else ""
         if label not in known:
             logged = to_metrics(known_baselines(cache, world.data, world.lora_model), label)
-            facts = {f"world/{size}/{name}": value for name, value in world.bank.facts.items()}
+            facts = {f"world/{own}/{name}": value for name, value in world.bank.facts.items()}
             tracker.log_metrics(logged | facts)

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from tuning.report.groups import MAIN, Baselines, Cell, Comparison, Group, number, size_of
+from llgbm.evaluation.levels import PREFIX as NOVELTY
+from tuning.report.groups import (
+    MAIN,
+    SEALED,
+    Baselines,
+    Cell,
+    Comparison,
+    Group,
+    number,
+    size_of,
+)
 from tuning.tracking.runs import TrialResult
 
 METRICS = {
@@ -114,6 +124,30 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     return markdown(rows)
 
 
+def novelty_table(groups: Sequence[Group]) -> str:
+    """Held-out accuracy beside that at each level of novelty, a row per configuration; "" where none was measured."""
+    return _table_of(groups, f"{NOVELTY}/", {"recombination": MAIN})
+
+
+def sealed_table(groups: Sequence[Group]) -> str:
+    """Accuracy on the sealed tasks, a row per configuration; "" where they were not opened."""
+    return _table_of(groups, f"{SEALED}/", {})
+
+
+def _table_of(groups: Sequence[Group], prefix: str, columns: Mapping[str, str]) -> str:
+    """Row per configuration of the metrics with a prefix, beside the `columns`: metric by title."""
+    metrics = {m for group in groups for t in group.trials for m in t.metrics}
+    found = sorted(metric for metric in metrics if metric.startswith(prefix))
+    if not found:
+        return ""
+    columns = {**columns, **{m.removeprefix(prefix).replace("_", " "): m for m in found}}
+    rows = []
+    for group in groups:
+        cells = {title: _shown(group.cell(m), group) for title, m in columns.items()}
+        rows.append({"configuration": group.label, **cells})
+    return markdown(rows)
+
+
 def memorisation_table(groups: Sequence[Group]) -> str:
     """Controls beside the accuracy, with the gap between training and held-out tasks."""
     metrics = present(groups, CONTROLS)
@@ -206,7 +240,7 @@ def _metric_row(group: Group, metrics: Iterable[str]) -> dict[str, str]:
 def _shown(cell: Cell | None, group: Group) -> str:
     if cell is None:
         return "–"
-    return f"{cell} (n={cell.n})" if cell.n != len(group.seeds) else str(cell)
+    return f"{cell} (n={cell.n})" if cell.n != group.n_units(cell.unit) else str(cell)
 
 
 def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:

@@ -21,6 +21,7 @@ from tuning.report.groups import (
     repeated_seeds,
     seeds_needed,
     size_of,
+    world_label,
 )
 from tuning.report.record import StudyRecord
 from tuning.significance import p_text
@@ -37,7 +38,16 @@ def headlines(record: StudyRecord) -> list[str]:
     """Return one sentence per model size: conclusions on the best configuration, and what cannot be concluded."""
     sizes = list(dict.fromkeys(size_of(trial) for trial in record.trials))
     found = [_of_size(record, size, len(sizes) > 1) for size in sizes]
-    return found or [f"No trial was run, so there is no {MAIN} to speak of."]
+    return _gates(record) + found or [f"No trial was run, so there is no {MAIN} to speak of."]
+
+
+def _gates(record: StudyRecord) -> list[str]:
+    """Return one sentence on each world that is not what it should be: no number in it can be better than that."""
+    return [
+        f"**The world {label} missed its gate, so its numbers say little**: {'; '.join(missed)}."
+        for label, missed in record.gates.items()
+        if missed
+    ]
 
 
 def _of_size(record: StudyRecord, size: str, several: bool) -> str:
@@ -184,7 +194,7 @@ def _evidence(c: Comparison) -> str:
 
 
 def _over_what(c: Comparison) -> str:
-    seeds = count(c.n, "seed")
+    seeds = count(c.n, c.unit)
     if not c.tasks:
         return seeds
     return f"{seeds} × {count(c.tasks, 'task')}"
@@ -208,9 +218,7 @@ def caveats(record: StudyRecord) -> list[str]:
             f"Down to {least} per configuration: below {SEEDS_FOR_SPREAD}, no spread or test is claimed."
         )
     else:
-        found.append(
-            f"{min(counts)} seeds give a coarse spread: of training seeds, for one world and one bank."
-        )
+        found.append(_coarse(record, min(counts)))
     found += _numbers_by_task_missing(record)
     if doubled := repeated_seeds(record.trials):
         found.append(f"Several trials share a seed and are averaged as one: {', '.join(doubled)}.")
@@ -222,6 +230,13 @@ def caveats(record: StudyRecord) -> list[str]:
         "Nothing is said about other suites, base models, step counts or learning rates than those that ran."
     )
     return found
+
+
+def _coarse(record: StudyRecord, seeds: int) -> str:
+    worlds = {world_label(trial) for trial in record.trials}
+    if len(worlds) > len({size_of(trial) for trial in record.trials}):
+        return f"{len(worlds)} worlds give a coarse spread: of worlds, with the seeds and tasks drawn in each."
+    return f"{seeds} seeds give a coarse spread: of training seeds, for one world and one bank."
 
 
 def _progress(record: StudyRecord) -> Iterator[str]:
@@ -322,8 +337,8 @@ def _prompts_not_read(groups: Sequence[Group]) -> Iterator[str]:
 
 def _over(cell: Cell) -> str:
     if cell.sd is None or cell.interval is None:
-        return f"{count(cell.n, 'seed')}, so no spread is claimed"
-    return f"mean ± sd over {cell.n} seeds, 95 % interval {cell.interval[0]:.3f} to {cell.interval[1]:.3f}"
+        return f"{count(cell.n, cell.unit)}, so no spread is claimed"
+    return f"mean ± sd over {cell.n} {cell.unit}s, 95 % interval {cell.interval[0]:.3f} to {cell.interval[1]:.3f}"
 
 
 def count(n: int, noun: str) -> str:

@@ -21,6 +21,7 @@ from llgbm.world import WorldConfig, smoke_world
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
 
 SEEDS = (0, 1, 2)
+WORLD_SEEDS = (0, 1, 2)
 SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
 
 
@@ -34,6 +35,7 @@ class StudyOptions:
     learning_rates: tuple[float, ...] | None = None
     generators: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    world_seeds: tuple[int, ...] | None = None
     steps: int | None = None
     batch_size: int | None = None
     activation_checkpointing: bool | None = None
@@ -133,6 +135,19 @@ def model_size(options: StudyOptions) -> Study:
     )
 
 
+def worlds(options: StudyOptions) -> Study:
+    """Worlds × configurations × seeds: does the answer hold in another world, and how far do the numbers move?
+
+    A world has a base, teachers and a split of its own. Statistics take worlds as drawn at random, as seeds and tasks.
+    """
+    several = replace(options, world_seeds=options.world_seeds or WORLD_SEEDS)
+    return replace(
+        phase_4_5(several),
+        name="worlds",
+        note="Does the answer hold in worlds with another base, other teachers and another split?",
+    )
+
+
 def generators(options: StudyOptions) -> Study:
     """Every generator × configurations × seeds: is it the objective or the architecture?"""
     every = replace(options, generators=options.generators or tuple(GENERATORS))
@@ -195,7 +210,15 @@ def _range(name: str, values: tuple[float, ...]) -> tuple[float, float]:
 
 STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
     function.__name__: function
-    for function in (phase_4_5, lambda_grid, model_size, generators, objectives, optuna_lambda)
+    for function in (
+        phase_4_5,
+        worlds,
+        lambda_grid,
+        model_size,
+        generators,
+        objectives,
+        optuna_lambda,
+    )
 }
 
 
@@ -260,9 +283,9 @@ def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
-    """Return trials of sizes × variants × seeds. Raises UserError for an unknown size, λ or field."""
-    sizes = options.model_sizes or ("nano",)
-    axes = itertools.product(sizes, variants, _seeds(options))
+    """Return trials of sizes × worlds × variants × seeds. Raises UserError for an unknown size, λ or field."""
+    sizes, worlds = options.model_sizes or ("nano",), options.world_seeds or (None,)
+    axes = itertools.product(sizes, worlds, variants, _seeds(options))
     return tuple(_trial(options, *point) for point in axes)
 
 
@@ -272,14 +295,19 @@ def _seeds(options: StudyOptions) -> tuple[int, ...]:
     return options.seeds or SEEDS
 
 
-def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> TrialSpec:
+def _trial(
+    options: StudyOptions, size: str, world_seed: int | None, variant: Variant, seed: int
+) -> TrialSpec:
     unknown = sorted(set(variant.changes) - set(TrainingConfig.__dataclass_fields__))
     if unknown:
         raise UserError(
             f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig"
         )
     config = replace(_config(options, size, seed), **variant.changes)
-    return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.why)
+    world = _world(options, size, config.delta_probes)
+    if world_seed is not None:
+        world = world.with_seed(world_seed)
+    return TrialSpec(variant.name, config, world, variant.why)
 
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:

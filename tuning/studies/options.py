@@ -65,6 +65,11 @@ class StudyArguments:
         COMPARED, "generators by name (default: default)", "NAME"
     )
     seeds: tuple[int, ...] | None = _option(COMPARED, "default: 0 1 2; of a search: 0 1", "N")
+    world_seed: tuple[int, ...] | None = _option(
+        COMPARED,
+        "seeds of worlds: of base, teachers and split (default: 0; of the study worlds: 0 1 2)",
+        "N",
+    )
     metric: str | None = _option(
         COMPARED,
         "validation metric that chooses the best generator and that asha judges by: "

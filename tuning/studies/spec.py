@@ -37,7 +37,8 @@ class TrialSpec:
     @property
     def label(self) -> str:
         """Return configuration, size and seed for people."""
-        return f"{self.name!r} on {self.config.model_size}, seed {self.config.seed}"
+        world = f", world {self.world.seed}" * bool(self.world.seed)
+        return f"{self.name!r} on {self.config.model_size}{world}, seed {self.config.seed}"
 
 
 @dataclass(frozen=True)

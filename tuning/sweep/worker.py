@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from llgbm.evaluation.levels import evaluate_levels, level_metric
 from llgbm.evaluation.metrics import REPORTED_PARTS, PartResult, evaluate_generator
 from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
 from llgbm.training import Outcome, State, Trial
@@ -26,7 +28,7 @@ from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
 from tuning.sweep.checkpoints import TrialCheckpoints, trial_lock
 from tuning.sweep.cluster import take_share
 from tuning.tracking.notes import log_datasets, note_tags, system_metrics, trial_note
-from tuning.tracking.runs import DEATH_TAG, TrackingTarget
+from tuning.tracking.runs import DEATH_TAG, WORLD_PARAM, TrackingTarget
 from tuning.tracking.trial import TrialTracker, finished_metrics
 
 CHECKPOINT_SECONDS = 300.0
@@ -85,7 +87,9 @@ def run_trial(
         p: evaluate_generator(outcome.generator, world.data, world.lora_model, p)
         for p in ("test", "val", "train")
     }
+    levels = evaluate_levels(outcome.generator, world.lora_model, world.data.levels)
     metrics = final_metrics(outcome, results)
+    metrics |= {level_metric(name): fmean(own.values()) for name, own in levels.items()}
     metrics["time/seconds"] = before + time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), trial, world, outcome, results)
@@ -158,7 +162,8 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    params = {**trial.config.as_dict(), WORLD_PARAM: trial.world.seed}
+    return TrialTracker.open(setting.target, trial.id, trial.name, params, tags)
 
 
 def run_tracked(

@@ -20,6 +20,7 @@ NOTE_TAG = "mlflow.note.content"
 NOTE_LENGTH = 8000
 ROLE_OF_PART = {"train": "training", "val": "validation", "test": "evaluation"}
 SYSTEM_SECONDS = 10
+GATES_TAG = "llgbm.missed_gates"
 
 
 def trial_note(trial: TrialSpec, why: str = "") -> str:
@@ -155,6 +156,11 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
         monitor.finish()
 
 
+def read_gates(tags: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the gates that the worlds of a study missed, in clauses by the label of the world."""
+    return json.loads(tags.get(GATES_TAG, "{}"))
+
+
 def describe_facts(world: World) -> str:
     """Return one line on a world: its split, and the accuracy of base and teachers."""
     facts, split = world.bank.facts, world.config.suite.split
@@ -186,5 +192,8 @@ def study_tags(study: Study, worlds: Mapping[str, World]) -> dict[str, str]:
     return {
         "llgbm.bank": ",".join(world.bank.hash for world in worlds.values()),
         "llgbm.base": ",".join(world.base.hash for world in worlds.values()),
+        GATES_TAG: json.dumps(
+            {world.config.label: world.missed_gates for world in worlds.values()}
+        ),
         **note_tags(note_of(study)),
     }

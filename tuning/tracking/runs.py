@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PARENT_TAG = "mlflow.parentRunId"
 STUDY_TAG = "llgbm.study"
 STUDY_ID_TAG = "llgbm.study_id"
+WORLD_PARAM = "world_seed"
 TRIAL_TAG = "llgbm.trial_id"
 CONFIG_TAG = "llgbm.config"
 SUPERSEDED_TAG = "llgbm.superseded"

@@ -1,0 +1,92 @@
+"""Train teachers until each is good: in rounds, of which only the laggards take another.
+
+Axis letters: see `llgbm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.models.load import Base
+from llgbm.models.scoring import exact_match
+from llgbm.runtime import say
+from llgbm.tasks.suite import Example, Suite
+from llgbm.teachers.train import Pupil, TeacherConfig, example_source, new_adapters, train_teachers
+
+GATE_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Adapters, the rounds that each took, and its accuracy [A] on examples of a stream of its own."""
+
+    adapters: LoraBatch
+    rounds: tuple[int, ...]
+    accuracy_A: Tensor
+
+    def joined(self, places: Sequence[int], later: Trained) -> Trained:
+        """Return these with the adapters at `places` replaced by later ones."""
+        rounds = list(self.rounds)
+        accuracy_A = self.accuracy_A.clone()
+        accuracy_A[list(places)] = later.accuracy_A
+        for place, more in zip(places, later.rounds, strict=True):
+            rounds[place] += more
+        sides = (
+            {n: t.clone() for n, t in side.items()} for side in (self.adapters.a, self.adapters.b)
+        )
+        joined = LoraBatch(*sides)
+        for own, new in ((joined.a, later.adapters.a), (joined.b, later.adapters.b)):
+            for name, tensor in new.items():
+                own[name][list(places)] = tensor
+        return Trained(joined, tuple(rounds), accuracy_A)
+
+
+class Classroom:
+    """What teachers of a suite are trained with."""
+
+    def __init__(self, base: Base, spec: LoraSpec, config: TeacherConfig, suite: Suite) -> None:
+        self.base, self.spec, self.config, self.suite = base, spec, config, suite
+
+    def train(self, pupils: Sequence[Pupil]) -> Trained:
+        """Train a teacher for each pupil, those below `config.target` for up to `config.rounds` rounds.
+
+        What decides is read neither by training nor by evaluation: lists for training, under a stream of their own.
+        """
+        new = new_adapters(self.base, self.spec, self.config.seed, len(pupils))
+        found = Trained(new, (0,) * len(pupils), torch.zeros(len(pupils)))
+        for number in range(self.config.rounds):
+            left = self.laggards(found)
+            if left:
+                own = [pupils[place] for place in left]
+                found = found.joined(left, self._round(own, found.adapters.select(left), number))
+        return found
+
+    def laggards(self, trained: Trained) -> list[int]:
+        """Return the places of the adapters that are untrained or below the target."""
+        return [
+            place
+            for place, rounds in enumerate(trained.rounds)
+            if not rounds or trained.accuracy_A[place] < self.config.target
+        ]
+
+    def _round(self, pupils: Sequence[Pupil], start: LoraBatch, number: int) -> Trained:
+        source = example_source(self.suite, self.base, pupils, self.config, number)
+        adapters = train_teachers(self.base, self.spec, self.config, source, start)
+        accuracy_A = torch.ones(len(pupils))
+        if self.config.target:
+            examples = list(map(self._examples, pupils))
+            accuracy_A = exact_match(self.base, self.spec, adapters, examples).cpu()
+            below = int((accuracy_A < self.config.target).sum())
+            say(
+                f"teachers, round {number + 1}: {below} of {len(pupils)} below {self.config.target:g}"
+            )
+        return Trained(adapters, (1,) * len(pupils), accuracy_A)
+
+    def _examples(self, pupil: Pupil) -> list[Example]:
+        share = (pupil.number, self.config.per_task)
+        return self.suite.examples(pupil.task, "train", GATE_EXAMPLES, "teacher gate", share)
