@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from llgbm.redaction import redact_forms
 from llgbm.runtime import UserError
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
@@ -27,6 +29,8 @@ ERROR_TAG = "llgbm.error"
 DEATH_TAG = "llgbm.last_death"
 STOPPED_TAG = "llgbm.stopped_at_step"
 MEMBER_TAG = "llgbm.member_of."
+# Runs are looked for by these, and no secret is part of them.
+IDENTITY_TAGS = (PARENT_TAG, STUDY_ID_TAG, TRIAL_TAG)
 FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
 PARAM_LENGTH = 6000
 PARAMS_PER_CALL = 100
@@ -57,17 +61,16 @@ class TrialResult:
     ) -> TrialResult:
         """Read a trial's run; `config` overrides the name that its first study gave it."""
         tags, params, curves = run.data.tags, run.data.params, curves or {}
-        seed, stopped = params.get("seed"), tags.get(STOPPED_TAG)
         return cls(
             trial_id=tags.get(TRIAL_TAG, ""),
             config=config or tags.get(CONFIG_TAG, run.info.run_name),
-            seed=None if seed in (None, "None") else int(seed),
+            seed=_whole_number(params.get("seed")),
             status=run.info.status,
             metrics={**measured(run), **_last_values(curves)},
             curves=curves,
             params=dict(params),
             run_id=run.info.run_id,
-            stopped_at=int(stopped) if stopped else None,
+            stopped_at=_whole_number(tags.get(STOPPED_TAG)),
             superseded=not is_live(run),
             cause=tags.get(ERROR_TAG) or tags.get(DEATH_TAG, ""),
         )
@@ -79,10 +82,18 @@ class TrialResult:
 
     @property
     def last_result(self) -> dict[str, Any]:
-        """Trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
-        finished = self.stopped_at is None
-        step = int(self.params["steps"]) if finished else self.stopped_at
-        return {**self.metrics, "step": step, "finished": finished}
+        """The trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
+        step = self.stopped_at
+        if step is None:
+            step = _whole_number(self.params.get("steps")) or 0
+        return {**self.metrics, "step": step, "finished": self.stopped_at is None}
+
+
+def _whole_number(text: str | None) -> int | None:
+    """Read a number that a run holds as text, None if it is none."""
+    if text is None or not re.fullmatch(r"-?\d{1,18}", text):
+        return None
+    return int(text)
 
 
 def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
@@ -157,8 +168,9 @@ def open_run(
     client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
 ) -> str:
     """Create a run, or reopen `found`: set it RUNNING, clear how it ended and update its tags. Return its id."""
+    tags = {key: value if key in IDENTITY_TAGS else redact(value) for key, value in tags.items()}
     if found is None:
-        return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
+        return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     run_id = found.info.run_id
     client.update_run(run_id, status="RUNNING")
     for key in (ERROR_TAG, STOPPED_TAG):
@@ -194,7 +206,7 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
         if isinstance(value, Mapping):
             yield from flat_params(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)[:PARAM_LENGTH]
+            yield f"{prefix}{key}", redact_forms(str(value))[:PARAM_LENGTH]
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

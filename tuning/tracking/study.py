@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from tuning.tracking.location import artifacts_beside
 from tuning.tracking.runs import (
     FINAL_STATUSES,
     MEMBER_TAG,
@@ -60,6 +61,14 @@ class StudyTracker:
         self.experiment_id = experiment_id
         self.target: TrackingTarget | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the client out: it holds the login of the store."""
+        return {**vars(self), "client": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.client = connect(self.tracking_uri)
+
     @classmethod
     def open(cls, tracking_uri: str | None, root: Path, experiment: str) -> StudyTracker:
         """Open the store (by default SQLite under `root`) and find or create the experiment.
@@ -77,8 +86,7 @@ class StudyTracker:
             with FileLock(folder / ".mlflow.lock", timeout=60):
                 make_database(path)
                 client = connect(uri)
-                artifacts = (folder / "artifacts").as_uri()
-                return cls(client, uri, open_experiment(client, experiment, artifacts))
+                return cls(client, uri, open_experiment(client, experiment, artifacts_beside(path)))
 
     def begin(
         self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -185,8 +193,9 @@ class StudyTracker:
         """
         with store_errors(self.tracking_uri):
             run_id = run_id or self.child_run_id(trial_id)
-            for key, value in tags.items() if run_id else ():
-                self.client.set_tag(str(run_id), key, value)
+            if run_id is not None:
+                for key, value in tags.items():
+                    self.client.set_tag(run_id, key, redact(value))
             return run_id
 
     def finish(self, status: str) -> None:
@@ -240,7 +249,7 @@ class StudyTracker:
         """Set tags of the study. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
             for key, value in tags.items():
-                self.client.set_tag(self.parent_run_id, key, value)
+                self.client.set_tag(self.parent_run_id, key, redact(value))
 
 
 def _check_status(status: str) -> None:

@@ -24,7 +24,7 @@ from tuning.tracking.runs import (
     open_run,
     trial_run,
 )
-from tuning.tracking.store import connect, quiet_mlflow, store_errors
+from tuning.tracking.store import connect, quiet_mlflow, redact, store_errors
 from tuning.tracking.study import logger
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class TrialTracker:
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
-            self.client.set_tag(self.run_id, key, value)
+            self.client.set_tag(self.run_id, key, redact(value))
 
     def close(self) -> None:
         """Send the rest of the buffer; the driver sets the final status. Raises UserError if the store fails."""
