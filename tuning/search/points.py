@@ -228,6 +228,18 @@ class PointQueue:
                     del self.results[spec.id]
         return len(failed)
 
+    def reopen_stopped(self) -> int:
+        """Queue those points once more that another scheduler stopped; return their number."""
+        stopped = [
+            point
+            for point in self._points()
+            if STOPPED in point.user_attrs
+            and any(spec.id not in self.results for spec in self.space.trials(point.params))
+        ]
+        for point in stopped:
+            self.study.enqueue_trial(point.params, user_attrs={RETRY_OF: point.number})
+        return len(stopped)
+
     def _waiting(self) -> Iterator[TrialSpec]:
         for point in self._points(TrialState.RUNNING):
             for spec in self.space.trials(point.params):

@@ -28,6 +28,11 @@ ATTEMPTS_TAG = "llgbm.attempts"
 ERROR_TAG = "llgbm.error"
 DEATH_TAG = "llgbm.last_death"
 STOPPED_TAG = "llgbm.stopped_at_step"
+STOPPED_BY_TAG = (
+    "llgbm.stopped_by"  # the scheduler and its settings; the study's own are under SCHEDULER_TAG
+)
+SCHEDULER_TAG = "llgbm.scheduler"
+NO_SCHEDULER = "none"
 MEMBER_TAG = "llgbm.member_of."
 # Runs are looked for by these, and no secret is part of them.
 IDENTITY_TAGS = (PARENT_TAG, STUDY_ID_TAG, TRIAL_TAG)
@@ -52,6 +57,7 @@ class TrialResult:
     params: Mapping[str, str] = field(default_factory=dict)
     run_id: str = ""
     stopped_at: int | None = None
+    stopped_by: str = ""
     superseded: bool = False
     cause: str = ""  # of its failure, or of its worker's last death
 
@@ -71,6 +77,7 @@ class TrialResult:
             params=dict(params),
             run_id=run.info.run_id,
             stopped_at=_whole_number(tags.get(STOPPED_TAG)),
+            stopped_by=tags.get(STOPPED_BY_TAG, ""),
             superseded=not is_live(run),
             cause=tags.get(ERROR_TAG) or tags.get(DEATH_TAG, ""),
         )
@@ -79,6 +86,24 @@ class TrialResult:
     def is_complete(self) -> bool:
         """True if it was trained to its last step and evaluated, and no newer run replaces it."""
         return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
+
+    def is_done(self, scheduler: str) -> bool:
+        """Return True if a study under this scheduler has nothing left to run of the trial.
+
+        A trial that a scheduler stopped is done under this scheduler alone, also while another study goes on with it.
+        """
+        if self.stopped_at is None:
+            return self.status == "FINISHED"
+        # Versions that recorded no settings had one scheduler.
+        return scheduler != NO_SCHEDULER and self.stopped_by in ("", scheduler)
+
+    def seen_under(self, scheduler: str) -> TrialResult:
+        """Return the trial as a study under this scheduler has it, whatever another study does with it now."""
+        if self.stopped_at is not None and self.is_done(scheduler):
+            return replace(self, status="FINISHED")
+        if self.stopped_at is not None and self.status != "FINISHED":
+            return replace(self, stopped_at=None)
+        return self
 
     @property
     def last_result(self) -> dict[str, Any]:
@@ -117,16 +142,18 @@ def read_trials(
     member_tag = MEMBER_TAG + parent_run_id
     with store_errors(tracking_uri):
         client = connect(tracking_uri)
-        experiment_id = client.get_run(parent_run_id).info.experiment_id
+        parent = client.get_run(parent_run_id)
+        experiment_id = parent.info.experiment_id
         own = list(find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
         shared = list(find_runs(client, experiment_id, {member_tag: None}))
         runs = {run.info.run_id: run for run in (*own, *shared)}
         curves = read_curves(client, list(runs.values()), curve_keys)
+    scheduler = parent.data.tags.get(SCHEDULER_TAG, NO_SCHEDULER)
     # Obsolete in this study is only a run that has a newer one here.
     by_age = sorted(runs.values(), key=lambda run: (is_live(run), run.info.start_time))
     newest = {run.data.tags.get(TRIAL_TAG, ""): run.info.run_id for run in by_age}
     results = [
-        TrialResult.of(run, run.data.tags.get(member_tag), curves[run_id])
+        TrialResult.of(run, run.data.tags.get(member_tag), curves[run_id]).seen_under(scheduler)
         for run_id, run in runs.items()
     ]
     return [replace(one, superseded=newest[one.trial_id] != one.run_id) for one in results]
@@ -167,15 +194,17 @@ def _condition(tag: str, value: str | None) -> str:
 def open_run(
     client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
 ) -> str:
-    """Create a run, or reopen `found`: set it RUNNING, clear how it ended and update its tags. Return its id."""
+    """Create a run, or reopen `found`: set it RUNNING, clear its error and update its tags. Return its id.
+
+    That a scheduler stopped it stays on record until it is run to its end: the study of that scheduler has it so.
+    """
     tags = {key: value if key in IDENTITY_TAGS else redact(value) for key, value in tags.items()}
     if found is None:
         return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     run_id = found.info.run_id
     client.update_run(run_id, status="RUNNING")
-    for key in (ERROR_TAG, STOPPED_TAG):
-        if key in found.data.tags:
-            client.delete_tag(run_id, key)
+    if ERROR_TAG in found.data.tags:
+        client.delete_tag(run_id, ERROR_TAG)
     for key, value in tags.items():
         if found.data.tags.get(key) != value:
             client.set_tag(run_id, key, value)

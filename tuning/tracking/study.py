@@ -16,6 +16,8 @@ from tuning.tracking.runs import (
     MEMBER_TAG,
     METRICS_PER_CALL,
     PARENT_TAG,
+    STOPPED_BY_TAG,
+    STOPPED_TAG,
     STUDY_ID_TAG,
     STUDY_TAG,
     SUPERSEDED_TAG,
@@ -182,7 +184,16 @@ class StudyTracker:
             logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
             return
         with store_errors(self.tracking_uri):
+            if status == "FINISHED" and STOPPED_TAG not in (tags or {}):
+                self._forget_stop(run_id)
             self.client.set_terminated(run_id, status)
+
+    def _forget_stop(self, run_id: str) -> None:
+        """Drop the record of an earlier stop from a run that went on to its end."""
+        known = self.client.get_run(run_id).data.tags
+        for key in (STOPPED_TAG, STOPPED_BY_TAG):
+            if key in known:
+                self.client.delete_tag(run_id, key)
 
     def tag_trial(
         self, trial_id: str, tags: Mapping[str, str], run_id: str | None = None
