@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import GradientAccumulationPlugin, broadcast
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -115,7 +115,13 @@ def train(
 def make_accelerator() -> Accelerator:
     """All GPUs there are, in bfloat16; the CPU in float32 where there is none."""
     on_gpu = torch.cuda.is_available()
-    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    # Without the plugin an environment variable would divide the loss.
+    whole_steps = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if on_gpu else "no",
+        gradient_accumulation_plugin=whole_steps,
+    )
 
 
 @dataclass
