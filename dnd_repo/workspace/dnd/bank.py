@@ -111,8 +111,8 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> Any:
     """Raises DndError for a file that is missing or no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DndError(f"{path} is missing or no JSON file: make or fetch it again") from error
 
 
