@@ -131,6 +131,9 @@ class StudyArguments:
     )
     rows: int | None = _option(DATA, "rows used of each dataset (default: all)", "N")
     skip_bad_rows: bool = _flag(DATA, "leave bad rows out, and say so, instead of ending")
+    longest_row: int | None = _option(
+        DATA, "characters that a row may have; longer ones are bad rows (default: 20000)", "N"
+    )
 
     @property
     def n_points(self) -> int:
