@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llgbm.accumulation import make_accelerator, weighted_pieces
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, batch_deltas, create_dataloader
 from llgbm.delta import DeltaTable, mean_over_probes
 from llgbm.evaluation.metrics import evaluate
@@ -186,22 +187,6 @@ def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
             )
 
 
-def _accelerator(config: TrainingConfig, on_cpu: bool) -> Any:
-    """Make the Accelerator of a training, whatever the environment says and other trainings of this process set."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    # Accelerate's state is global, and refuses a second precision.
-    AcceleratorState._reset_state()
-    pieces = GradientAccumulationPlugin(
-        num_steps=config.gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False
-    )
-    return Accelerator(
-        cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=pieces
-    )
-
-
 class Trial:
     """State of one training: generator, optimiser, loss, and the best generator so far."""
 
@@ -211,7 +196,11 @@ class Trial:
         _check_data(config, data)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
-        self.accelerator = _accelerator(config, lora_model.model.device.type == "cpu")
+        self.accelerator = make_accelerator(
+            config.mixed_precision,
+            config.gradient_accumulation,
+            on_cpu=lora_model.model.device.type == "cpu",
+        )
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
@@ -254,10 +243,13 @@ class Trial:
             1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
         )
 
-    def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    def advance(
+        self, batch: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Take one step, or with accumulation a piece of one; return its losses.
 
-        Raises FloatingPointError when the loss is not finite.
+        `factors` weight the terms of a piece, as `weighted_pieces` gives them. Raises FloatingPointError when the loss
+        is not finite.
         """
         with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
             terms = self.compute_loss(batch)
@@ -265,7 +257,7 @@ class Trial:
                 raise FloatingPointError(
                     f"the loss is {terms['loss'].item()} at step {self.step}: lower the learning rate"
                 )
-            self.accelerator.backward(terms["loss"])
+            self.accelerator.backward(self._weighted(terms, factors))
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
             self.optimizer.step()
@@ -275,6 +267,25 @@ class Trial:
         self.step += 1
         names = {"loss": "loss/total", "loss_weight": "loss/weight", "loss_delta": "loss/delta"}
         return {names[name]: value.item() for name, value in terms.items()}
+
+    def _weighted(self, terms: Mapping[str, Tensor], factors: Mapping[str, float] | None) -> Tensor:
+        if factors is None:
+            return terms["loss"]
+        lambdas = {
+            "loss_weight": self.config.lambda_weight,
+            "loss_delta": self.config.lambda_delta,
+        }
+        own = [lambdas[name] * factors[name] * terms[name] for name in terms if name != "loss"]
+        return torch.stack(own).sum()
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
+        """Count the values that each term averages over in a batch."""
+        marked = int(batch["valid"].sum())
+        rows = len(batch["tokens"])
+        return {
+            "loss_weight": int((~torch.isnan(batch["tokens"])).sum()),
+            "loss_delta": rows if self.config.delta_reading == "mean" else marked,
+        }
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss terms of a batch; terms with a λ of 0 are skipped."""
@@ -300,10 +311,9 @@ class Trial:
     def batches(self) -> Any:
         """Return a loader from the present step to the last."""
         config = self.config
-        loader = create_dataloader(
+        return create_dataloader(
             self.dataset, config.batch_size, config.steps, config.seed, self.step
         )
-        return loader
 
     def keep_if_best(self, score: float) -> None:
         """Keep the generator unless an earlier score was higher; of equal scores the later generator is kept."""
@@ -359,9 +369,10 @@ class Trial:
     def remaining(self) -> Iterator[dict[str, float]]:
         """Train step by step; yield the losses of each step, with `val/accuracy` after an evaluation."""
         config = self.config
-        batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
+        batches = progress(self.batches(), "generator", total=config.steps - self.step)
+        pieces = weighted_pieces(batches, config.gradient_accumulation, self._counts)
         while self.step < config.steps and not self.should_stop:
-            metrics = self.advance(next(batches))
+            metrics = self.advance(*next(pieces))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(
                     self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"
