@@ -141,11 +141,10 @@ class World:
     def missed_gates(self) -> list[str]:
         """Say in one clause each which of the gates of its making the world missed."""
         missed = []
-        if self.ability is not None and self.ability.worst[1] < self.config.pretrain.target:
-            part, share = self.ability.worst
-            missed.append(
-                f"the base does {part} with {share:.2f} of its fair probability, below {self.config.pretrain.target:g}"
-            )
+        target = self.config.pretrain.target
+        if self.ability is not None and self.ability.balanced < target:
+            share = self.ability.balanced
+            missed.append(f"the base gives tasks {share:.2f} of their share, below {target:g}")
         if below := int(self.bank.facts.get("teachers_below_target", 0)):
             target = self.config.teachers.target
             missed.append(f"{below} of {len(self.bank.adapters)} teachers stayed below {target:g}")
@@ -218,7 +217,7 @@ def _pretrain_until_good(
     next_batch: Callable[[int, bool], EncodedPairs],
     device: str,
 ) -> Ability | None:
-    """Pretrain in rounds until the least of the suite's parts is at the target; return what the base can do."""
+    """Pretrain in rounds until the base can do its tasks in balance; return what it can do."""
     questions, ability = config.suite.bare_questions(QUESTIONS), None
     for number in range(config.pretrain.rounds):
         pretrain(model, config.pretrain.of_round(number), next_batch, device)
@@ -226,7 +225,7 @@ def _pretrain_until_good(
             break
         ability = measure_ability(model, tokenizer, questions)
         say(f"base, round {number + 1}: {ability.describe()}")
-        if ability.worst[1] >= config.pretrain.target:
+        if ability.balanced >= config.pretrain.target:
             break
     return ability
 

@@ -28,12 +28,13 @@ Question = Mapping[str, Example]
 class Ability:
     """Shares from 0 to 1 of what a base can do.
 
-    `right` is the probability that an answer drawn from the base is right for some task. `by_part` is, for each part of
-    the tasks' names (an operation, a format), the mean over its tasks of the probability of the right answer over its
-    fair share, at most 1.
+    `right` is the probability that an answer drawn from the base is right for some task. `balanced` is the mean over
+    tasks of the probability of the right answer over its fair share, at most 1. `by_part` is the same for the
+    tasks of each part of their names (an operation, a format).
     """
 
     right: float
+    balanced: float
     by_part: Mapping[str, float]
 
     @property
@@ -45,7 +46,10 @@ class Ability:
     def describe(self) -> str:
         """Return one clause for people."""
         part, share = self.worst
-        return f"{self.right:.2f} of its answers are right for some task, {part} has {share:.2f} of its share"
+        return (
+            f"{self.right:.2f} of its answers are right for some task, tasks have {self.balanced:.2f} of their share, "
+            f"those of {part} {share:.2f}"
+        )
 
 
 def measure_ability(
@@ -59,14 +63,15 @@ def measure_ability(
             for i in range(0, len(pairs), AT_ONCE)
         ]
     probabilities = iter(torch.cat(pieces).neg().exp().tolist())
-    right, shares = 0.0, dict[str, list[float]]()
+    right, every, shares = 0.0, list[float](), dict[str, list[float]]()
     for question in questions:
         counts = Counter(example.answer for example in question.values())
         for task, example in question.items():
             alike, probability = counts[example.answer], next(probabilities)
             right += probability / alike
             share = min(1.0, probability * len(question) / alike)
+            every.append(share)
             for part in task.split("-"):
                 shares.setdefault(part, []).append(share)
     by_part = {part: sum(own) / len(own) for part, own in shares.items()}
-    return Ability(right / len(questions), by_part)
+    return Ability(right / len(questions), sum(every) / len(every), by_part)

@@ -30,16 +30,16 @@ class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    whose `Ability` is below `target` goes on for rounds of `more_steps` at half the rate, up to `rounds` in all.
+    whose `Ability.balanced` is below `target` goes on at half the rate, for rounds of `more_steps`, up to `rounds` in all.
     """
 
-    steps: int = 2000
+    steps: int = 2500
     batch_size: int = 64
     learning_rate: float = 1.5e-3
     bare_fraction: float = 0.75
     seed: int = 0
-    target: float = 0.3
-    rounds: int = 4
+    target: float = 0.35
+    rounds: int = 5
     more_steps: int = 500
 
     def __post_init__(self) -> None:

@@ -182,7 +182,8 @@ class SyntheticSuite(Suite):
 
         `bare` leaves the instruction out. Every phrase and length occurs, those of the levels too.
         """
-        words = draw_words(rng, "train", EVERY_LENGTH)
+        lengths = LONGER if rng.random() < LONG_SHARE else LENGTHS
+        words = draw_words(rng, "train", lengths)
         named, done = rng.choice(self.tasks).name.split("-"), rng.choice(self.tasks).name.split("-")
         prompt = instruction(named[0], named[1], rng, words, EVERY_PHRASE)
         return Example(
@@ -196,7 +197,7 @@ class SyntheticSuite(Suite):
         for _ in range(count):
             words = draw_words(rng, "train", EVERY_LENGTH)
             prompt = f"{SEPARATOR} {' '.join(words)} {ARROW}"
-            answers = {t.name: answer(*t.name.split("-"), words) for t in self.tasks}
+            answers = {t.name: task_answer(t.name, words) for t in self.tasks}
             found.append({name: Example(prompt, text) for name, text in answers.items()})
         return found
 
@@ -205,7 +206,7 @@ class SyntheticSuite(Suite):
         parts = (*ALL_OPERATIONS.items(), *ALL_FORMATS.items())
         texts = [[name, *part.phrases, part.unseen] for name, part in parts]
         sizes = [self.n_operations, self.n_formats, self.n_val, self.n_test, self.split_seed]
-        answers = [answer(*t.name.split("-"), list(WORDS[:4])) for t in self.tasks]
+        answers = [task_answer(t.name, list(WORDS[:4])) for t in self.tasks]
         kept = [self.n_sealed, self.n_unseen]
         return content_hash("synthetic", VERSION, texts, WORDS, sizes, kept, answers)
 
@@ -258,6 +259,7 @@ class Style:
 
 
 EVERY_LENGTH = (LENGTHS[0], LONGER[1])
+LONG_SHARE = 0.1  # of the examples that a base learns from
 EVERY_PHRASE = Style(unseen_phrases=True)
 STYLES = {
     PARAPHRASES: Style(trained_phrases=False, unseen_phrases=True),
@@ -290,3 +292,9 @@ def instruction(
 def answer(operation: str, form: str, words: Words) -> str:
     """Answer of a task for these words, with the blank that parts it from the prompt."""
     return " " + " ".join(ALL_FORMATS[form].apply(ALL_OPERATIONS[operation].apply(words)))
+
+
+def task_answer(task: str, words: Words) -> str:
+    """Answer of a task by its name."""
+    operation, form = task.split("-")
+    return answer(operation, form, words)

@@ -19,6 +19,8 @@ from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.train import Pupil, TeacherConfig, example_source, new_adapters, train_teachers
 
 GATE_EXAMPLES = 64
+# Every so many rounds, those far from the target start again: more steps seldom free a teacher that is stuck.
+RESTART_EVERY, STUCK_BELOW = 3, 0.8
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Classroom:
             left = self.laggards(found)
             if left:
                 own = [pupils[place] for place in left]
-                found = found.joined(left, self._round(own, found.adapters.select(left), number))
+                found = found.joined(
+                    left, self._round(own, self._start(found, left, number), number)
+                )
         return found
 
     def laggards(self, trained: Trained) -> list[int]:
@@ -73,6 +77,18 @@ class Classroom:
             for place, rounds in enumerate(trained.rounds)
             if not rounds or trained.accuracy_A[place] < self.config.target
         ]
+
+    def _start(self, found: Trained, left: Sequence[int], number: int) -> LoraBatch:
+        """Return what the laggards go on from: their last adapters, or the beginning for those that are stuck."""
+        if not number or number % RESTART_EVERY:
+            return found.adapters.select(list(left))
+        new = new_adapters(self.base, self.spec, self.config.seed, len(left))
+        stuck = [i for i, place in enumerate(left) if found.accuracy_A[place] < STUCK_BELOW]
+        begun = Trained(new, (0,) * len(left), torch.zeros(len(left)))
+        free = [i for i in range(len(left)) if i not in stuck]
+        places = [left[i] for i in free]
+        kept = Trained(found.adapters.select(places), (0,) * len(free), torch.zeros(len(free)))
+        return begun.joined(free, kept).adapters
 
     def _round(self, pupils: Sequence[Pupil], start: LoraBatch, number: int) -> Trained:
         source = example_source(self.suite, self.base, pupils, self.config, number)

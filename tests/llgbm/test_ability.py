@@ -37,9 +37,11 @@ def test_right_is_the_probability_of_all_right_answers_together(tiny_base: Base)
     assert found.right == pytest.approx(first + last + shout, rel=1e-4)
     assert found.by_part["shout"] == pytest.approx(min(1, 4 * shout), rel=1e-4)
     assert found.by_part["last"] == pytest.approx(min(1, 2 * last), rel=1e-4)
+    shares = [min(1, 4 * first), min(1, 2 * last), min(1, 4 * shout), min(1, 2 * last)]
+    assert found.balanced == pytest.approx(sum(shares) / 4, rel=1e-4)
     fair = (min(1, 4 * first) + 2 * min(1, 2 * last)) / 3
     assert found.by_part["plain"] == pytest.approx(fair, rel=1e-4)
 
 
 def test_the_worst_part_is_named() -> None:
-    assert Ability(0.5, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)
+    assert Ability(0.5, 0.4, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)
