@@ -30,7 +30,7 @@ class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    whose `Ability.balanced` is below `target` goes on at half the rate, for rounds of `more_steps`, up to `rounds` in all.
+    whose `Ability.balanced` is below `target` goes on at half the rate for `more_steps`, in up to `rounds` rounds.
     """
 
     steps: int = 2500
