@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
 
@@ -76,6 +77,18 @@ class TrialResult:
     def is_complete(self) -> bool:
         """True if it was trained to its last step and evaluated, and no newer run replaces it."""
         return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights above 0 of its loss terms by name; none if the trial names none."""
+        named = {name: self.params[own] for name, own in NAMED.items() if own in self.params}
+        others = {
+            key.removeprefix(PREFIX): value
+            for key, value in self.params.items()
+            if key.startswith(PREFIX)
+        }
+        found = {name: float(value) for name, value in {**named, **others}.items()}
+        return {name: value for name, value in found.items() if value > 0}
 
     @property
     def last_result(self) -> dict[str, Any]:
