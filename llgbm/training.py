@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llgbm.accumulation import make_accelerator, weighted_pieces
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, create_dataloader
 from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA
@@ -93,22 +94,6 @@ def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
             )
 
 
-def _accelerator(config: TrainingConfig, on_cpu: bool) -> Any:
-    """Make the Accelerator of a training, whatever the environment says and other trainings of this process set."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    # Accelerate's state is global, and refuses a second precision.
-    AcceleratorState._reset_state()
-    pieces = GradientAccumulationPlugin(
-        num_steps=config.gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False
-    )
-    return Accelerator(
-        cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=pieces
-    )
-
-
 class Trial:
     """State of one training: generator, optimiser, loss, and the best generator so far."""
 
@@ -118,7 +103,11 @@ class Trial:
         _check_data(config, data)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
-        self.accelerator = _accelerator(config, lora_model.model.device.type == "cpu")
+        self.accelerator = make_accelerator(
+            config.mixed_precision,
+            config.gradient_accumulation,
+            on_cpu=lora_model.model.device.type == "cpu",
+        )
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
@@ -162,10 +151,13 @@ class Trial:
             1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
         )
 
-    def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    def advance(
+        self, batch: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Take one step, or with accumulation a piece of one; return its losses.
 
-        Raises FloatingPointError when the loss is not finite.
+        `factors` weight the terms of a piece, as `weighted_pieces` gives them. Raises FloatingPointError when the loss
+        is not finite.
         """
         with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
             terms = self.compute_loss(batch)
@@ -173,7 +165,7 @@ class Trial:
                 raise FloatingPointError(
                     f"the loss is {terms['loss'].item()} at step {self.step}: lower the learning rate"
                 )
-            self.accelerator.backward(terms["loss"])
+            self.accelerator.backward(self._weighted(terms, factors))
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
             self.optimizer.step()
@@ -183,6 +175,18 @@ class Trial:
         self.step += 1
         values = {name.replace("_", "/", 1): value.item() for name, value in terms.items()}
         return {"loss/total": values.pop("loss"), **values}
+
+    def _weighted(self, terms: Mapping[str, Tensor], factors: Mapping[str, float] | None) -> Tensor:
+        """Return the loss of a batch, or of a piece of one with the factors of its terms."""
+        if factors is None:
+            return terms["loss"]
+        return self.loss.total(
+            {name: factors[name] * value for name, value in terms.items() if name != "loss"}
+        )
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
+        """Count the values that each term averages over in a batch."""
+        return {f"loss_{term.name}": term.count(batch) for term in self.loss.terms}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute `loss` and its terms of a batch; terms without a weight are skipped."""
@@ -200,10 +204,9 @@ class Trial:
     def batches(self) -> Any:
         """Return a loader from the present step to the last."""
         config = self.config
-        loader = create_dataloader(
+        return create_dataloader(
             self.dataset, config.batch_size, config.steps, config.seed, self.step
         )
-        return loader
 
     def keep_if_best(self, score: float) -> None:
         """Keep the generator unless an earlier score was higher; of equal scores the later generator is kept."""
@@ -259,9 +262,10 @@ class Trial:
     def remaining(self) -> Iterator[dict[str, float]]:
         """Train step by step; yield the losses of each step, with `val/accuracy` after an evaluation."""
         config = self.config
-        batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
+        batches = progress(self.batches(), "generator", total=config.steps - self.step)
+        pieces = weighted_pieces(batches, config.gradient_accumulation, self._counts)
         while self.step < config.steps and not self.should_stop:
-            metrics = self.advance(next(batches))
+            metrics = self.advance(*next(pieces))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(
                     self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"

@@ -18,7 +18,7 @@ from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
 from llgbm.generator.conditions import build_conditions, conditions_key, encoder_hash, make_encoder
-from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.encoding import EncodedPairs, encode_pairs, example_prompt
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
 from llgbm.models.scoring import encode_examples
@@ -229,7 +229,7 @@ def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> Encoded
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
     """Return the probe sets that `--delta-probes` names; the suite's prompts are in the base's chat template."""
-    domain = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in suite.probe_examples]
+    domain = [example_prompt(base.tokenizer, e) for e in suite.probe_examples]
     return {
         "generic": create_generic_probes(),
         "domain": create_domain_probes(suite.name, domain),

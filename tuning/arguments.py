@@ -144,7 +144,7 @@ def _wants_search(study: Study, arguments: StudyArguments) -> bool:
         raise UserError(
             f"study {study.name} has no space to search: use optuna_lambda, or --search grid"
         )
-    for option in ("num_samples", "objectives", "optuna_storage"):
+    for option in ("num_samples", "objectives"):
         if getattr(arguments, option) is not None:
             raise UserError(f"{_spelled(option)} is for a search: add --search random or optuna")
     return False
@@ -203,6 +203,8 @@ def check_used(options: Options, study: Study) -> None:
         raise UserError(
             f"{arguments.scheduler} compares trials, and this study has one: leave --scheduler out"
         )
+    if options.stores.optuna_storage is not None and study.space is None:
+        raise UserError("--optuna-storage is for a search: add --search random or optuna")
     if arguments.study is not None and ".py" in arguments.study:
         _check_own_study(options, study)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +12,15 @@ from tabulate import tabulate
 from llgbm.estimate import TrialEstimate, WorldSketch, human
 from llgbm.world import describe_world
 from tuning.search.points import count_states, drawn_trials, find_search
-from tuning.studies.options import Options
+from tuning.studies.options import Options, RunOptions
 from tuning.studies.spec import Study, TrialSpec
 from tuning.studies.terms import weights_text
+from tuning.sweep.asha import scheduler_key
 from tuning.sweep.cluster import Resources
+from tuning.sweep.resume import left_to_run
 from tuning.sweep.run import read_past_runs
 from tuning.tracking.costs import Costs, kind_of
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import NO_SCHEDULER, TrialResult
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,38 @@ class Plan:
     trials: tuple[TrialSpec, ...]
     undrawn: int
     runs: Sequence[TrialResult]
+    run: RunOptions = RunOptions()
+    scheduler: str = NO_SCHEDULER
 
     @cached_property
-    def finished(self) -> frozenset[str]:
-        return frozenset(run.trial_id for run in self.runs)
+    def _results(self) -> dict[str, TrialResult]:
+        if self.run.fresh:
+            return {}
+        return {run.trial_id: run for run in self.runs}
+
+    @cached_property
+    def drawn(self) -> list[TrialSpec]:
+        """Trials left to run, of those that are known."""
+        run = self.run
+        return left_to_run(
+            self.trials, self._results, bool(run.resume), run.retry_failed, self.scheduler
+        )
+
+    def state(self, trial: TrialSpec) -> str:
+        """Return `finished`, `to run`, or how a trial ended that is left as it is."""
+        if trial in self.drawn:
+            return "to run"
+        result = self._results.get(trial.id)
+        if result is None:
+            return "left out"
+        if result.is_done(self.scheduler):
+            return "finished"
+        return f"left {result.status.lower()}"
 
     @property
     def to_run(self) -> list[TrialSpec]:
         """Trials left to run; the middle of the space stands for each one that is not drawn yet."""
-        drawn = [trial for trial in self.trials if trial.id not in self.finished]
+        drawn = self.drawn
         if self.study.space is None:
             return drawn
         ranges = self.study.space.ranges.items()
@@ -56,9 +81,10 @@ def show_preview(study: Study, options: Options, resources: Resources) -> None:
 def show_plan(study: Study, options: Options, concurrent: int) -> None:
     """Print the trial table, the state of each world, and the cost of the trials left to run."""
     runs, cache = read_past_runs(options), options.stores.cache_folder
-    plan = Plan(study, study.trials, 0, runs)
+    scheduler = scheduler_key(options.study.scheduler, study)
+    plan = Plan(study, study.trials, 0, runs, options.run, scheduler)
     if study.space:
-        plan = _show_space(study, runs, options.optuna_url, options.study.n_points)
+        plan = _show_space(plan, options)
     costs = Costs(runs)
     if plan.trials:
         rows = [_row(trial, plan, costs) for trial in plan.trials]
@@ -89,9 +115,9 @@ HEADERS = (
 def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     config = trial.config
     seconds = costs.seconds(config)
-    state = ("to run", "no past run" if seconds is None else duration(seconds))
-    if trial.id in plan.finished:
-        state = ("finished", "")
+    state = (plan.state(trial), "")
+    if trial in plan.drawn:
+        state = ("to run", "no past run" if seconds is None else duration(seconds))
     return (
         *(trial.id, trial.name, config.model_size, config.generator.name),
         *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", weights_text(config.terms)),
@@ -112,11 +138,13 @@ def without_empty(
     ]
 
 
-def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_points: int) -> Plan:
+def _show_space(plan: Plan, options: Options) -> Plan:
     """Print the space and the points that Optuna has drawn; return the plan of its trials."""
-    space = study.space
+    study, space, n_points = plan.study, plan.study.space, options.study.n_points
     assert space is not None
-    found = find_search(study, optuna_url)
+    found = None
+    if not plan.run.fresh:
+        found = find_search(study, options.optuna_url)
     states = count_states(found)
     print(f"{study.id}: {space.describe()}")
     known = ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
@@ -125,13 +153,18 @@ def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_po
     if found:
         trials = drawn_trials(space, found)
     missing = max(0, n_points * len(space.seeds) - len(trials))
-    return Plan(study, trials, missing, runs)
+    if plan.run.retry_failed:
+        missing = 0
+    return replace(plan, trials=trials, undrawn=missing)
 
 
 def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:
     """Say how many trials are left, how long they would take, and on what that is based."""
     left, total = plan.to_run, len(plan.trials) + plan.undrawn
-    head = f"{total} trials, {total - len(left)} finished already, {len(left)} to run"
+    finished = sum(plan.state(trial) == "finished" for trial in plan.trials)
+    head = f"{total} trials, {finished} finished already, {len(left)} to run"
+    if others := total - finished - len(left):
+        head += f", {others} left as they are"
     if plan.undrawn:
         head += f", {plan.undrawn} of them still to be drawn"
     if not left:

@@ -187,7 +187,10 @@ class Objective:
     def __call__(self, step: Step) -> dict[str, Tensor]:
         """Compute `loss` and the terms that it sums, `loss_<name>`."""
         values = {f"loss_{term.name}": term.value(step) for term in self.terms}
-        weighted = [
-            weight * value for (weight, _), value in zip(self.parts, values.values(), strict=True)
-        ]
-        return {"loss": torch.stack(weighted).sum(), **values}
+        return {"loss": self.total(values), **values}
+
+    def total(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum weight x value of the terms, `loss_<name>`."""
+        return torch.stack(
+            [weight * values[f"loss_{term.name}"] for weight, term in self.parts]
+        ).sum()

@@ -110,18 +110,28 @@ class Group:
         return "labels" in self.matches
 
     def curves(self, key: str) -> list[dict[int, float]]:
-        """Return the curve of every trial that has one, as value by step."""
-        return [dict(trial.curves[key]) for trial in self.trials if trial.curves.get(key)]
+        """Return the curve of every trial that has one, as value by step, up to its last training step.
+
+        What is logged after that is of the generator that is kept, no point of the curve.
+        """
+        found = []
+        for trial in self.trials:
+            last = float(trial.params.get("steps", "inf"))
+            curve = {step: value for step, value in trial.curves.get(key, ()) if step <= last}
+            if curve:
+                found.append(curve)
+        return found
 
     @property
     def lambdas(self) -> tuple[float, float] | None:
         """Return λ_w and λ_d, None if the trials do not name them or have other terms too."""
         params = self.trials[0].params
-        if "lambda_weight" not in params or "lambda_delta" not in params:
-            return None
         if set(self.trials[0].weights) - set(NAMED):
             return None
-        return float(params["lambda_weight"]), float(params["lambda_delta"])
+        try:
+            return float(params["lambda_weight"]), float(params["lambda_delta"])
+        except (KeyError, ValueError):
+            return None
 
     @cached_property
     def seeds(self) -> tuple[str, ...]:
@@ -273,10 +283,10 @@ def ranked(groups: Sequence[Group], size: str) -> list[Group]:
 
     Few are fewer than `SEEDS_FOR_SPREAD`, or than the most that any has: a lucky seed must not rank above a mean.
     """
-    cells = {g.label: cell for g in groups if g.size == size and (cell := g.cell(MAIN))}
-    enough = seeds_needed(cells.values())
-    own = [group for group in groups if group.label in cells]
-    return sorted(own, key=lambda g: (cells[g.label].n < enough, -cells[g.label].mean))
+    cells = [(cell, g) for g in groups if g.size == size and (cell := g.cell(MAIN))]
+    enough = seeds_needed(cell for cell, _ in cells)
+    cells.sort(key=lambda pair: (pair[0].n < enough, -pair[0].mean))
+    return [group for _, group in cells]
 
 
 def seeds_needed(cells: Iterable[Cell]) -> int:

@@ -119,9 +119,6 @@ class StudyArguments:
         "NAME",
         "none",
     )
-    optuna_storage: str | None = _option(
-        SEARCH, "where a search is kept (default: optuna.db beside the MLflow store)", "URL"
-    )
 
     base: str | None = _option(BASE, "a folder in the Hugging Face layout, or a hub id", "DIR|HUB")
     dtype: str = _option(BASE, "float32 (default), bfloat16 or float16", "TYPE", "float32")
@@ -144,6 +141,9 @@ class StudyArguments:
     )
     rows: int | None = _option(DATA, "rows used of each dataset (default: all)", "N")
     skip_bad_rows: bool = _flag(DATA, "leave bad rows out, and say so, instead of ending")
+    longest_row: int | None = _option(
+        DATA, "characters that a row may have; longer ones are bad rows (default: 20000)", "N"
+    )
 
     @property
     def n_points(self) -> int:
@@ -207,6 +207,9 @@ class StoreOptions:
         "where unfinished trials keep their state, a folder or s3://… that all machines reach (default: CACHE/sweeps)",
         "DIR",
     )
+    optuna_storage: str | None = _option(
+        STORES, "where a search is kept (default: optuna.db beside the MLflow store)", "URL"
+    )
     keep_checkpoints: bool = _flag(STORES, "keep the state of finished trials too")
     keep_artifacts: str = _option(
         STORES,
@@ -241,10 +244,13 @@ class Options:
 
     @property
     def optuna_url(self) -> str:
-        """Storage of a search."""
+        """Return the storage of a search; its login is in the environment."""
         from tuning.search.points import optuna_url
+        from tuning.tracking.store import without_login
 
-        return self.study.optuna_storage or optuna_url(self.stores.tracking_uri, Path.cwd())
+        if self.stores.optuna_storage is not None:
+            return without_login(self.stores.optuna_storage)
+        return optuna_url(self.stores.tracking_uri, Path.cwd())
 
 
 Part = TypeVar("Part", "StudyArguments", "RunOptions", "StoreOptions")

@@ -44,7 +44,7 @@ def _losses(weights: Mapping[str, float], probes: str | None) -> tuple[bool, str
 
 
 def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[TrialResult]:
-    """Return the finished trials of an experiment without their curves; none if there is no store yet.
+    """Return the trials of an experiment, each as its newest run has it, without curves; none without a store.
 
     Nothing is created. Raises UserError if the store cannot be read.
     """
@@ -60,7 +60,7 @@ def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[Tri
             return []
         runs = find_runs(client, found.experiment_id, {TRIAL_TAG: None})
         results = [TrialResult.of(run) for run in runs]
-    return [result for result in results if result.status == "FINISHED" and not result.superseded]
+    return [result for result in results if not result.superseded]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Costs:
         for run in self.runs:
             rate = run.metrics.get("time/steps_per_second")
             seconds = run.metrics.get("time/seconds")
-            if rate and seconds and run.stopped_at is None:
+            if rate and seconds and run.is_complete:
                 training = int(run.params["steps"]) / rate
                 rest = max(0.0, seconds - training)
                 found.setdefault(kind_of_result(run), []).append((1 / rate, rest))
@@ -95,6 +95,6 @@ class Costs:
         return config.steps * a_step + rest
 
 
-def last_results(runs: Iterable[TrialResult]) -> dict[str, dict[str, Any]]:
-    """Return the last report of each finished trial, by trial id."""
-    return {run.trial_id: run.last_result for run in runs}
+def last_results(runs: Iterable[TrialResult], scheduler: str) -> dict[str, dict[str, Any]]:
+    """Return the last report of each trial that is done under this scheduler, by trial id."""
+    return {run.trial_id: run.last_result for run in runs if run.is_done(scheduler)}

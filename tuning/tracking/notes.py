@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.store import store_errors
+from tuning.tracking.store import store_errors, with_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -157,7 +157,10 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(
-        run_id, sampling_interval=SYSTEM_SECONDS, resume_logging=True, tracking_uri=tracking_uri
+        run_id,
+        sampling_interval=SYSTEM_SECONDS,
+        resume_logging=True,
+        tracking_uri=with_login(tracking_uri),
     )
     monitor.start()
     try:
