@@ -159,7 +159,18 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
+
+
+def trial_params(trial: TrialSpec) -> dict[str, Any]:
+    """Return the parameters of a run: the configuration and, of terms without a field, what they supervise by.
+
+    A report may be made where the package of a term is not installed.
+    """
+    params = trial.config.as_dict()
+    if trial.config.terms:
+        params["matches"] = " ".join(trial.config.objective.matches)
+    return params
 
 
 def run_tracked(

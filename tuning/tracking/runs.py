@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llgbm.redaction import redact_forms
 from llgbm.runtime import UserError
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
 
@@ -109,6 +110,18 @@ class TrialResult:
         return self
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights above 0 of its loss terms by name; none if the trial names none."""
+        named = {name: self.params[own] for name, own in NAMED.items() if own in self.params}
+        others = {
+            key.removeprefix(PREFIX): value
+            for key, value in self.params.items()
+            if key.startswith(PREFIX)
+        }
+        found = {name: _weight(value) for name, value in {**named, **others}.items()}
+        return {name: value for name, value in found.items() if value > 0}
+
+    @property
     def last_result(self) -> dict[str, Any]:
         """The trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
         step = self.stopped_at
@@ -122,6 +135,15 @@ def _whole_number(text: str | None) -> int | None:
     if text is None or not re.fullmatch(r"-?\d{1,18}", text):
         return None
     return int(text)
+
+
+def _weight(text: str) -> float:
+    """Read a weight; 0 for what is no number, since a store may hold anything."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
