@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ VERSIONS = {
 NAMED_ENCODERS = ("minilm", "base")
 EMBEDDED_TEACHERS = TeacherConfig(steps=75, target=0.97, rounds=8)
 ABILITY, QUESTIONS = "ability.json", 24
+# Labelled examples of each training row.
+LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -259,23 +262,21 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         store = DeltaCache.build(cache, base, bank, probe_set, batch)
         return store.table(base, probe_set)
 
+    rows = rows_by_part(suite, bank)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
-    examples = []
-    for task in tasks:
-        examples += suite.examples(task, "evaluation", config.eval_examples, "evaluation")
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
         families=tuple(suite.task(task).family for task in tasks),
-        rows=rows_by_part(suite, bank),
+        rows=rows,
         values_AV=batch.flatten(bank.spec),
         multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
         generic_deltas=tables["generic"],
-        examples=encode_examples(base, examples),
+        examples=evaluation_examples(base, suite, tasks, config.eval_examples),
         n_examples=config.eval_examples,
         levels=tuple(build_levels(cache, config, base, encoder)),
         encoder=encoder.name,
@@ -289,6 +290,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,
+        labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
     )
     return data.to(base.model.device)
 
@@ -313,6 +315,19 @@ def build_levels(
             embedded_NC.unflatten(0, (len(level.tasks), -1)),
             encode_examples(base, examples),
         )
+
+
+def evaluation_examples(base: Base, suite: Suite, tasks: Sequence[str], count: int) -> EncodedPairs:
+    """Encode `count` evaluation examples of each task, task after task."""
+    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
+
+
+def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
+    """Encode labelled training examples of tasks, task after task, for references that use labels."""
+    count = min(LABELLED, suite.available("train"))
+    found = [suite.examples(task, "train", count, "labels") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llgbm.models.load import SIZES
+from llgbm.terms.registry import built_in_terms
 from tuning.studies.builtin import STUDIES
 from tuning.studies.spec import SAMPLERS, VAL_METRICS
 
@@ -58,6 +59,15 @@ class StudyArguments:
     )
     lambda_weight: tuple[float, ...] | None = _option(COMPARED, "weights of the weight loss", "λ")
     lambda_delta: tuple[float, ...] | None = _option(COMPARED, "weights of the delta loss", "λ")
+    term: tuple[str, ...] | None = _option(
+        COMPARED,
+        "weights of loss terms, kl=1 delta=0.3,1 say, which are the whole loss then: "
+        f"{', '.join(built_in_terms())}, or your own as package.module:Class (docs/terms.md)",
+        "TERM=λ[,λ]",
+    )
+    term_option: tuple[str, ...] | None = _option(
+        COMPARED, "options of loss terms, kl.temperature=2 say", "TERM.OPTION=X"
+    )
     learning_rate: tuple[float, ...] | None = _option(
         COMPARED, "learning rates (default: 0.002)", "X"
     )
@@ -95,7 +105,7 @@ class StudyArguments:
     search: str | None = _option(
         SEARCH,
         "grid: the study's own list of trials; random or optuna (TPE): points drawn from its space, of which two "
-        "numbers after --lambda-weight, --lambda-delta or --learning-rate are a range and one fixes the value "
+        "numbers after --lambda-weight, --lambda-delta, --learning-rate or in --term are a range, one fixes the value "
         "(default: what the study is made for)",
         "HOW",
     )

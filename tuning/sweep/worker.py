@@ -163,8 +163,18 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
+
+
+def trial_params(trial: TrialSpec) -> dict[str, Any]:
+    """Return the parameters of a run: the configuration, the seed of the world, and what terms supervise by.
+
+    Of a term without a field the report could not tell the last where the package of the term is not installed.
+    """
     params = {**trial.config.as_dict(), WORLD_PARAM: trial.world.seed}
-    return TrialTracker.open(setting.target, trial.id, trial.name, params, tags)
+    if trial.config.terms:
+        params["matches"] = " ".join(trial.config.objective.matches)
+    return params
 
 
 def run_tracked(
