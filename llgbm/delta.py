@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def encode_probes(tokenizer: Any, probe_set: ProbeSet, tasks: Sequence[str]) -> 
     counts = {len(probe_set.of(task)) for task in tasks}
     if len(counts) != 1:
         raise ValueError(f"tasks have {sorted(counts)} probes; each needs as many as the others")
-    parts = _encode_probes(tokenizer, [probe for task in tasks for probe in probe_set.of(task)])
+    parts = _encode_probes(tokenizer, list(chain.from_iterable(map(probe_set.of, tasks))))
     return EncodedProbes(*(t.unflatten(0, (len(tasks), -1)) for t in parts))
 
 

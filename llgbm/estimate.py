@@ -255,11 +255,9 @@ class WorldSketch:
     def example_tokens(self) -> tuple[int, int]:
         """Tokens of the longest example that is sampled, and of the longest answer."""
         suite = self.config.suite
-        examples = [
-            e
-            for t in suite.split.tasks
-            for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")
-        ]
+        examples = []
+        for task in suite.split.tasks:
+            examples += suite.examples(task, "train", EXAMPLES_LOOKED_AT, "estimate")
         pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
         targets = encode_pairs(self.tokenizer, pairs).targets_ST
         return targets.shape[1], int((targets >= 0).sum(1).max())

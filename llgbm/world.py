@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llgbm.cache import build_entry, entry_is_whole
-from llgbm.dataset import ExperimentData, LevelData
+from llgbm.dataset import PARTS, ExperimentData, LevelData
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
@@ -157,7 +157,7 @@ class World:
     def n_bytes(self) -> int:
         """Bytes of its large tensors: the base, the teachers' weights and their deltas."""
         tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
-        deltas = [tensor for table in tables for tensor in (table.base_APQD, table.delta_APQD)]
+        deltas = chain.from_iterable((table.base_APQD, table.delta_APQD) for table in tables)
         return sum(t.nbytes for t in (*self.base.model.parameters(), self.data.values_AV, *deltas))
 
 
@@ -342,9 +342,9 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
 
 def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
     """Rows of each part: all teachers of a training task, the first teacher of a held-out task."""
-    part_of = {
-        task: part for part in ("train", "val", "test") for task in getattr(suite.split, part)
-    }
+    part_of = {}
+    for part in PARTS:
+        part_of |= dict.fromkeys(getattr(suite.split, part), part)
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for index, (adapter_id, task) in enumerate(bank.adapters.items()):
         if part_of[task] == "train" or adapter_id.endswith("_0"):

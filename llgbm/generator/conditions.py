@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def encoder_hash(name: str) -> str:
     if name == "base" or name.startswith("base:"):
         return "base"
     folder = encoder_folder(None if name == "minilm" else name)
-    files = sorted({path for kind in ENCODER_FILES for path in folder.rglob(kind)})
+    files = sorted(set(chain.from_iterable(map(folder.rglob, ENCODER_FILES))))
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return _hash_stamped(folder, stamps)
 
@@ -209,7 +210,7 @@ def embed_texts(root: Path, encoder: TextEncoder, texts: Sequence[str]) -> Tenso
 
 def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
     """Embed lists of prompts, [A, N, C]; every distinct prompt is encoded once."""
-    distinct = list(dict.fromkeys(p for own in lists for p in own))
+    distinct = list(dict.fromkeys(chain.from_iterable(lists)))
     row = {prompt: index for index, prompt in enumerate(distinct)}
     embedded = encoder.encode(distinct)
     release_device_memory()

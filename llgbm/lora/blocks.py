@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -45,13 +46,13 @@ def can_run(base: PreTrainedModel, batch: LoraBatch | None) -> bool:
     if base.config.hidden_act != "silu" or torch.is_autocast_enabled(base.device.type):
         return False
     prefix = _prefix(base)
-    known = {f"{prefix}{i}.{name}" for i in range(len(decoder.layers)) for name in LINEARS}
+    known = {f"{prefix}{i}.{name}" for i, name in product(range(len(decoder.layers)), LINEARS)}
     if batch is not None and not batch.a.keys() <= known:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
         return False
     windows = {getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers}
-    linears = [layer.get_submodule(name) for layer in decoder.layers for name in LINEARS]
+    linears = [layer.get_submodule(name) for layer, name in product(decoder.layers, LINEARS)]
     return (
         windows == {None}
         and all(type(linear) is nn.Linear for linear in linears)

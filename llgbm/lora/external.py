@@ -123,7 +123,7 @@ class AdapterReader:
 
     def _strip(self, key: str) -> str:
         """Return a key without PEFT's prefix and the names of wrappers such as torch.compile's."""
-        own = {part for name in self.layers for part in name.split(".")}
+        own = set(".".join(self.layers).split("."))
         parts = [p for p in key.split(".") if p in own or p not in WRAPPERS]
         name = ".".join(parts)
         while name.startswith(PEFT_PREFIX):

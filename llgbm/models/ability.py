@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,8 @@ def measure_ability(
     model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question]
 ) -> Ability:
     """Measure a base on questions, each one a prompt without instruction and the answer of every task to it."""
-    pairs = [(e.prompt, e.answer) for question in questions for e in question.values()]
+    asked = chain.from_iterable(question.values() for question in questions)
+    pairs = [(e.prompt, e.answer) for e in asked]
     with torch.no_grad():
         pieces = [
             token_losses(model, encode_pairs(tokenizer, pairs[i : i + AT_ONCE])).sum(1)

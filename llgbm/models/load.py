@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -334,7 +335,7 @@ def base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
 
 def _identity_files(folder: Path) -> list[Path]:
     """List weights, configs, and everything that a tokenizer reads."""
-    return sorted({path for kind in IDENTITY_FILES for path in folder.glob(kind)})
+    return sorted(set(chain.from_iterable(map(folder.glob, IDENTITY_FILES))))
 
 
 def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
@@ -348,7 +349,7 @@ def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str
         "merges.txt",
         "*.jinja",
     )
-    files = [path for kind in kinds for path in folder.glob(kind)]
+    files = list(chain.from_iterable(map(folder.glob, kinds)))
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and '"chat_template"' in settings.read_text(
         encoding="utf-8", errors="replace"

@@ -6,6 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -91,13 +92,13 @@ def greedy_answers(
         raise ValueError(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
-    longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
+    longest = max(map(len, prompt_tokens(base.tokenizer, list(chain.from_iterable(prompts)))))
     answers: list[list[str]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
-        flat = [prompt for own in prompts[rows] for prompt in own]
+        flat = list(chain.from_iterable(prompts[rows]))
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
             texts = iter(continue_texts(base, flat, max_tokens))
-        answers += [[next(texts) for _ in own] for own in prompts[rows]]
+        answers += [list(islice(texts, len(own))) for own in prompts[rows]]
     return answers
 
 
@@ -134,7 +135,7 @@ def exact_match(
         raise ValueError(
             f"{len(examples)} lists of examples for {batch.n_adapters} adapters: each needs one, all as long"
         )
-    texts = encode_examples(base, [e for own in examples for e in own])
+    texts = encode_examples(base, list(chain.from_iterable(examples)))
     return accuracy_per_adapter(base.model, spec, batch, texts, chunk)
 
 

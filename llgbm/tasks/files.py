@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class FileSuite(Suite):
         digest = _digest(folder, names)
         parts = (tuple(train), tuple(val), tuple(test))
         suite = cls(*parts, digest, folder.resolve(), limit, rules or RowRules())
-        for note in (note for dataset in suite.datasets.values() for note in dataset.notes):
+        for note in chain.from_iterable(dataset.notes for dataset in suite.datasets.values()):
             say(note)
         suite.refuse_leaks()
         return suite
@@ -279,28 +280,29 @@ class FileSuite(Suite):
     def nonsense_prompts(self) -> tuple[str, ...]:
         """Words of training prompts in no order."""
         rng = random.Random(stream_seed("nonsense prompts", self.digest))
-        words = sorted(
-            {
-                w
-                for name in self.train
-                for e in self.examples(name, "train", 64, "words")
-                for w in e.prompt.split()
-            }
-        )
+        words = sorted(self._words())
         return tuple(" ".join(rng.choices(words, k=16)) for _ in range(32))
+
+    def _words(self) -> set[str]:
+        found: set[str] = set()
+        for name in self.train:
+            for example in self.examples(name, "train", 64, "words"):
+                found.update(example.prompt.split())
+        return found
 
 
 def _all_rows(folder: Path, name: str, rules: RowRules) -> list[Row]:
     """Return the good rows of all files of a dataset."""
     skipping = replace(rules, skip_bad=True)
-    return [
-        row for path in dataset_files(folder, name) if path for row in read_rows(path, skipping)[0]
-    ]
+    rows: list[Row] = []
+    for path in filter(None, dataset_files(folder, name)):
+        rows += read_rows(path, skipping)[0]
+    return rows
 
 
 def _digest(folder: Path, names: Sequence[str]) -> str:
     """Hash of what stands in the files of the datasets, by name."""
-    files = {name: [path for path in dataset_files(folder, name) if path] for name in names}
+    files = {name: list(filter(None, dataset_files(folder, name))) for name in names}
     return content_hash([[name, hash_files(paths)] for name, paths in files.items()])
 
 

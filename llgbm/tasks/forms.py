@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from llgbm.documents import is_text
@@ -187,5 +188,5 @@ def _check_text(value: str, name: str) -> None:
 
 
 def _length(example: Example) -> int:
-    turns = [text for pair in example.before for text in pair]
+    turns = list(chain.from_iterable(example.before))
     return sum(map(len, (example.prompt, example.answer, example.system or "", *turns)))

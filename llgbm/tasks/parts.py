@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 Words = list[str]
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -21,10 +22,14 @@ class Part:
     phrases: tuple[str, ...]
     unseen: str = ""
 
+    @property
+    def every_phrase(self) -> tuple[str, ...]:
+        return tuple(filter(None, (*self.phrases, self.unseen)))
+
 
 def _between(words: Words, separator: str) -> Words:
-    pieces = [piece for word in words for piece in (word, separator)]
-    return pieces[:-1]
+    pieces = chain.from_iterable(zip(words, repeat(separator)))
+    return list(pieces)[:-1]
 
 
 OPERATIONS: Mapping[str, Part] = {

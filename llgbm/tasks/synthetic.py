@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 
 from llgbm.runtime import content_hash, stream_seed
 from llgbm.tasks.parts import (
@@ -91,7 +91,7 @@ class SyntheticSuite(Suite):
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """All tasks: those of the split and those of the levels."""
-        unseen = [name for names in self._unseen.values() for name in names]
+        unseen = chain.from_iterable(self._unseen.values())
         return tuple(Task(name, name.split("-")[0]) for name in [*self._grid, *unseen])
 
     @cached_property
@@ -232,13 +232,13 @@ class SyntheticSuite(Suite):
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that a prompt or an answer can hold, with its leading blank, in a fixed order."""
         parts = [*ALL_OPERATIONS.values(), *ALL_FORMATS.values()]
-        phrases = [phrase for part in parts for phrase in (*part.phrases, part.unseen)]
-        words = [word for phrase in phrases for word in phrase.split()]
+        phrases = list(chain.from_iterable(part.every_phrase for part in parts))
+        words = " ".join(phrases).split()
         for part in ALL_FORMATS.values():
             words += part.apply(["one", "two"])
         words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS]
-        asked = [p for part in ALL_OPERATIONS.values() for p in (*part.phrases, part.unseen)]
-        starts = [phrase.split()[0] for phrase in asked if phrase]
+        asked = chain.from_iterable(part.every_phrase for part in ALL_OPERATIONS.values())
+        starts = [phrase.split()[0] for phrase in asked]
         return tuple(dict.fromkeys([*starts, SEPARATOR, *(f" {word}" for word in words)]))
 
 

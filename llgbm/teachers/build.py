@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, product, repeat
 from pathlib import Path
 
 from torch import Tensor
@@ -75,7 +76,7 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
 
 def pupils_of(tasks: Sequence[str], config: TeacherConfig) -> list[Pupil]:
     """List `config.per_task` teachers to be for each task."""
-    return [Pupil(task, number) for task in tasks for number in range(config.per_task)]
+    return [Pupil(*own) for own in product(tasks, range(config.per_task))]
 
 
 def _measure(
@@ -89,13 +90,13 @@ def _measure(
     ids = [pupil.name for pupil in pupils_of(tasks, config)]
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
-    examples = [own for own in by_task for _ in range(config.per_task)]
+    examples = list(chain.from_iterable(repeat(own, config.per_task) for own in by_task))
     accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
     facts = {
         **(known or {}),
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),
+        "base_accuracy": base_accuracy(base, list(chain.from_iterable(by_task))),
     }
     accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
     asked = {}
@@ -161,7 +162,7 @@ def _train_batched(target: BankWriter, runs: Sequence[Run]) -> None:
 
 def _together(runs: Sequence[Run], base: Base) -> Callable[[int], EncodedPairs]:
     sources = [run.examples_at() for run in runs]
-    return lambda step: encode_examples(base, [example for at in sources for example in at(step)])
+    return lambda step: encode_examples(base, list(chain.from_iterable(at(step) for at in sources)))
 
 
 def _that_fit(target: BankWriter, run: Run) -> int:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +341,7 @@ def _prompts_of(external: ExternalAdapter, given: Mapping[str, Any]) -> Prompts:
     found, source = given.get(external.task, given.get("")), "--prompts"
     if found is None:
         folders = (external.folder, *_above(external))
-        places = [folder / name for folder in folders for name in PROMPT_FILES]
+        places = [folder / name for folder, name in product(folders, PROMPT_FILES)]
         beside = [place for place in places if place.is_file()]
         found, source = (_read_pool(beside[0]), str(beside[0])) if beside else (None, "")
     if isinstance(found, list):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def example_source(
 
     def at(step: int) -> EncodedPairs:
         rows = slice(step * config.examples, (step + 1) * config.examples)
-        return encode_examples(base, [example for pool in pools for example in pool[rows]])
+        return encode_examples(base, list(chain.from_iterable(pool[rows] for pool in pools)))
 
     return at
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ class BankWriter:
         places = [
             adapter_folder(self.folder, i, entry["task"]) for i, entry in self.entries.items()
         ]
-        files = [place / name for place in places for name in ADAPTER_FILES]
+        files = [place / name for place, name in product(places, ADAPTER_FILES)]
         files += [self.folder / name for name in (TRAJECTORIES, MANIFEST, LOCK)]
         shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
         for file in files:
