@@ -179,8 +179,10 @@ ANSWERS = {
     "reverse-commas": "d , c , b , a .",
     "count-twice": "four four",
     "rotate-semicolons": "b ; c ; d ; a ;",
-    "inner-braces": "{ b c }",
-    "middle-arrows": "> c <",
+    "inner-commas": "b , c .",
+    "middle-brackets": "[ c ]",
+    "copy-braces": "{ a b c d }",
+    "tail-arrows": "> b c d <",
 }
 
 
