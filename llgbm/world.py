@@ -19,6 +19,7 @@ from llgbm.generator.conditions import build_conditions, conditions_key, encoder
 from llgbm.models.encoding import EncodedPairs, encode_pairs, example_prompt
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
+from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
@@ -206,6 +207,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
             {name: deltas_key(base, bank, sets[name]) for name in tables},
             hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
         ),
+        questions=Questions.of(base.tokenizer, suite, tasks, examples),
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,

@@ -20,6 +20,7 @@ from llgbm.generator.networks import LoraGenerator
 from llgbm.lora.adapters import LoraBatch
 from llgbm.lora.geometry import delta_w_error, delta_w_inner
 from llgbm.models import scoring
+from llgbm.models.reading import accuracy_by_reading
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 
@@ -191,6 +192,12 @@ def accuracy_per_adapter(
     rows: list[int],
     chunk: int = 24,
 ) -> Tensor:
-    """Return the exact-match accuracy [A] of adapters on the evaluation examples of the tasks at `rows`."""
+    """Return the accuracy [A] of adapters on the evaluation examples of the tasks at `rows`.
+
+    An answer is right by exact match, or where the suite says how answers are read, if it is read as the right one.
+    """
     texts = data.examples_of(rows)
+    if data.questions is not None and any(data.questions.items):
+        questions = data.questions.select(rows, data.n_examples)
+        return accuracy_by_reading(lora_model.model, lora_model.spec, batch, texts, questions)
     return scoring.accuracy_per_adapter(lora_model.model, lora_model.spec, batch, texts, chunk)

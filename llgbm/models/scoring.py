@@ -26,6 +26,8 @@ from llgbm.tasks.suite import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llgbm.models.reading import Writer
+
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Return the mean cross-entropy over the answer tokens and the end token; the prompt is not learnt."""
@@ -91,7 +93,7 @@ def greedy_answers(
     return answers
 
 
-def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
@@ -136,12 +138,23 @@ def accuracy_per_adapter(
     at_most: int = 48,
 ) -> Tensor:
     """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    return right_per_adapter(model, spec, batch, texts, at_most).float().mean(1)
+
+
+def right_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return whether each adapter gives the answers of its own texts (adapter-major), [A, N]."""
     n = len(texts) // batch.n_adapters
     pieces = []
     for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
         with torch.no_grad(), adapters_applied(model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(model, own).view(-1, n).float().mean(1))
+            pieces.append(right_answers(model, own).view(-1, n))
     return torch.cat(pieces)
 
 
@@ -169,10 +182,14 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
     """Exact-match accuracy of the base without any adapter."""
-    texts = encode_examples(base, examples)
+    return base_right(base, encode_examples(base, examples)).float().mean().item()
+
+
+def base_right(base: Base, texts: EncodedPairs) -> Tensor:
+    """Return whether the base without any adapter gives the answers of texts, [S]."""
     with torch.no_grad():
         pieces = [
             right_answers(base.model, texts.select(rows))
             for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
         ]
-    return torch.cat(pieces).float().mean().item()
+    return torch.cat(pieces)

@@ -23,7 +23,8 @@ from llgbm.lora.adapters import (
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
+from llgbm.models.reading import suite_accuracy
+from llgbm.models.scoring import encode_examples
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
@@ -78,11 +79,12 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = [own for own in by_task for _ in range(config.per_task)]
-    accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
+    owners = [task for task in tasks for _ in range(config.per_task)]
+    accuracy_A = suite_accuracy(base, suite, owners, examples, (target.spec, target.load(ids)))
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),
+        "base_accuracy": suite_accuracy(base, suite, tasks, by_task).mean().item(),
     }
     accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
     asked = {}
