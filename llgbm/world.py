@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -23,7 +25,7 @@ from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
-from llgbm.tasks.suite import Suite
+from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, BankSource
@@ -40,6 +42,8 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
+# Labelled examples of each training row.
+LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -179,18 +183,15 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         store = DeltaCache.build(cache, base, bank, probe_set, batch)
         return store.table(base, probe_set)
 
+    rows = rows_by_part(suite, bank)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
-    examples = [
-        e
-        for task in tasks
-        for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
-    ]
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
+    examples = evaluation_examples(suite, tasks, config.eval_examples)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
         families=tuple(suite.task(task).family for task in tasks),
-        rows=rows_by_part(suite, bank),
+        rows=rows,
         values_AV=batch.flatten(bank.spec),
         multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
@@ -211,8 +212,22 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,
+        labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
     )
     return data.to(base.model.device)
+
+
+def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
+    """Return `count` evaluation examples of each task, task after task."""
+    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
+    return list(chain.from_iterable(found))
+
+
+def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
+    """Encode labelled training examples of tasks, task after task, for references that use labels."""
+    count = min(LABELLED, suite.available("train"))
+    found = [suite.examples(task, "train", count, "labels") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
