@@ -12,6 +12,7 @@ from llgbm.accumulation import weighted_pieces
 from llgbm.dataset import create_dataloader
 from llgbm.generator import GeneratorConfig
 from llgbm.runtime import UserError
+from llgbm.terms.registry import built_in_terms
 from llgbm.training import TrainingConfig, Trial, train
 from llgbm.world import World
 
@@ -71,6 +72,13 @@ def test_pieces_are_the_large_batch(
     for n_pieces in (2, 4):
         for one, other in zip(whole, gradients(config, world, n_pieces), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_are_the_large_batch_for_every_term(world: World, config: TrainingConfig) -> None:
+    config = replace(config, terms=dict.fromkeys(built_in_terms(), 1.0))
+    pairs = zip(gradients(config, world, 1), gradients(config, world, 2), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_piece_counts_for_as_much_as_it_holds() -> None:

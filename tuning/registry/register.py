@@ -130,9 +130,15 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
     with registry_client(tracking_uri) as client:
-        folder = download(client, resolve(client, uri))
-    bundles = [path.parent for path in sorted(folder.rglob(BUNDLE_FILE))]
-    return _checked(next(iter(bundles), folder), uri)
+        version = resolve(client, uri)
+        return bundle_of(client, version, Path(tempfile.mkdtemp(prefix="llgbm-generator-")))
+
+
+def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
+    """Copy the files of a version below a folder; return the folder of its bundle. Raises UserError if it has none."""
+    own = download(client, version, folder)
+    bundles = [path.parent for path in sorted(own.rglob(BUNDLE_FILE))]
+    return _checked(next(iter(bundles), own), f"models:/{version.name}/{version.version}")
 
 
 def _bundle_tags(bundle: Path) -> dict[str, str]:

@@ -193,7 +193,7 @@ def read_json(path: Path) -> Any:
     """Raises DndError for a file that is missing or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DndError(f"{path} is missing or no JSON file: make or fetch it again") from error
 
 
