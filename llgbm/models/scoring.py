@@ -6,7 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ def token_losses(
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
+class Continuation(NamedTuple):
+    """Text that a model wrote; `is_cut` where it had not ended by its last token allowed."""
+
+    text: str
+    is_cut: bool
+
+
 def greedy_answers(
     base: Base,
     spec: LoraSpec,
@@ -81,6 +88,18 @@ def greedy_answers(
     prompts: Sequence[Sequence[str]],
     max_tokens: int = 24,
 ) -> list[list[str]]:
+    """Texts of `greedy_continuations`."""
+    found = greedy_continuations(base, spec, batch, prompts, max_tokens)
+    return [[answer.text for answer in own] for own in found]
+
+
+def greedy_continuations(
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int,
+) -> list[list[Continuation]]:
     """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
 
     Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
@@ -94,16 +113,21 @@ def greedy_answers(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
     longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
-    answers: list[list[str]] = []
+    answers: list[list[Continuation]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
-            texts = iter(continue_texts(base, flat, max_tokens))
+            texts = iter(continuations(base, flat, max_tokens))
         answers += [[next(texts) for _ in own] for own in prompts[rows]]
     return answers
 
 
 def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Texts of `continuations`."""
+    return [answer.text for answer in continuations(base, prompts, max_tokens)]
+
+
+def continuations(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[Continuation]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
@@ -113,7 +137,11 @@ def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int)
             max_new_tokens=max_tokens,
             do_sample=False,
         )
-    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    new = written[:, ids.shape[1] :]
+    texts = base.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ends = torch.tensor(end_tokens(base.model), device=new.device)
+    is_cut = ~torch.isin(new, ends).any(1)
+    return [Continuation(*pair) for pair in zip(texts, is_cut.tolist(), strict=True)]
 
 
 def exact_match(

@@ -28,6 +28,7 @@ from llgbm.models.scoring import encode_examples
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
@@ -40,13 +41,13 @@ from llgbm.teachers.train import (
 )
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
-# Longest answer in a trajectory.
-TRAJECTORY_TOKENS = 24
-
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """Name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
+    parts: list[str] = []
+    if config.per_task > 1 and isinstance(suite, SyntheticSuite):
+        parts.append("own prompts")  # Teachers of one of its tasks had the same prompts before.
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config, *parts)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -91,7 +92,7 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
         asked[task] = [example_prompt(base.tokenizer, e) for e in own]
-    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.max_tokens)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:

@@ -19,6 +19,7 @@ from llgbm.models.scoring import (
     encode_examples,
     exact_match,
     greedy_answers,
+    greedy_continuations,
     right_answers,
 )
 from llgbm.runtime import UserError
@@ -98,6 +99,17 @@ def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> N
     for example, right in zip(examples[1], wanted[1], strict=True):
         assert exact_match(base, bank.spec, batch.select([1]), [[example]]).item() == right
     assert greedy_answers(base, bank.spec, batch, prompts) == answers
+    # An answer is cut where `generate` had not come to an end token.
+    short = greedy_continuations(base, bank.spec, batch, prompts, 3)
+    for adapter_id, own, asked in zip(adapter_ids, short, prompts, strict=True):
+        model = PeftModel.from_pretrained(
+            fresh(base), str(bank.adapter_folder(adapter_id))
+        ).merge_and_unload()
+        ended = [end in generated(model, base, prompt, 3) for prompt in asked]
+        assert [answer.is_cut for answer in own] == [not one for one in ended]
+    assert 0 < sum(answer.is_cut for own in short for answer in own)
+    whole = greedy_continuations(base, bank.spec, batch, prompts, 24)
+    assert not any(answer.is_cut for own in whole for answer in own)
     with_base = [
         Example(p, base.tokenizer.decode(generated(base.model, base, p)[:-1])) for p in prompts[0]
     ]
