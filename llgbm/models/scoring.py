@@ -26,6 +26,9 @@ from llgbm.tasks.suite import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Text, and whether it was cut at the most tokens that were allowed.
+Written = tuple[str, bool]
+
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Return the mean cross-entropy over the answer tokens and the end token; the prompt is not learnt."""
@@ -73,6 +76,18 @@ def greedy_answers(
 
     Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
     """
+    written = written_answers(base, spec, batch, prompts, max_tokens)
+    return [[text for text, _ in own] for own in written]
+
+
+def written_answers(
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int,
+) -> list[list[Written]]:
+    """Write the same as `greedy_answers`, each with whether it was cut: it has no end token."""
     if (
         len(prompts) != batch.n_adapters
         or len({len(own) for own in prompts}) != 1
@@ -82,17 +97,21 @@ def greedy_answers(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
     longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
-    answers: list[list[str]] = []
+    answers: list[list[Written]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
-            texts = iter(continue_texts(base, flat, max_tokens))
+            texts = iter(_continued(base, flat, max_tokens))
         answers += [[next(texts) for _ in own] for own in prompts[rows]]
     return answers
 
 
 def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
+    return [text for text, _ in _continued(base, prompts, max_tokens)]
+
+
+def _continued(base: Base, prompts: Sequence[str], max_tokens: int) -> list[Written]:
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
         written = cast(Any, base.model).generate(
@@ -101,7 +120,11 @@ def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[
             max_new_tokens=max_tokens,
             do_sample=False,
         )
-    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    answers = written[:, ids.shape[1] :]
+    ends = torch.tensor(end_tokens(base.model), device=answers.device)
+    cut = ~torch.isin(answers, ends).any(1)
+    texts = base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return list(zip(texts, cut.tolist(), strict=True))
 
 
 def exact_match(

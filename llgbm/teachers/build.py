@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, entry_is_whole
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -39,9 +39,6 @@ from llgbm.teachers.train import (
 )
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
-# Longest answer in a trajectory.
-TRAJECTORY_TOKENS = 24
-
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """Name of a bank in the cache."""
@@ -58,9 +55,12 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         target.start()
         tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
         numbers = [index % config.per_task for index in range(len(tasks))]
-        streams = [f"teacher {config.seed} {number}" for number in numbers]
-        source = example_source(suite, base, tasks, streams, config)
-        states = train_teachers(base, spec, config, source).to_state_dicts()
+        found = _with_default_trajectories(root, base, suite, config, spec)
+        if found is None:
+            streams = [f"teacher {config.seed} {number}" for number in numbers]
+            source = example_source(suite, base, tasks, streams, config)
+            found = train_teachers(base, spec, config, source)
+        states = found.to_state_dicts()
         trained = []
         for task, number, state in zip(tasks, numbers, states, strict=True):
             prompts = condition_prompts(suite, task, config, (number, config.per_task))
@@ -69,6 +69,22 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         _measure(target, suite, config)
 
     return Bank.cached(build_entry(root, "banks", key, write), spec)
+
+
+def _with_default_trajectories(
+    root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec
+) -> LoraBatch | None:
+    """Load the same teachers from the cached bank with trajectories by default, if there is one."""
+    plain = replace(
+        config,
+        trajectories=TeacherConfig.trajectories,
+        trajectory_tokens=TeacherConfig.trajectory_tokens,
+    )
+    folder = root / "banks" / bank_key(base.hash, suite, plain)
+    if plain == config or not entry_is_whole(folder):
+        return None
+    say("its teachers are those of a cached bank: they only answer other prompts")
+    return Bank.cached(folder, spec).load()
 
 
 def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
@@ -89,7 +105,7 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
         asked[task] = [example_prompt(base.tokenizer, e) for e in own]
-    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.trajectory_tokens)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:

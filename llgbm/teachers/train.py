@@ -38,11 +38,16 @@ class TeacherConfig:
     condition_train: int = 32
     condition_evaluation: int = 16
     trajectories: int = 16
+    trajectory_tokens: int = 24
 
     def __post_init__(self) -> None:
         if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
             raise UserError(
                 "a bank needs at least one teacher a task, one step, one example and one trajectory"
+            )
+        if self.trajectory_tokens < 1:
+            raise UserError(
+                f"trajectory_tokens is {self.trajectory_tokens}; an answer needs at least one token"
             )
 
 
@@ -197,7 +202,11 @@ class SFTConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
-        return {name: value for name, value in asdict(self).items() if name not in savers}
+        found = {name: value for name, value in asdict(self).items() if name not in savers}
+        # Banks were begun before this was a setting, with its default.
+        if self.teachers.trajectory_tokens == TeacherConfig.trajectory_tokens:
+            del found["teachers"]["trajectory_tokens"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from llgbm.lora.adapters import (
     write_adapter_files,
 )
 from llgbm.models.load import Base
-from llgbm.models.scoring import greedy_answers
+from llgbm.models.scoring import written_answers
 from llgbm.output import STAGE, Output, check_name, disk_errors, flush, flush_tree, make_folders
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, say
 from llgbm.teachers.bank import (
     CHECKPOINTS,
     FORMAT_VERSION,
@@ -234,12 +234,19 @@ class BankWriter:
         entries = {i: manifest["adapters"][i] for i in adapter_ids}
         firsts = {entries[i]["task"]: i for i in reversed(adapter_ids)}
         batch = self.load([firsts[task] for task in asked])
-        answers = greedy_answers(self.base, self.spec, batch, list(asked.values()), max_tokens)
+        answers = written_answers(self.base, self.spec, batch, list(asked.values()), max_tokens)
+        cut = sum(is_cut for own in answers for _, is_cut in own)
+        if cut:
+            say(
+                f"{cut} answers of trajectories go on after {max_tokens} tokens, where they were cut"
+            )
         told = {}
         for (task, prompts), own in zip(asked.items(), answers, strict=True):
-            told[task] = list(zip(prompts, own, strict=True))
+            texts = [text for text, _ in own]
+            told[task] = list(zip(prompts, texts, strict=True))
         write_json(self.folder / TRAJECTORIES, told)
-        self._write({**manifest, "adapters": entries, "measured": dict(measured)})
+        facts = {**measured["facts"], "cut_trajectories": float(cut)}
+        self._write({**manifest, "adapters": entries, "measured": {**measured, "facts": facts}})
 
     def _remove(self) -> None:
         """Remove what was written since the bank was started; files of others stay."""

@@ -5,7 +5,7 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator.networks import LoraGenerator
 from llgbm.lora import LoraBatch
 from llgbm.lora.apply import PASS_LOGITS, head_logits
+from llgbm.terms.inner import read_inner
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,7 +40,8 @@ class TermData:
 class Step:
     """One batch and the tokens predicted for it. What follows from them is computed when first asked for.
 
-    `batch` is that of `create_dataloader`; `prepared` holds by name what terms computed before the training.
+    `batch` is that of `create_dataloader`; `prepared` holds by name what terms computed before the training, `modules`
+    the modules of the base that terms read beside its last layer.
     """
 
     batch: Mapping[str, Tensor]
@@ -49,6 +51,7 @@ class Step:
     probe_chunk: int = 0
     checkpointing: bool = False
     prepared: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
     @property
     def teacher_tokens(self) -> Tensor:
@@ -78,6 +81,8 @@ class Step:
     @cached_property
     def delta_pred(self) -> Tensor:
         """Δ of the predicted adapters [A, P, Q, D], with gradient."""
+        if self.modules:
+            return self._with_inner[..., 0, :] - self.deltas.base_APQD
         return compute_delta_differentiable(
             self.lora_model,
             self.adapters,
@@ -86,6 +91,22 @@ class Step:
             self.probe_chunk,
             self.checkpointing,
         )
+
+    @cached_property
+    def _with_inner(self) -> Tensor:
+        """States of the last layer and of the modules, [A, P, Q, 1 + N, D]."""
+        return read_inner(
+            self.lora_model,
+            self.adapters,
+            self.deltas.probes,
+            self.modules,
+            self.probe_chunk,
+            self.checkpointing,
+        )
+
+    def inner(self, names: Sequence[str]) -> Tensor:
+        """Return states at the outputs of modules that a term named, [A, P, Q, N, D], with gradient."""
+        return self._with_inner[..., [1 + self.modules.index(name) for name in names], :]
 
     def over_positions(self, compare: Compare) -> Tensor:
         """Average `compare(student, teacher)` over the marked positions; both are logits [S, vocabulary], float32.

@@ -61,6 +61,10 @@ class Term(ABC):
             return int(batch["valid"].sum())
         return len(batch["tokens"])
 
+    def modules(self, data: TermData) -> tuple[str, ...]:
+        """Name the modules of the base whose outputs are read in the step's one pass; see `Step.inner`."""
+        return ()
+
     def prepare(self, data: TermData) -> Any:
         """Return what is computed once a training and found again as `step.prepared[name]`."""
         return None

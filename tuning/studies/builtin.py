@@ -43,6 +43,9 @@ class StudyOptions:
     encoder: str = "minilm"
     smoke: bool = False
     own_worlds: tuple[WorldConfig, ...] = ()
+    n_probes: int | None = None
+    trajectories: int | None = None
+    trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -314,7 +317,7 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
-    names = ("steps", "batch_size", "activation_checkpointing", "probe_chunk")
+    names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -330,5 +333,7 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     world = own[size] if own else WorldConfig(size=size)
     world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
     if options.smoke:
-        return smoke_world(world)
-    return world
+        world = smoke_world(world)
+    names = ("trajectories", "trajectory_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(world, teachers=replace(world.teachers, **given))
