@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
-from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
+from llgbm.lora.apply import (
+    PASS_LOGITS,
+    Applied,
+    adapters_applied,
+    chunks,
+    head_logits,
+    states_at_marks,
+)
 from llgbm.models.encoding import (
     EncodedPairs,
     encode_pairs,
@@ -35,9 +42,11 @@ def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     return _answer_losses(model, texts, "mean")
 
 
-def _answer_losses(model: PreTrainedModel, texts: EncodedPairs, reduction: str) -> Tensor:
+def _answer_losses(
+    model: PreTrainedModel, texts: EncodedPairs, reduction: str, applied: Applied | None = None
+) -> Tensor:
     marked = texts.targets_ST >= 0
-    logits = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked])
+    logits = head_logits(model, states_at_marks(model, texts.input_ids_ST, marked, applied))
     targets = texts.targets_ST[marked]
     return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
@@ -52,15 +61,16 @@ def adapter_losses(
     model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs
 ) -> Tensor:
     """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
-    with adapters_applied(model, batch, spec.scaling):
-        losses_ST = token_losses(model, texts)
+    losses_ST = token_losses(model, texts, Applied(batch, spec.scaling))
     per_adapter = losses_ST.view(batch.n_adapters, -1).sum(1)
     return per_adapter / (texts.targets_ST >= 0).view(batch.n_adapters, -1).sum(1)
 
 
-def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under the adapters that are applied."""
-    losses = _answer_losses(model, texts, "none")
+def token_losses(
+    model: PreTrainedModel, texts: EncodedPairs, applied: Applied | None = None
+) -> Tensor:
+    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under adapters given or applied by hooks."""
+    losses = _answer_losses(model, texts, "none", applied)
     marked = texts.targets_ST >= 0
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
@@ -163,15 +173,18 @@ def accuracy_per_adapter(
     pieces = []
     for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
-        with torch.no_grad(), adapters_applied(model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(model, own).view(-1, n).float().mean(1))
+        applied = Applied(batch.select(rows), spec.scaling)
+        with torch.no_grad():
+            pieces.append(right_answers(model, own, applied).view(-1, n).float().mean(1))
     return torch.cat(pieces)
 
 
-def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Return whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
+def right_answers(
+    model: PreTrainedModel, texts: EncodedPairs, applied: Applied | None = None
+) -> Tensor:
+    """Return whether greedy decoding would give the answer, [S], under adapters given or applied by hooks."""
     marked = texts.targets_ST >= 0
-    states = final_hidden(model, texts.input_ids_ST)[marked]
+    states = states_at_marks(model, texts.input_ids_ST, marked, applied)
     pieces = states.split(max(1, PASS_LOGITS // model.config.get_text_config().vocab_size))
     likeliest = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
     targets = texts.targets_ST[marked]

@@ -14,7 +14,7 @@ from scipy import stats
 
 from llgbm.terms.names import NAMED
 from tuning.significance import SIGNIFICANCE, crossed_test, effect_size, holm, student_interval
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import TrialResult, finite
 
 MAIN = "heldout/accuracy"
 CHOOSING = "val/accuracy"
@@ -86,7 +86,7 @@ class Group:
         """Return held-out accuracy by seed and task; empty for a seed without numbers by task."""
         found: dict[str, dict[str, list[float]]] = {seed: {} for seed in self.seeds}
         for trial in self.trials:
-            for task, value in self.by_task.get(trial.run_id, {}).items():
+            for task, value in finite(self.by_task.get(trial.run_id, {})).items():
                 found[seed_of(trial)].setdefault(task, []).append(value)
         return {seed: _means(tasks) for seed, tasks in found.items()}
 

@@ -47,7 +47,7 @@ STUDIES_NAMED = 10
 
 @dataclass(frozen=True)
 class TrialResult:
-    """Trial as read from its run: last values in `metrics`, (step, value) pairs in `curves`."""
+    """Trial as read from its run: last values in `metrics`, if finite, and (step, value) pairs in `curves`."""
 
     trial_id: str
     config: str
@@ -62,6 +62,9 @@ class TrialResult:
     superseded: bool = False
     cause: str = ""  # of its failure, or of its worker's last death
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", finite(self.metrics))
+
     @classmethod
     def of(
         cls, run: Run, config: str | None = None, curves: Mapping[str, Curve] | None = None
@@ -73,7 +76,7 @@ class TrialResult:
             config=config or tags.get(CONFIG_TAG, run.info.run_name),
             seed=_whole_number(params.get("seed")),
             status=run.info.status,
-            metrics={**measured(run), **_last_values(curves)},
+            metrics={**run.data.metrics, **_last_values(curves)},
             curves=curves,
             params=dict(params),
             run_id=run.info.run_id,
@@ -148,8 +151,13 @@ def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
 
 
 def measured(run: Run) -> dict[str, float]:
-    """Return a run's last metrics without NaN placeholders (see `TrialTracker.show_first`)."""
-    return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
+    """Return a run's last metrics that are finite. NaN is a placeholder, see `TrialTracker.show_first`."""
+    return finite(run.data.metrics)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite: what is compared is among these, so that NaN never wins."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def read_trials(
