@@ -12,7 +12,6 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.metadata import entry_points
 from itertools import chain
 from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor
 
 import llgbm.terms
+from llgbm.plugins import TERMS, load_plugin, offered
 from llgbm.runtime import UserError
 from llgbm.terms.names import NAMED
 from llgbm.terms.step import Step, TermData
 from llgbm.terms.term import Term, check_term_class
 
-ENTRY_POINTS = "llgbm.terms"
 Weights = dict[str, float]
 
 
@@ -55,10 +54,10 @@ def find_term(name: str) -> type[Term]:
         return built_in_terms()[name]
     if ":" in name:
         return _imported(name)
-    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in offered:
-        return check_term_class(offered[name].load(), offered[name].value)
-    known = ", ".join([*built_in_terms(), *sorted(offered)])
+    found = load_plugin(TERMS, name)
+    if found is not None:
+        return check_term_class(found, name)
+    known = ", ".join([*built_in_terms(), *sorted(offered(TERMS))])
     raise UserError(
         f"unknown loss term {name!r}; there are: {known}, or your own as package.module:Class"
     )

@@ -75,7 +75,14 @@ class Step:
 
     @cached_property
     def deltas(self) -> DeltaTable:
-        """Probes of the step, the base's states there and the teachers' deltas."""
+        """Probes of the step, the base's states there and the teachers' deltas.
+
+        Raises ValueError where no marked position is valid.
+        """
+        if not self.batch["valid"].any():
+            raise ValueError(
+                "no marked position is valid: every probe is padding; check the probe set"
+            )
         return batch_deltas(self.batch)
 
     @cached_property
@@ -112,14 +119,10 @@ class Step:
         """Average `compare(student, teacher)` over the marked positions; both are logits [S, vocabulary], float32.
 
         The teacher's logits are the head of its states, which are the base's plus its delta. Logits that are too many
-        for one pass are taken in pieces and computed again for the gradient. Raises ValueError where no position is
-        valid or a state is not finite.
+        for one pass are taken in pieces and computed again for the gradient. Raises ValueError where a state is not
+        finite, and as `deltas`.
         """
         valid_APQ = self.deltas.probes.valid_APQ
-        if not valid_APQ.any():
-            raise ValueError(
-                "no marked position is valid: every probe is padding; check the probe set"
-            )
         base_SD = self.deltas.base_APQD[valid_APQ]
         pred_SD = base_SD + self.delta_pred[valid_APQ]
         teacher_SD = base_SD + self.deltas.delta_APQD[valid_APQ]

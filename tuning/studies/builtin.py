@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from llgbm.generator import GENERATORS
+from llgbm.generator import GENERATORS, find_generator
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.models.load import FAMILIES
 from llgbm.runtime import UserError
@@ -260,8 +260,7 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
     """Return the generators asked for; a single one is not named. Raises UserError for an unknown one."""
     names = options.generators or ("default",)
     for name in names:
-        if name not in GENERATORS:
-            raise UserError(f"unknown generator {name!r}; there are: {', '.join(GENERATORS)}")
+        find_generator(name)
     if names == ("default",):
         return [Variant()]
     variants = [
