@@ -61,8 +61,11 @@ class Labels(Term):
     def count(self, batch: Mapping[str, Tensor]) -> int:
         return len(batch["tokens"])
 
+    def own_texts(self, n_adapters: int) -> int:
+        return n_adapters * self.examples
+
     def flops(self, shape: BaseShape, size: PassSize) -> float:
-        texts = size.adapters * self.examples
+        texts = self.own_texts(size.adapters)
         marked = round(size.marked * self.examples / size.probes)
         passes = shape.forward_flops(texts, size.tokens) + shape.backward_flops(texts, size.tokens)
         return passes + shape.head_flops(marked)

@@ -69,6 +69,10 @@ class Term(ABC):
         """Return what is computed once a training and found again as `step.prepared[name]`."""
         return None
 
+    def own_texts(self, n_adapters: int) -> int:
+        """Count the texts of a step that the term runs through the base in a pass of its own."""
+        return 0
+
     def flops(self, shape: BaseShape, size: PassSize) -> float:
         """Count the FLOPs of a step beside the passes that terms share: the probes, and the head at their marks."""
         return 0.0

@@ -84,6 +84,14 @@ def test_the_study_of_terms_compares_four_losses() -> None:
     assert len(study.trials) == 12 and all(trial.note for trial in study.trials)
 
 
+def test_behaviour_is_compared_with_true_labels() -> None:
+    found = weights(made("--study labels --seeds 0"))
+    assert found[-1] == ("true labels", {"labels": 1.0})
+    assert [name for name, _ in found[:-1]] == ["delta-only", "kl", "delta + kl"]
+    chosen = weights(made("--study labels --term kl=1 answers=1 --seeds 0"))
+    assert [name for name, _ in chosen] == ["answers=1 kl=1", "true labels"]
+
+
 def test_a_search_draws_weights_of_terms() -> None:
     space = made("--search random --term kl=0.1,10 answers=0.5 --lambda-weight 0").space
     assert space is not None

@@ -83,6 +83,7 @@ TERMS = (
     of_weights("delta + kl", delta=1.0, kl=1.0),
     WEIGHT_ONLY,
 )
+LABELS = of_weights("true labels", labels=1.0)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -180,6 +181,18 @@ def terms(options: StudyOptions) -> Study:
     )
 
 
+def labels(options: StudyOptions) -> Study:
+    """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
+    axes = (generator_variants(options), rate_variants(options))
+    behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
+    chosen = _weight_options(options) or behaviour
+    return Study(
+        "labels",
+        make_trials(options, crossed([*chosen, LABELS], *axes)),
+        note="How much of what true labels reach does behaviour reach without any?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
@@ -222,6 +235,7 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         model_size,
         generators,
         objectives,
+        labels,
         optuna_lambda,
     )
 }
