@@ -137,6 +137,7 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         return {
             "row": torch.tensor(draw.row),
             "draw": draw_of_terms,
+            "probes": probes,
             "condition": self._conditions_ANC[draw.row, prompts],
             "tokens": self._tokens[draw.row],
             "probe_ids": own.ids_APT[draw.row, probes],

@@ -159,13 +159,12 @@ def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> 
 
 
 def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """Bytes of the activations of a step's probes in the base, given the memory-saving settings."""
-    if not reads_base(config):
-        return 0.0
-    at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
-    return shape.activation_bytes(
-        config.batch_size * at_once, probe_tokens, config.activation_checkpointing
-    )
+    """Bytes of the activations of a step's texts in the base, given the memory-saving settings."""
+    texts = sum(term.own_texts(config.batch_size) for term in config.objective.terms)
+    if reads_base(config):
+        at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
+        texts += config.batch_size * at_once
+    return shape.activation_bytes(texts, probe_tokens, config.activation_checkpointing)
 
 
 def logit_bytes(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> dict[str, float]:

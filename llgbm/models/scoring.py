@@ -127,7 +127,9 @@ def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int)
     return [answer.text for answer in continuations(base, prompts, max_tokens)]
 
 
-def continuations(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[Continuation]:
+def continuations(
+    base: Base | Writer, prompts: Sequence[str], max_tokens: int
+) -> list[Continuation]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():

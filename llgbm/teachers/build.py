@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, entry_is_whole
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -60,9 +60,12 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         target.start()
         tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
         numbers = [index % config.per_task for index in range(len(tasks))]
-        streams = [f"teacher {config.seed} {number}" for number in numbers]
-        source = example_source(suite, base, tasks, streams, config)
-        states = train_teachers(base, spec, config, source).to_state_dicts()
+        found = _with_default_trajectories(root, base, suite, config, spec)
+        if found is None:
+            streams = [f"teacher {config.seed} {number}" for number in numbers]
+            source = example_source(suite, base, tasks, streams, config)
+            found = train_teachers(base, spec, config, source)
+        states = found.to_state_dicts()
         trained = []
         for task, number, state in zip(tasks, numbers, states, strict=True):
             prompts = condition_prompts(suite, task, config, (number, config.per_task))
@@ -71,6 +74,22 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         _measure(target, suite, config)
 
     return Bank.cached(build_entry(root, "banks", key, write), spec)
+
+
+def _with_default_trajectories(
+    root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec
+) -> LoraBatch | None:
+    """Load the same teachers from the cached bank with trajectories by default, if there is one."""
+    plain = replace(
+        config,
+        trajectories=TeacherConfig.trajectories,
+        max_tokens=TeacherConfig.max_tokens,
+    )
+    folder = root / "banks" / bank_key(base.hash, suite, plain)
+    if plain == config or not entry_is_whole(folder):
+        return None
+    say("its teachers are those of a cached bank: they only answer other prompts")
+    return Bank.cached(folder, spec).load()
 
 
 def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:

@@ -115,7 +115,12 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
     assert not set(first["train"]) & set(second["train"])  # each is given prompts of its own
     assert first["evaluation"] == second["evaluation"]
     assert len(bank.trajectories().of("copy-plain")) == 2
-    assert set(bank.facts) == {"teacher_accuracy", "worst_teacher_accuracy", "base_accuracy"}
+    assert set(bank.facts) == {
+        "teacher_accuracy",
+        "worst_teacher_accuracy",
+        "base_accuracy",
+        "cut_trajectories",
+    }
     assert show_bank(bank.folder)["torn"] == [] and show_bank(bank.folder)["finished"]
     assert Bank.open(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
 
