@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError
+from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SECONDS = 120.0
@@ -31,9 +32,7 @@ def fetch_adapter(
     Raises UserError if there is no prompt, the folder cannot be written or holds another adapter, or the server does
     not answer within `timeout` seconds or answers something else.
     """
-    texts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not texts:
-        raise UserError("there is no prompt: give at least one unlabelled prompt of the task")
+    texts = check_prompts(prompts)
     output = Output(folder, ADAPTER_PATTERNS)
     weights, config = _adapter_of(url, _ask(url, texts, timeout))
     with output.writing() as stage:

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache, cached_property
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from llgbm.redaction import redact
 
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
@@ -245,14 +248,21 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:
-    """Run a program; return its status, 2 after a UserError (raised with `debug`), 130 after an interrupt."""
+    """Run a program and return its exit status.
+
+    That is 2 with one sentence for a UserError (and its traceback with `debug`), 130 for an interrupt, 1 with a
+    traceback for any other error.
+    """
     try:
         return command()
     except UserError as error:
         if debug:
-            raise
+            say(traceback.format_exc())
         say(f"error: {error}")
         return 2
+    except Exception:
+        say(traceback.format_exc())
+        return 1
     except KeyboardInterrupt:
         say(on_interrupt)
         return 130
@@ -260,4 +270,4 @@ def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "in
 
 def say(text: str) -> None:
     """Print a line to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    print(redact(text), file=sys.stderr, flush=True)

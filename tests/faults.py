@@ -38,9 +38,10 @@ class Sweep:
         self.what = ["--smoke", *arguments]
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *how: str) -> subprocess.Popen[str]:
-        """Start the study, or go on with it when the store knows it."""
+    def start(self, *how: str, anew: bool = False) -> subprocess.Popen[str]:
+        """Start the study, or go on with it when the store knows it, unless it is to be run `anew`."""
         known = (self.folder / "mlruns" / "mlflow.db").exists() and bool(self.parents())
+        known = known and not anew
         arguments = ["--resume", "latest"] if known else self.what
         command = [
             sys.executable,
@@ -56,9 +57,9 @@ class Sweep:
         )
         return self.process
 
-    def finish(self, *how: str, timeout: float = 600) -> int:
+    def finish(self, *how: str, timeout: float = 600, anew: bool = False) -> int:
         """Start it and wait for its end; its exit status."""
-        return self.start(*how).wait(timeout)
+        return self.start(*how, anew=anew).wait(timeout)
 
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()[-4000:]

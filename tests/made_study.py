@@ -114,7 +114,8 @@ def _metrics(accuracy: float) -> dict[str, float]:
 
 def _write_artifacts(folder: Path, accuracy: Mapping[str, float], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    by_operation = {operation: rng.normal(0, 2, WIDTH) for operation in OPERATIONS}
+    operations = dict.fromkeys([*OPERATIONS, *(task.split("-")[0] for task in accuracy)])
+    by_operation = {operation: rng.normal(0, 2, WIDTH) for operation in operations}
     teacher_JD = np.stack(
         [by_operation[task.split("-")[0]] + rng.normal(0, 0.5, WIDTH) for task in accuracy]
     )

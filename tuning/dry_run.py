@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +12,15 @@ from tabulate import tabulate
 from llgbm.estimate import TrialEstimate, WorldSketch, human
 from llgbm.world import describe_world
 from tuning.search.points import count_states, drawn_trials, find_search
-from tuning.studies.options import Options
+from tuning.studies.options import Options, RunOptions
 from tuning.studies.spec import Study, TrialSpec
+from tuning.studies.terms import weights_text
+from tuning.sweep.asha import scheduler_key
 from tuning.sweep.cluster import Resources
+from tuning.sweep.resume import left_to_run
 from tuning.sweep.run import read_past_runs
 from tuning.tracking.costs import Costs, kind_of
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import NO_SCHEDULER, TrialResult
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,38 @@ class Plan:
     trials: tuple[TrialSpec, ...]
     undrawn: int
     runs: Sequence[TrialResult]
+    run: RunOptions = RunOptions()
+    scheduler: str = NO_SCHEDULER
 
     @cached_property
-    def finished(self) -> frozenset[str]:
-        return frozenset(run.trial_id for run in self.runs)
+    def _results(self) -> dict[str, TrialResult]:
+        if self.run.fresh:
+            return {}
+        return {run.trial_id: run for run in self.runs}
+
+    @cached_property
+    def drawn(self) -> list[TrialSpec]:
+        """Trials left to run, of those that are known."""
+        run = self.run
+        return left_to_run(
+            self.trials, self._results, bool(run.resume), run.retry_failed, self.scheduler
+        )
+
+    def state(self, trial: TrialSpec) -> str:
+        """Return `finished`, `to run`, or how a trial ended that is left as it is."""
+        if trial in self.drawn:
+            return "to run"
+        result = self._results.get(trial.id)
+        if result is None:
+            return "left out"
+        if result.is_done(self.scheduler):
+            return "finished"
+        return f"left {result.status.lower()}"
 
     @property
     def to_run(self) -> list[TrialSpec]:
         """Trials left to run; the middle of the space stands for each one that is not drawn yet."""
-        drawn = [trial for trial in self.trials if trial.id not in self.finished]
+        drawn = self.drawn
         if self.study.space is None:
             return drawn
         ranges = self.study.space.ranges.items()
@@ -55,13 +81,14 @@ def show_preview(study: Study, options: Options, resources: Resources) -> None:
 def show_plan(study: Study, options: Options, concurrent: int) -> None:
     """Print the trial table, the state of each world, and the cost of the trials left to run."""
     runs, cache = read_past_runs(options), options.stores.cache_folder
-    plan = Plan(study, study.trials, 0, runs)
+    scheduler = scheduler_key(options.study.scheduler, study)
+    plan = Plan(study, study.trials, 0, runs, options.run, scheduler)
     if study.space:
-        plan = _show_space(study, runs, options.optuna_url, options.study.n_points)
+        plan = _show_space(plan, options)
     costs = Costs(runs)
     if plan.trials:
         rows = [_row(trial, plan, costs) for trial in plan.trials]
-        print(tabulate(rows, HEADERS, disable_numparse=True))
+        print(tabulate(*without_empty(rows, HEADERS), disable_numparse=True))
     for world in study.worlds:
         print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
         for part, built in describe_world(cache, world).items():
@@ -76,6 +103,7 @@ HEADERS = (
     "generator",
     "λ_w",
     "λ_d",
+    "terms",
     "rate",
     "seed",
     "steps",
@@ -87,21 +115,36 @@ HEADERS = (
 def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     config = trial.config
     seconds = costs.seconds(config)
-    state = ("to run", "no past run" if seconds is None else duration(seconds))
-    if trial.id in plan.finished:
-        state = ("finished", "")
+    state = (plan.state(trial), "")
+    if trial in plan.drawn:
+        state = ("to run", "no past run" if seconds is None else duration(seconds))
     return (
         *(trial.id, trial.name, config.model_size, config.generator.name),
-        *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", f"{config.learning_rate:g}"),
+        *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", weights_text(config.terms)),
+        f"{config.learning_rate:g}",
         *(config.seed, config.steps, *state),
     )
 
 
-def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_points: int) -> Plan:
+def without_empty(
+    rows: Sequence[Sequence[Any]], headers: Sequence[str]
+) -> tuple[list[list[Any]], list[str]]:
+    """Return a table without the column `terms` where no row has any."""
+    place = headers.index("terms")
+    if any(row[place] for row in rows):
+        return [list(row) for row in rows], list(headers)
+    return [[*row[:place], *row[place + 1 :]] for row in rows], [
+        header for header in headers if header != "terms"
+    ]
+
+
+def _show_space(plan: Plan, options: Options) -> Plan:
     """Print the space and the points that Optuna has drawn; return the plan of its trials."""
-    space = study.space
+    study, space, n_points = plan.study, plan.study.space, options.study.n_points
     assert space is not None
-    found = find_search(study, optuna_url)
+    found = None
+    if not plan.run.fresh:
+        found = find_search(study, options.optuna_url)
     states = count_states(found)
     print(f"{study.id}: {space.describe()}")
     known = ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
@@ -110,13 +153,18 @@ def _show_space(study: Study, runs: Sequence[TrialResult], optuna_url: str, n_po
     if found:
         trials = drawn_trials(space, found)
     missing = max(0, n_points * len(space.seeds) - len(trials))
-    return Plan(study, trials, missing, runs)
+    if plan.run.retry_failed:
+        missing = 0
+    return replace(plan, trials=trials, undrawn=missing)
 
 
 def describe_cost(plan: Plan, costs: Costs, concurrent: int) -> str:
     """Say how many trials are left, how long they would take, and on what that is based."""
     left, total = plan.to_run, len(plan.trials) + plan.undrawn
-    head = f"{total} trials, {total - len(left)} finished already, {len(left)} to run"
+    finished = sum(plan.state(trial) == "finished" for trial in plan.trials)
+    head = f"{total} trials, {finished} finished already, {len(left)} to run"
+    if others := total - finished - len(left):
+        head += f", {others} left as they are"
     if plan.undrawn:
         head += f", {plan.undrawn} of them still to be drawn"
     if not left:
@@ -170,10 +218,10 @@ def estimate_study(study: Study) -> str:
 
 def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:
     rows: dict[tuple[str, str], list[Any]] = {}
+    memory = list(dict.fromkeys(part for _, estimate in found for part in estimate.memory))
     for trial, estimate in found:
         key = (trial.name, str(trial.config.model_size))
-        rows.setdefault(key, [*key, 0, *_cells(estimate)])[2] += 1
-    memory = list(found[0][1].memory)
+        rows.setdefault(key, [*key, 0, *_cells(estimate, memory)])[2] += 1
     headers = [
         "configuration",
         "base",
@@ -187,10 +235,13 @@ def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:
     return tabulate(list(rows.values()), [*headers, *memory, "peak"], disable_numparse=True)
 
 
-def _cells(estimate: TrialEstimate) -> list[str]:
+def _cells(estimate: TrialEstimate, memory: Sequence[str]) -> list[str]:
     sizes = (estimate.base_parameters, estimate.adapter_values, estimate.generator_parameters)
     costs = (estimate.step_flops, estimate.flops)
     return [
         *(human(n) for n in (*sizes, *costs)),
-        *(human(b, "B") for b in (*estimate.memory.values(), estimate.peak_bytes)),
+        *(
+            human(b, "B")
+            for b in (*(estimate.memory.get(part, 0.0) for part in memory), estimate.peak_bytes)
+        ),
     ]

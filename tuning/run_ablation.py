@@ -33,7 +33,7 @@ from tuning.sweep.resume import (
 from tuning.sweep.run import Job, open_store, run_trials
 from tuning.tracking.notes import describe_facts, log_datasets, study_params, study_tags
 from tuning.tracking.ownership import check_not_run, own_study, reap
-from tuning.tracking.runs import TrialResult, read_trials
+from tuning.tracking.runs import SCHEDULER_TAG, TrialResult, read_trials
 from tuning.tracking.study import status_on_exit
 
 
@@ -84,6 +84,7 @@ def run_study(job: Job) -> int:
     tags = {
         ARGUMENTS_TAG: json.dumps(job.options.study.record()),
         "llgbm.resources": job.resources.describe(),
+        SCHEDULER_TAG: job.scheduler,
     }
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with own_study(tracker, study.id) as ownership, status_on_exit(tracker):

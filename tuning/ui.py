@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 from llgbm.runtime import UserError, exit_status, say
 from tuning.report.groups import CHOOSING, MAIN
 from tuning.tracking.runs import TRIAL_TAG, parent_runs
-from tuning.tracking.store import connect, existing_uri, local_tracking_uri, redact, store_errors
+from tuning.tracking.store import (
+    connect,
+    existing_uri,
+    local_tracking_uri,
+    redact,
+    store_errors,
+    with_login,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -119,16 +126,9 @@ def run(arguments: argparse.Namespace) -> int:
             page = f"http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs"
             say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")
-    options = [
-        "--backend-store-uri",
-        uri,
-        "--host",
-        HOST,
-        "--port",
-        str(arguments.port),
-        "--workers",
-        "1",
-    ]
+    options = ["--host", HOST, "--port", str(arguments.port), "--workers", "1"]
+    # Not an option, for everybody on the machine can read those.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = with_login(uri)
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options])
 
 

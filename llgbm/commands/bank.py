@@ -61,13 +61,17 @@ def _add_import(actions: Any) -> None:
     take.add_argument(
         "--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"
     )
+    _add_precision(take)
+    take.set_defaults(do=take_over)
+
+
+def _add_precision(take: Any) -> None:
     take.add_argument(
         "--dtype", default="float32", help="of the base: float32, bfloat16 or float16"
     )
     take.add_argument(
         "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
     )
-    take.set_defaults(do=take_over)
 
 
 def _add_embedded(actions: Any) -> None:

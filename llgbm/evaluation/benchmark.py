@@ -15,7 +15,7 @@ import torch
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import adapters_applied, chunks
-from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.load import Base
 from llgbm.models.scoring import continue_texts, token_losses
 from llgbm.runtime import UserError, progress
@@ -86,7 +86,7 @@ def measure(
 def _measure_one(base: Base, system: System, asked: Questions) -> dict[str, Any]:
     kind, examples = asked.kind, asked.examples
     shots = solved_examples(asked.suite, asked.task, system.shots)
-    prompts = [chat_prompt(base.tokenizer, e.prompt, e.system, shots) for e in examples]
+    prompts = [example_prompt(base.tokenizer, e, shots) for e in examples]
     with system.applied(base):
         responses = respond(base, prompts, asked.max_tokens or ANSWER_TOKENS[kind], system.name)
         likeliest = likeliest_rivals(base, kind, prompts, examples)

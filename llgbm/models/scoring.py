@@ -22,9 +22,9 @@ from llgbm.lora.apply import (
 )
 from llgbm.models.encoding import (
     EncodedPairs,
-    chat_prompt,
     encode_pairs,
     encode_prompts,
+    example_prompt,
     prompt_tokens,
 )
 from llgbm.models.load import Base
@@ -50,7 +50,7 @@ def _answer_losses(
 
 def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
     """Encode examples for a base, on its device; those that are turns of a chat in the base's own template."""
-    pairs = [(chat_prompt(base.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+    pairs = [(example_prompt(base.tokenizer, e), e.answer) for e in examples]
     return encode_pairs(base.tokenizer, pairs).to(base.model.device)
 
 

@@ -8,6 +8,7 @@ different ones are no answer, since a response that names both has not chosen.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Literal
@@ -25,6 +26,8 @@ _ASKED: Mapping[Kind, re.Pattern[str]] = {
         rf"(?:.*\n)?#### ?(?:{_AMOUNT})|The (?:answer|value of \w) is (?:{_AMOUNT})\.?", re.S
     ),
 }
+# A byte-order mark, soft hyphens, and blanks and joiners without width.
+INVISIBLE = dict.fromkeys([0xFEFF, 0x00AD, 0x200B, 0x2060])
 _REFUSAL = re.compile(
     r"\b(?:can(?:no|')t|cannot|could ?n[o']t|unable to|not able to|do(?: not|n't) know|not sure|no idea|impossible to"
     r"|won't|will not)\b",
@@ -56,7 +59,10 @@ def choices(prompt: str) -> dict[str, str]:
 
 
 def question_key(prompt: str) -> tuple[str, tuple[str, ...]]:
-    """Return the key of a question, whatever its case, punctuation, labels and the order of its choices."""
+    """Return the key of a question, whatever its whitespace, its Unicode form, its labels and the order of its choices.
+
+    Signs, brackets and case part questions: `5! = ?` is not `5 = ?`.
+    """
     offered = choices(prompt)
     lines = [line for line in prompt.splitlines() if not _CLOSING_LINE.match(line)]
     stem = [
@@ -64,7 +70,12 @@ def question_key(prompt: str) -> tuple[str, tuple[str, ...]]:
         for line in lines
         if not ((m := _CHOICE_LINE.match(line)) and offered.get(m["label"]) == m["text"].strip())
     ]
-    return _plain(" ".join(stem)), tuple(sorted(_plain(text) for text in offered.values()))
+    return _spelled(" ".join(stem)), tuple(sorted(_spelled(text) for text in offered.values()))
+
+
+def _spelled(text: str) -> str:
+    """Return a text in one spelling: Unicode's composed form, single blanks, no invisible marks."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(INVISIBLE).split())
 
 
 def _plain(text: str) -> str:

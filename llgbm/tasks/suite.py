@@ -20,12 +20,14 @@ class Example:
     """Prompt and the answer that the task wants.
 
     Without a `system` text the two follow each other with nothing between. With one, an empty one too, they are turns
-    of a chat, put into the chat template of whatever model reads them.
+    of a chat, put into the chat template of whatever model reads them. `before` are (prompt, answer) pairs that were
+    said earlier.
     """
 
     prompt: str
     answer: str
     system: str | None = None
+    before: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llgbm.lora.adapters import (
     write_adapter_files,
 )
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
-from llgbm.models.encoding import EncodedPairs, chat_prompt
+from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
 from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
 from llgbm.output import check_name
@@ -88,7 +88,7 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     asked = {}
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
-        asked[task] = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in own]
+        asked[task] = [example_prompt(base.tokenizer, e) for e in own]
     target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
 
 
@@ -106,8 +106,8 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
     runs = []
     for task in suite.split.tasks:
         runs += [Run(task, subset, config, suite, base) for subset in range(config.subsets)]
-    for adapter_id in (i for run in runs for i in run.adapter_ids):
-        check_name(adapter_id, "the adapter")
+    for run in runs:
+        _check_run(run)
     with target.opened():
         open_runs = [run for run in runs if target.missing(run.adapter_ids)]
         if open_runs:
@@ -119,6 +119,19 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
         if not target.is_finished:
             _measure(target, suite, teachers)
     return Bank.open(out, base)
+
+
+def _check_run(run: Run) -> None:
+    """Raise UserError, before anything is trained, for a run whose dataset has too few rows or no fit name."""
+    for adapter_id in run.adapter_ids:
+        check_name(adapter_id, "the adapter")
+    rows = run.suite.available("train")
+    if run.config.subsets > rows:
+        raise UserError(
+            f"{run.config.subsets} runs a dataset read rows that do not overlap, and the smallest dataset has {rows} "
+            "rows to train on: use fewer subsets or more rows"
+        )
+    _ = run.prompts
 
 
 def _train_batched(target: BankWriter, runs: Sequence[Run]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.cache import describe_file
+from llgbm.documents import read_json
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,10 +26,12 @@ from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import Base
 from llgbm.output import STAGE, check_name
 from llgbm.runtime import UserError, content_hash, progress, say, split_revision
+from llgbm.tasks.prompts import check_prompts, read_prompts
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
 PURPOSES = ("train", "evaluation")
+PROMPT_FILES = (PROMPTS, "prompts.jsonl", "prompts.txt")
 # Fields of an adapter's config that decide how its weights are read.
 DECIDING = ("use_rslora", "rank_pattern", "alpha_pattern")
 # Folders that hold a state of a training, and say nothing of its task.
@@ -90,7 +92,11 @@ def import_bank(
     found: list[ExternalAdapter] = []
     for source in sources:
         found += find_adapters(source, options.task, besides=out)
-    given = read_json(prompts_file) if prompts_file else {}
+    given = read_given(prompts_file) if prompts_file else {}
+    if "" in given and len(tasks := {external.task for external in found}) > 1:
+        raise UserError(
+            f"{prompts_file} holds the prompts of one task, and there are {', '.join(sorted(tasks))}: name them by task"
+        )
     names = {base.path, *options.accept_bases}
     reader = AdapterReader(base.model)
     checked = []
@@ -306,26 +312,37 @@ def _short(name: str) -> str:
     return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of JSON, past a byte-order mark. Raises UserError for one that is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}): name a file of prompts"
-        ) from error
+def read_given(path: Path) -> dict[str, Any]:
+    """Read a file of prompts: by task, or those of one task, which stand under "". Raises UserError for none."""
+    if path.suffix == ".json":
+        found = read_json(path, "name a file of prompts")
+        if isinstance(found, dict) and not set(found) & {*PURPOSES, "prompts", "prompt"}:
+            return found
+    return {"": _read_pool(path)}
 
 
-def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
+def _read_pool(path: Path) -> Any:
+    """Return the prompts of a file: a list, or a list for each purpose. Raises UserError for a file of none."""
+    if path.suffix == ".json":
+        found = read_json(path, "name a file of prompts")
+        if isinstance(found, dict) and "prompts" not in found:
+            return found
+        if isinstance(found, list) and all(isinstance(prompt, str) for prompt in found):
+            return found
+    return read_prompts(path)
+
+
+def _prompts_of(external: ExternalAdapter, given: Mapping[str, Any]) -> Prompts:
     """Return an adapter's prompts: those given for its task, or in the file beside it or above it.
 
     A plain list is parted in two. Raises UserError for none.
     """
-    found = given.get(external.task) if isinstance(given, dict) else None
+    found, source = given.get(external.task, given.get("")), "--prompts"
     if found is None:
-        places = [folder / PROMPTS for folder in (external.folder, *_above(external))]
+        folders = (external.folder, *_above(external))
+        places = [folder / name for folder in folders for name in PROMPT_FILES]
         beside = [place for place in places if place.is_file()]
-        found = read_json(beside[0]) if beside else None
+        found, source = (_read_pool(beside[0]), str(beside[0])) if beside else (None, "")
     if isinstance(found, list):
         known = len(found) - len(found) // 3
         found = {"train": found[:known], "evaluation": found[known:]}
@@ -334,6 +351,8 @@ def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
             f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name task "
             f'{external.task!r} in --prompts, as {{"train": [...], "evaluation": [...]}} or one list of at least three'
         )
+    for purpose in PURPOSES:
+        check_prompts(found[purpose], source)
     if both := set(found["train"]) & set(found["evaluation"]):
         raise UserError(
             f"a prompt of the adapter in {external.folder} is for training and evaluation both ({min(both)[:60]!r}): "

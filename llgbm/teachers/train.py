@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from llgbm.lora.adapters import LoraBatch, LoraSpec, StateDict
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples
-from llgbm.runtime import UserError, progress, release_device_memory, stream_seed
+from llgbm.runtime import UserError, progress, release_device_memory, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.writer import NewAdapter
 
@@ -110,6 +110,17 @@ def adam_with_decay(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, steps, eta_min=learning_rate / 20
     )
+
+
+def fitted(config: TeacherConfig, suite: Suite) -> TeacherConfig:
+    """Return a configuration that conditions on no more prompts than every dataset has; say where that lowers it."""
+    prompts = suite.available("prompts")
+    if prompts >= config.condition_evaluation:
+        return config
+    say(
+        f"the smallest dataset has {prompts} prompts to condition on, not {config.condition_evaluation}: all are used"
+    )
+    return replace(config, condition_evaluation=prompts)
 
 
 def condition_prompts(

@@ -54,11 +54,23 @@ def test_choices_are_those_of_the_question_and_not_of_its_story() -> None:
 def test_a_question_is_the_same_in_another_order_and_spelling_and_another_with_other_choices() -> (
     None
 ):
-    shuffled = "Which material CONDUCTS electricity best\n1: Glass\n2: rubber.\n3: copper  wire\n4: dry wood"
-    closed = f"{METALS}.\nPlease answer the question choosing from A/B/C/D."
+    shuffled = "Which material conducts\u00a0electricity best? \n1: glass\n2: rubber\n3: copper  wire\n4: dry wood"
+    closed = f"\ufeff{METALS}\nPlease answer the question choosing from A/B/C/D."
     assert question_key(METALS) == question_key(shuffled) == question_key(closed)
+    assert question_key("caf\u00e9?") == question_key("cafe\u0301?")
     assert question_key(METALS) != question_key(METALS.replace("glass", "gold"))
     assert question_key("What is 3 + 4?") != question_key("What is 3 - 4?")
+    for one, other in (
+        ("(1+2)*3", "1+(2*3)"),
+        ("5! = ?", "5 = ?"),
+        ("[()]", "([])"),
+        ("is US", "is us"),
+    ):
+        assert question_key(one) != question_key(other)
+    brackets = {
+        question_key(f"close: {bits:06b}".translate({48: "(", 49: "["})) for bits in range(60)
+    }
+    assert len(brackets) == 60
     assert question_key("\u4f60\u597d") != question_key("\u518d\u89c1")
 
 

@@ -142,6 +142,14 @@ def test_saving_memory_changes_no_adapter(
     assert (difference < 1e-5).float().mean() > 0.999 and difference.max() < 1e-3
 
 
+def test_the_environment_of_accelerate_changes_no_teacher(
+    banks: dict[str, Bank], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert torch.equal(values(bank_of(tiny_base, tmp_path, ONE_EACH)), values(banks["peft"]))
+
+
 class Killed(BaseException):
     """What a power cut is to a program, as far as a test in its process can have one."""
 

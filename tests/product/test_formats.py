@@ -45,7 +45,7 @@ from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
 from tuning.sweep.resume import trials_to_run
 from tuning.tracking.study import StudyTracker
-from tuning.tracking.trial import finished_metrics
+from tuning.tracking.trial import finished_result
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -208,7 +208,8 @@ def test_trials_of_a_store_are_found_by_their_ids_and_by_no_other(uri: str, here
     tracker.begin(study.name, study.id, {}, {})
     assert tracker.target is not None
     for trial_id, known in wanted.items():
-        assert finished_metrics(tracker.target, trial_id) == known["metrics"]
+        found = finished_result(tracker.target, trial_id)
+        assert found is not None and found.metrics == known["metrics"]
 
 
 def test_the_champion_of_a_store_is_fetched(uri: str) -> None:

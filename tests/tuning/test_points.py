@@ -34,7 +34,7 @@ from tuning.studies.spec import SearchSpace, TrialSpec
 from tuning.sweep.asha import make_scheduler
 from tuning.sweep.ray_tune import QueueSearcher
 from tuning.tracking.costs import past_runs
-from tuning.tracking.runs import measured
+from tuning.tracking.runs import TrialResult, measured
 
 BOTH = ("val/accuracy", "val/delta_cosine")
 SPACE = STUDIES["optuna_lambda"](StudyOptions()).space
@@ -211,6 +211,21 @@ def test_a_stopped_seed_counts_with_what_it_reached(objectives: tuple[str, ...])
     assert search.space.trials(point.params)[0].name not in said
 
 
+def test_points_that_another_scheduler_stopped_are_run_to_their_end() -> None:
+    search = fresh(SPACE, 3)
+    ran = finish(search, lambda spec: {**score(spec), "step": 200, "finished": False})
+    again = fresh(SPACE, 3, search.study)
+    again.results.update(search.results)
+    assert again.reopen_stopped() == 0 and again.is_done()
+    whole = fresh(SPACE, 3, search.study)
+    assert whole.reopen_stopped() == 3
+    assert {spec.id for spec in finish(whole)} == {spec.id for spec in ran}
+    states = [trial.state for trial in search.study.trials]
+    assert states == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
+    assert len(whole.trials()) == len(ran) and "best of 3 points" in whole.describe()
+    assert fresh(SPACE, 3, search.study).reopen_stopped() == 0
+
+
 def test_optunas_front_is_what_is_called_best() -> None:
     search = fresh(replace(SPACE, objectives=BOTH), 12)
     finish(search)
@@ -329,6 +344,7 @@ def test_ashas_rungs_compare_validation_values_and_let_a_last_step_pass() -> Non
     said = {}
     for name, value in (("good", 0.8), ("better", 0.9), ("bad", 0.1)):
         trial = Trial("x", trial_id=name, stub=True)
+        trial.config = {"trial": study.trials[0]}
         scheduler.on_trial_add(None, trial)
         for step in (100, 200):
             said[name, step] = scheduler.on_trial_result(
@@ -338,6 +354,47 @@ def test_ashas_rungs_compare_validation_values_and_let_a_last_step_pass() -> Non
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
     assert [said["bad", step] for step in (100, 200)] == [go, stop]
     assert {said[name, step] for name in ("good", "better") for step in (100, 200, 600)} == {go}
+
+
+def test_rungs_begin_with_what_the_store_has_of_each_trial() -> None:
+    """Of three known trials one is run anew, and one from a checkpoint beyond the first rung."""
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
+    config = TrainingConfig(steps=600, eval_every=100)
+    specs = [
+        TrialSpec(f"t{seed}", replace(config, seed=seed), SPACE.base.world) for seed in range(4)
+    ]
+    curves = {
+        specs[0].id: [(100, 0.9), (200, 0.9), (300, 0.9), (600, 0.2)],
+        specs[1].id: [(100, 0.5), (200, 0.6)],
+        specs[2].id: [(100, 0.8)],
+    }
+    known = [
+        TrialResult(spec.id, "", 0, "FINISHED", {}, {"val/accuracy": curves[spec.id]})
+        for spec in specs[:3]
+    ]
+    scheduler = make_scheduler("asha", Study("s", tuple(specs)), known)
+    levels = {milestone: set(values.values()) for milestone, values in scheduler._levels}
+    assert levels == {150: {0.9, 0.6}, 300: {0.9}}
+
+    def says(spec: TrialSpec, step: int, value: float) -> str:
+        trial = trials.setdefault(spec.id, Trial("x", trial_id=spec.name, stub=True))
+        trial.config = {"trial": spec}
+        if trial.trial_id not in scheduler._trial_info:
+            scheduler.on_trial_add(None, trial)
+        return scheduler.on_trial_result(None, trial, {"step": step, "val/accuracy": value})
+
+    trials: dict[str, Trial] = {}
+    go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
+    # A new trial meets filled rungs; one from the store keeps its place there, or is judged again.
+    assert says(specs[3], 200, 0.5) == stop
+    assert says(specs[1], 300, 0.1) == stop
+    assert says(specs[0], 100, 0.9) == go and says(specs[0], 200, 0.9) == go
+    assert {m: dict(values) for m, values in scheduler._levels} == {
+        150: {"t3": 0.5, "t1": 0.6, "t0": 0.9},
+        300: {"t1": 0.1},
+    }
 
 
 @pytest.mark.parametrize(
@@ -410,6 +467,29 @@ def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
     )
     assert directly.ask() is None
     assert params_of(directly.study) == params_of(found)
+    if killed:
+        _check_run_to_the_end(sweep, study, url, stopped)
+
+
+def _check_run_to_the_end(sweep: Sweep, study: Study, url: str, stopped: set[str]) -> None:
+    """Without a scheduler the same search goes on with what ASHA stopped, in the same runs."""
+    before = {trial_id: run.info.run_id for trial_id, run in sweep.trials().items()}
+    without = sweep.what.index("--scheduler")
+    command = [*sweep.what[:without], *sweep.what[without + 2 :]]
+    again = Sweep(sweep.folder, Path(), *command)
+    again.how = sweep.how
+    assert study_of(parse_arguments(command)).id == study.id
+    assert again.finish("--debug", anew=True) == 0, again.log()
+    runs, found = again.trials(), find_search(study, url)
+    assert found is not None
+    assert {trial_id: run.info.run_id for trial_id, run in runs.items()} == before
+    for run in runs.values():
+        assert STOPPED not in run.data.tags and "heldout/accuracy" in measured(run)
+        steps = [m.step for m in again.client().get_metric_history(run.info.run_id, "loss/total")]
+        assert steps == list(range(1, len(steps) + 1))
+    reopened = [trial for trial in found.trials if RETRY_OF in trial.user_attrs]
+    assert {trial.state for trial in reopened} == {TrialState.COMPLETE}
+    assert len(reopened) == len(stopped)
 
 
 def points(study: Study, url: str) -> list[optuna.trial.FrozenTrial]:

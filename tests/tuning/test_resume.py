@@ -21,6 +21,7 @@ from tuning.studies import Study, StudyOptions
 from tuning.studies import spec as space
 from tuning.studies.from_file import make_study
 from tuning.studies.spec import TrialSpec
+from tuning.sweep.asha import scheduler_key
 from tuning.sweep.checkpoints import (
     KEPT,
     TrialCheckpoints,
@@ -37,9 +38,9 @@ from tuning.sweep.resume import (
     trials_to_run,
 )
 from tuning.tracking.ownership import own_study
-from tuning.tracking.runs import read_trials
+from tuning.tracking.runs import SCHEDULER_TAG, STOPPED_BY_TAG, STOPPED_TAG, read_trials
 from tuning.tracking.study import StudyTracker
-from tuning.tracking.trial import TrialTracker, finished_metrics
+from tuning.tracking.trial import TrialTracker, finished_result
 
 SMOKE = make_study("phase_4_5", StudyOptions(smoke=True, seeds=(0,)))
 
@@ -102,8 +103,9 @@ def test_a_trial_that_another_study_finished_counts_under_the_name_it_has_here(r
     (own,) = read_trials(first.tracking_uri, first.parent_run_id)
     assert (own.run_id, own.config) == (run_id, "multitask")
     assert tracker.target is not None
-    assert finished_metrics(tracker.target, trial(0).id) == {"val/accuracy": 0.5}
-    assert finished_metrics(tracker.target, "unknown") is None
+    found_there = finished_result(tracker.target, trial(0).id)
+    assert found_there is not None and found_there.metrics == {"val/accuracy": 0.5}
+    assert finished_result(tracker.target, "unknown") is None
 
 
 def test_an_unfinished_trial_moves_to_the_study_that_goes_on_with_it(root: Path) -> None:
@@ -130,13 +132,40 @@ def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> Non
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
 
 
-def test_a_trial_stopped_early_is_done_but_not_whole(root: Path) -> None:
-    tracker = begun(root, Study("study", (trial(0),)))
+ASHA = scheduler_key("asha", Study("study", (trial(0),)))
+
+
+def test_a_stopped_trial_is_done_for_studies_under_that_scheduler_alone(root: Path) -> None:
+    study = Study("study", (trial(0),))
+    tracker = begun(root, study)
+    assert tracker.target is not None
+    tracker.set_tags({SCHEDULER_TAG: ASHA})
     ran(tracker, trial(0), "FINISHED")
-    tracker.finish_trial(trial(0).id, "FINISHED", {"llgbm.stopped_at_step": "40"})
-    (result,) = read_trials(tracker.tracking_uri, tracker.parent_run_id)
-    assert result.status == "FINISHED" and result.stopped_at == 40 and not result.is_complete
-    assert not trials_to_run([trial(0)], tracker.live_runs(), resume=True, retry_failed=False)
+    stop = {STOPPED_TAG: "40", STOPPED_BY_TAG: ASHA}
+    tracker.finish_trial(trial(0).id, "FINISHED", stop)
+    other = scheduler_key("asha", replace(study, metric="val/delta_cosine"))
+
+    def left(scheduler: str) -> bool:
+        return bool(trials_to_run([trial(0)], tracker.live_runs(), True, False, scheduler))
+
+    def in_study(study: StudyTracker) -> tuple[str, int | None]:
+        (result,) = read_trials(study.tracking_uri, study.parent_run_id)
+        return result.status, result.stopped_at
+
+    assert (left(ASHA), left(other), left("none")) == (False, True, True)
+    assert finished_result(tracker.target, trial(0).id, ASHA) is not None
+    assert finished_result(tracker.target, trial(0).id) is None
+    # Another study goes on with it, and is killed: the first one has it as it was.
+    second = begun(root, Study("second", (trial(0), trial(1))))
+    adopted = adopt_finished([trial(0)], tracker.live_runs(), tracker, ASHA)
+    assert not adopted and in_study(tracker) == ("FINISHED", 40)
+    ran(second, trial(0), "KILLED")
+    assert (in_study(tracker), in_study(second)) == (("FINISHED", 40), ("KILLED", None))
+    assert not left(ASHA) and left("none")
+    # At its end it is whole for both.
+    ran(second, trial(0), "FINISHED")
+    assert in_study(tracker) == in_study(second) == ("FINISHED", None)
+    assert not left(ASHA) and not left("none")
 
 
 def test_a_study_is_found_and_made_again_from_what_it_recorded(root: Path) -> None:

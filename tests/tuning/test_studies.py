@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from llgbm.generator import GENERATORS
 from llgbm.losses import DELTA_LOSSES
 from llgbm.runtime import UserError
-from llgbm.training import DELTA_PROBES, DELTA_READINGS, TrainingConfig
+from llgbm.training import TrainingConfig
+from llgbm.training_config import DELTA_PROBES, DELTA_READINGS
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.run_ablation import main
 from tuning.studies import (
@@ -177,7 +178,6 @@ def test_options_of_a_search_are_ranges() -> None:
         (["--study", "optuna_lambda", "--search", "grid"], "is a space"),
         (["--study", "phase_4_5", "--search", "random"], "no space"),
         (["--num-samples", "5"], "--num-samples is for a search"),
-        (["--optuna-storage", "sqlite:///x"], "--optuna-storage is for a search"),
         (["--search", "random", "--num-samples", "0"], "at least 1"),
         (["--search", "random", "--objectives", "heldout/accuracy"], "heldout/accuracy"),
         (["--search", "random", "--lambda-delta", "1", "2", "3"], "two numbers"),
@@ -210,6 +210,7 @@ def test_what_does_not_go_together_is_one_sentence(arguments: list[str], words: 
         (["--keep-artifacts", "some"], "all, best, none"),
         (["--retry-failed", "--search", "random", "--num-samples", "3"], "no new points"),
         (["--lambda-delta", "1", "--seeds", "0", "--scheduler", "asha"], "compares trials"),
+        (["--optuna-storage", "sqlite:///x"], "--optuna-storage is for a search"),
         (["--study", "{file}", "--steps", "7"], "--steps changes nothing in study own"),
         (["--study", "{file}", "--seeds", "0", "1", "2"], None),
     ],

@@ -25,7 +25,7 @@ from tuning.registry import Score, fetch_bundle, register_generator
 from tuning.tracking.runs import TrackingTarget, read_trials
 from tuning.tracking.store import connect, local_tracking_uri, redact
 from tuning.tracking.study import StudyTracker
-from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_metrics
+from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_result
 
 
 @pytest.fixture
@@ -126,7 +126,9 @@ def test_the_metric_to_show_first_is_announced_once_and_read_when_it_is_measured
     trial.log(2, {"heldout/accuracy": 0.5})
     trial.close()
     study.finish_trial("t1", "FINISHED")
-    assert finished_metrics(study.target, "t1") == {"heldout/accuracy": 0.5, "loss/total": 1.0}
+    found = finished_result(study.target, "t1")
+    assert found is not None
+    assert found.metrics == {"heldout/accuracy": 0.5, "loss/total": 1.0}
     history = trial.client.get_metric_history(trial.run_id, "heldout/accuracy")
     assert [metric.step for metric in history] == [0, 2] and math.isnan(history[0].value)
 

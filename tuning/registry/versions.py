@@ -138,12 +138,12 @@ def existing_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return versions
 
 
-def download(client: MlflowClient, version: ModelVersion) -> Path:
-    """Copy the files of a version to a new temporary folder and return it."""
+def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
+    """Copy the files of a version to a new folder below `folder` and return it."""
     from mlflow.artifacts import download_artifacts
 
     # MLflow's own models:/ addresses ask the process-wide registry, whatever store is named.
     source = client.get_model_version_download_uri(version.name, str(version.version))
-    folder = tempfile.mkdtemp(prefix="llgbm-generator-")
-    download_artifacts(source, dst_path=folder, tracking_uri=client.tracking_uri)
-    return Path(folder)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    download_artifacts(source, dst_path=str(own), tracking_uri=client.tracking_uri)
+    return own

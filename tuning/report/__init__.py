@@ -1,4 +1,4 @@
-"""What a study says: one sentence computed from the numbers, tables, plots, and what cannot be concluded.
+"""Report a study: one sentence computed from its numbers, what cannot be concluded, tables and pictures.
 
 Everything comes from MLflow: `python -m tuning.report STUDY_ID` writes the report of any past study.
 """

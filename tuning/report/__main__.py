@@ -1,4 +1,4 @@
-"""The report of a past study, from MLflow alone.
+"""Write the report of a past study, from MLflow alone.
 
 python -m tuning.report STUDY_ID [--tracking-uri URI] [--experiment NAME] [--out DIR]
 """
@@ -15,11 +15,12 @@ from llgbm.output import Output, output_path
 from llgbm.runtime import exit_status, say
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
+from tuning.report.names import file_name
 from tuning.tracking.store import existing_uri, local_tracking_uri
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line. A wrong option ends with one line and exit status 2."""
+    """Read the command line. A wrong option ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m tuning.report",
         description="Write the report of a past study, from MLflow alone.",
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     uri = existing_uri(uri)
     parent = find_study(uri, arguments.study, arguments.experiment)
     record = read_study(uri, parent.info.run_id)
-    out = arguments.out or Path("reports") / (record.study_id or record.run_id)
+    out = arguments.out or Path("reports") / file_name(record.study_id or record.run_id)
     print(write_report(out, record))
     say(f"written: {out / 'report.html'} (and report.md, results.csv, results.json)")
     return 0

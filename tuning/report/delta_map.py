@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tuning.report.style import DPI, FAMILY_COLOURS, finish_axes, new_figure
+from tuning.report.style import DPI, FAMILY_COLOURS, finish_axes, literal_text, new_figure
 
 FEWEST_TASKS = 3
 
@@ -46,6 +46,7 @@ class DeltaMap:
         return tuple(task.partition("/")[0] for task in self.tasks)
 
 
+@literal_text
 def plot_delta_map(path: Path, deltas: Sequence[DeltaMap]) -> str:
     """Draw the maps of one model size, a panel per configuration, in the same two principal directions.
 

@@ -1,4 +1,4 @@
-"""The report of a study as files: Markdown with its pictures, one self-contained HTML page, CSV and JSON."""
+"""Write the report of a study: Markdown with its pictures, one self-contained HTML page, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import csv
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llgbm.output import Output
+from llgbm.runtime import UserError, say
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.report import plots, tables
 from tuning.report.delta_map import plot_delta_map
 from tuning.report.groups import MAIN, Group, size_of
+from tuning.report.names import escaped, file_name, label
 from tuning.report.page import html_page
 from tuning.report.record import StudyRecord, read_study
 from tuning.report.words import caveats, count, headlines
@@ -46,15 +50,14 @@ def write_report(out: Path, record: StudyRecord) -> str:
 
 def write_report_files(out: Path, record: StudyRecord) -> None:
     """Write the report into an empty folder."""
-    sections = _sections(record, _plots(out, record))
-    notes = "**What cannot be concluded**\n\n" + bullets(caveats(record))
-    head = [f"# Study {record.study}", *headlines(record), notes, _origin(record)]
-    body = [
-        f"## {title}\n\n" + "\n\n".join(filter(None, parts))
-        for title, parts in sections.items()
-        if any(parts)
-    ]
-    text = "\n\n".join(filter(None, (*head, *body))) + "\n"
+    shown = record.renamed(escaped)
+    sections = _sections(shown, _plots(out, record.renamed(label)))
+    notes = "**What cannot be concluded**\n\n" + bullets(caveats(shown))
+    parts = [f"# Study {shown.study}", *headlines(shown), notes, _origin(shown)]
+    for title, own in sections.items():
+        if any(own):
+            parts += [f"## {title}", *own]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
     (out / "results.json").write_text(
@@ -64,44 +67,48 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
 
 
 def summary(record: StudyRecord) -> str:
-    """Sentence, its caveats and the main tables, in Markdown."""
-    short = tables.metric_table(record.groups, tables.SHORT)
+    """Return the sentence, its caveats and the main tables, in Markdown."""
+    shown = record.renamed(escaped)
     parts = (
-        *headlines(record),
-        bullets(caveats(record)),
-        short,
-        tables.baseline_table(record.baselines),
+        *headlines(shown),
+        bullets(caveats(shown)),
+        tables.metric_table(shown.by_rank, tables.SHORT),
+        tables.baseline_table(shown.baselines),
     )
     return "\n\n".join(filter(None, parts))
 
 
 def _origin(record: StudyRecord) -> str:
-    whole = sum(trial.is_complete for trial in record.trials)
-    parts = [f"{whole} of {count(len(record.trials), 'trial')} counted"]
-    parts += [f"study id `{record.study_id}`"] * bool(record.study_id)
-    parts += [f"MLflow run `{record.run_id}`"] * bool(record.run_id)
-    return "*" + ", ".join(parts) + "*"
+    complete = sum(trial.is_complete for trial in record.trials)
+    parts = [f"{complete} of {count(len(record.trials), 'trial')} counted"]
+    if record.study_id:
+        parts.append(f"study id {record.study_id}")
+    if record.run_id:
+        parts.append(f"MLflow run {record.run_id}")
+    return f"*{', '.join(parts)}*"
 
 
-def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[str]]:
-    groups = record.groups
-    comparisons = record.comparisons
+def _sections(record: StudyRecord, pictures: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the paragraphs of each section by title; a section without any text is left out."""
+    groups = record.by_rank
+    notable = tables.notable(groups)
     return {
         "Results": [
-            "Mean ± sample standard deviation over seeds, the 95 % interval of the mean by Student's t; baselines "
-            "beneath, in italics.",
+            "Mean ± sample standard deviation over seeds, the 95 % interval of the mean by Student's t; the best "
+            "first, baselines beneath, in italics.",
             tables.result_table(groups, record.baselines),
             pictures["outcomes"],
         ],
-        f"Differences in {MAIN}": [TESTS, tables.comparison_table(comparisons)]
-        if comparisons
-        else [],
+        f"Differences in {MAIN}": _with(TESTS, tables.comparison_table(record.comparisons)),
         "λ_w × λ_d": [pictures["heat_map"]],
         "Learning curves": [pictures["learning_curves"]],
-        "Held-out tasks": _with("Accuracy by task, mean over seeds.", tables.task_table(groups)),
+        "Held-out tasks": _with(
+            "Accuracy by task, mean over seeds." + _of_how_many(notable, groups),
+            tables.task_table(notable),
+        ),
         "Delta maps": [pictures["delta_maps"]],
         "Memorisation": [tables.memorisation_table(groups), pictures["memorisation"]],
-        "Seconds and memory": [tables.metric_table(groups, tables.COST) if groups else ""],
+        "Seconds and memory": [tables.cost_table(groups)],
         "Baselines": [tables.baseline_table(record.baselines)],
         "Trials": [tables.trial_table(record.trials)],
         "What the metrics mean": [bullets(tables.metric_list(groups))],
@@ -109,50 +116,69 @@ def _sections(record: StudyRecord, pictures: dict[str, str]) -> dict[str, list[s
 
 
 def _with(text: str, body: str) -> list[str]:
-    return [text, body] if body else []
+    """Return a text with what it introduces, nothing if that is empty."""
+    if not body:
+        return []
+    return [text, body]
+
+
+def _of_how_many(notable: Sequence[Group], groups: Sequence[Group]) -> str:
+    if len(notable) == len(groups):
+        return ""
+    return (
+        f" Shown are {len(notable)} of {len(groups)} configurations, the best of each size and what they are compared "
+        "with; results.csv has all."
+    )
 
 
 def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
-    """Pictures as Markdown by name, "" for one that there is nothing for."""
-    groups = record.groups
-    drawn = {
+    """Draw the pictures; return them as Markdown by name, "" for one without data."""
+    groups = record.by_rank
+    notable = tables.notable(groups)
+    curves = _picture(out, "learning_curves.png", plots.plot_curves, notable)
+    if curves:
+        curves += _of_how_many(notable, groups)
+    return {
         "outcomes": _picture(out, "outcomes.png", plots.plot_outcomes, groups, record.baselines),
-        "learning_curves": _picture(out, "learning_curves.png", plots.plot_curves, groups),
+        "learning_curves": curves,
         "heat_map": _picture(out, "heat_map.png", plots.plot_heat_map, groups),
         "memorisation": _picture(out, "memorisation.png", plots.plot_memorisation, groups),
+        "delta_maps": "\n\n".join(filter(None, _delta_maps(out, record))),
     }
-    sizes = dict.fromkeys(one.size for one in record.deltas)
-    maps = [
-        _picture(
-            out,
-            f"delta_map_{size}.png" if len(sizes) > 1 else "delta_map.png",
-            plot_delta_map,
-            [one for one in record.deltas if one.size == size],
-        )
-        for size in sizes
-    ]
-    return {**drawn, "delta_maps": "\n\n".join(filter(None, maps))}
 
 
-def _picture(out: Path, name: str, draw: Any, *what: Any) -> str:
+def _delta_maps(out: Path, record: StudyRecord) -> Iterator[str]:
+    sizes = list(dict.fromkeys(one.size for one in record.deltas))
+    for place, size in enumerate(sizes, 1):
+        name = "delta_map.png"
+        if len(sizes) > 1:
+            name = f"delta_map_{place}_{file_name(size)}.png"
+        own = [one for one in record.deltas if one.size == size]
+        yield _picture(out, name, plot_delta_map, own)
+
+
+def _picture(out: Path, name: str, draw: Callable[..., str], *what: Any) -> str:
     caption = draw(out / name, *what)
-    return f"![{caption.partition(':')[0]}]({name})\n\n*{caption}*" if caption else ""
+    if not caption:
+        return ""
+    title = caption.partition(":")[0]
+    return f"![{title}]({name})\n\n*{caption}*"
 
 
 def result_json(record: StudyRecord) -> dict[str, Any]:
-    """Numbers of the report as one object that JSON can hold; a value that is not finite becomes None."""
-    groups = record.groups
+    """Return the numbers of the report for JSON; a value that is not finite becomes None."""
+    shown = record.renamed(escaped)
+    baselines = {}
+    for name, values in record.baselines.items():
+        baselines[name] = {key: _finite(value) for key, value in values.items()}
     return {
         "study": record.study,
         "study_id": record.study_id,
-        "summary": headlines(record),
-        "caveats": caveats(record),
-        "configurations": [_group_json(group) for group in groups],
+        "summary": headlines(shown),
+        "caveats": caveats(shown),
+        "configurations": [_group_json(group) for group in record.groups],
         "comparisons": [vars(comparison) for comparison in record.comparisons],
-        "baselines": {
-            name: {k: _finite(v) for k, v in values.items()}
-            for name, values in record.baselines.items()
-        },
+        "baselines": baselines,
         "trials": [
             {"trial": t.trial_id, "config": t.config, "seed": t.seed, "status": t.status}
             for t in record.trials
@@ -173,34 +199,48 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, record: StudyRecord) -> None:
-    """Row per trial: what it is, whether it counts, its λ and all its final metrics."""
-    metrics = sorted({key for trial in record.trials for key in trial.metrics})
+    """Write a row per trial: what it is, if it counts, its weights of terms and all its final metrics."""
+    metrics = sorted(set(chain.from_iterable(trial.metrics for trial in record.trials)))
     head = ["trial", "configuration", "model_size", "seed", "status", "counted", "run_id"]
-    params = ["lambda_weight", "lambda_delta"]
+    others = {key for trial in record.trials for key in trial.params if key.startswith(PREFIX)}
+    params = [*NAMED.values(), *sorted(others)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*head, *params, *metrics])
+        writer = csv.DictWriter(file, [*head, *params, *metrics])
+        writer.writeheader()
         for t in record.trials:
-            seed = "" if t.seed is None else t.seed
-            row = [t.trial_id, t.config, size_of(t), seed, t.status, int(t.is_complete), t.run_id]
-            values = [repr(t.metrics[key]) if key in t.metrics else "" for key in metrics]
-            writer.writerow([*row, *(t.params.get(key, "") for key in params), *values])
+            facts = (
+                t.trial_id,
+                t.config,
+                size_of(t),
+                t.seed,
+                t.status,
+                int(t.is_complete),
+                t.run_id,
+            )
+            lambdas = {key: t.params[key] for key in params if key in t.params}
+            values = {key: repr(value) for key, value in t.metrics.items()}
+            writer.writerow({**dict(zip(head, facts, strict=True)), **lambdas, **values})
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """Lines as a Markdown list."""
+    """Return lines as a Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def publish_report(tracker: StudyTracker) -> dict[str, Any]:
-    """Write the report to the parent run, print its table, return its numbers."""
+    """Log the report on the parent run, print its summary and return its numbers."""
     record = read_study(tracker.tracking_uri, tracker.parent_run_id)
     with tempfile.TemporaryDirectory() as folder:
         write_report_files(Path(folder), record)
         print(summary(record))
-        tracker.log_artifacts(Path(folder))
+        try:
+            tracker.log_artifacts(Path(folder))
+        except UserError as error:
+            say(f"the report was not kept with the study: {error}")
     return result_json(record)

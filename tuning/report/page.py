@@ -1,11 +1,11 @@
-"""Markdown as one HTML page that needs nothing beside itself: pictures inlined, sections linked, light and dark."""
+"""Render Markdown as one self-contained HTML page: pictures inlined, sections linked, light and dark."""
 
 from __future__ import annotations
 
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -40,21 +40,17 @@ code { background: var(--band); padding: .1em .3em; border-radius: 3px; font-siz
 
 
 def html_page(markdown: str, folder: Path) -> str:
-    """Render Markdown; pictures are read from `folder`. HTML inside the text is shown, not run.
-
-    Raises OSError if a picture is missing.
-    """
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    """Render Markdown; only PNG files that lie directly in `folder` become pictures. HTML is shown, not run."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink"])
     tokens = parser.parse(markdown)
     titles = _linked_headings(tokens)
+    pictures = {picture.name: picture for picture in folder.glob("*.png") if picture.is_file()}
     for before, token in zip(tokens, tokens[1:], strict=False):
         for child in token.children or ():
             if child.type == "image":
-                child.attrs["src"] = _inlined(folder / str(child.attrs["src"]))
+                _inline(child, pictures)
             elif before.type == "th_open":
-                child.content = child.content.replace("/", "/" + MAY_BREAK).replace(
-                    "_", "_" + MAY_BREAK
-                )
+                child.content = re.sub("[/_]", rf"\g<0>{MAY_BREAK}", child.content)
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="table"><table>').replace(
         "</table>", "</table></div>"
@@ -64,7 +60,7 @@ def html_page(markdown: str, folder: Path) -> str:
         for slug, title, level in titles
         if level == "h2"
     )
-    title = html.escape(titles[0][1] if titles else "Report")
+    title = html.escape(next((text for _, text, _ in titles), "Report"))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -74,7 +70,7 @@ def html_page(markdown: str, folder: Path) -> str:
 
 
 def _linked_headings(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
-    """Give each heading an id; return (id, text, level)."""
+    """Give each heading an id and return (id, text, level)."""
     found: list[tuple[str, str, str]] = []
     for token, inside in zip(tokens, tokens[1:], strict=False):
         if token.type == "heading_open":
@@ -84,5 +80,11 @@ def _linked_headings(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _inlined(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def _inline(image: Token, pictures: Mapping[str, Path]) -> None:
+    """Put a picture's content into its tag; anything else becomes its alternative text."""
+    source = str(image.attrs.get("src", ""))
+    if source in pictures:
+        content = base64.b64encode(pictures[source].read_bytes()).decode()
+        image.attrs["src"] = f"data:image/png;base64,{content}"
+    else:
+        image.type, image.tag, image.children = "text", "", None

@@ -19,6 +19,7 @@ from tuning.report.style import (
     finish_axes,
     label_rows,
     legend_beside,
+    literal_text,
     new_figure,
     styles_of,
 )
@@ -52,6 +53,7 @@ MARKED_POINTS = 20  # a curve of up to so many points shows each
 ROW_HEIGHT = 0.32  # inches of a configuration in a chart of rows
 
 
+@literal_text
 def plot_curves(path: Path, groups: Sequence[Group]) -> str:
     """Draw loss and validation accuracy over steps; return the caption, "" if no trial has such a curve."""
     present = [key for key in CURVES if any(group.curves(key) for group in groups)]
@@ -108,6 +110,7 @@ def _thinned(steps_N: np.ndarray, values_SN: np.ndarray) -> tuple[np.ndarray, np
     return x_N, np.stack([values_SN[:, piece].mean(1) for piece in pieces], axis=1)
 
 
+@literal_text
 def plot_outcomes(path: Path, groups: Sequence[Group], baselines: Baselines) -> str:
     """Draw each seed's held-out accuracy and delta cosine, a row per configuration, with the baselines as lines.
 
@@ -165,6 +168,7 @@ def _draw_baselines(ax: Axes, key: str, size: str, baselines: Baselines) -> None
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
 
+@literal_text
 def plot_heat_map(path: Path, groups: Sequence[Group]) -> str:
     """Draw held-out accuracy and delta cosine over λ_w and λ_d, a row per model size; "" if the λ form no grid."""
     sizes = dict.fromkeys(group.size for group in groups)
@@ -241,6 +245,7 @@ def _labels(values_WD: np.ma.MaskedArray) -> Iterator[tuple[tuple[int, ...], str
             yield place, f"{value:.2f}", "white"
 
 
+@literal_text
 def plot_memorisation(path: Path, groups: Sequence[Group]) -> str:
     """Draw what tells a generator that learned from one that memorised, a panel each; "" if nothing was measured."""
     present = {title: keys for title, keys in MEMORISATION.items() if _is_measured(groups, keys)}

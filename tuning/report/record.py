@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -28,8 +28,9 @@ from tuning.report.groups import (
     ranked,
     size_of,
 )
+from tuning.report.names import Renaming
 from tuning.report.plots import CURVES
-from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
+from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, measured, read_trials
 from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
 
@@ -66,6 +67,35 @@ class StudyRecord:
         """Return the complete trials by configuration and model size."""
         return group_trials(self.trials, self.by_task)
 
+    def renamed(self, make: Callable[[str], str]) -> StudyRecord:
+        """Return the record with every name that comes from the store passed through `make`; see `names`."""
+        name = Renaming(make)
+        trials = [
+            replace(
+                trial,
+                trial_id=name(trial.trial_id),
+                config=name(trial.config),
+                run_id=name(trial.run_id),
+                status=name(trial.status),
+                cause=make(trial.cause),
+                params={**trial.params, "model_size": name(size_of(trial))},
+            )
+            for trial in self.trials
+        ]
+        by_task = {}
+        for run_id, values in self.by_task.items():
+            by_task[name(run_id)] = {name(task): value for task, value in values.items()}
+        return replace(
+            self,
+            study=name(self.study),
+            study_id=name(self.study_id),
+            run_id=name(self.run_id),
+            trials=tuple(trials),
+            by_task=by_task,
+            baselines={name(key): values for key, values in self.baselines.items()},
+            missing=tuple(map(make, self.missing)),
+        )
+
     @cached_property
     def by_rank(self) -> list[Group]:
         """Return the groups size by size, best held-out accuracy first, those without one last."""
@@ -97,7 +127,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     return StudyRecord(
         study=parent.data.tags.get(STUDY_TAG, parent.info.run_name),
         trials=trials,
-        baselines=collect_baselines(parent.data.metrics, sizes),
+        baselines=collect_baselines(measured(parent), sizes),
         by_task=by_task,
         deltas=tuple(filter(None, maps)),
         study_id=parent.data.tags.get(STUDY_ID_TAG, ""),
@@ -171,7 +201,10 @@ class _Artifacts:
             return None
 
     def _fetch(self, trial: TrialResult, name: str) -> Path | None:
-        if name not in {item.path for item in self.client.list_artifacts(trial.run_id)}:
+        kept = {item.path for item in self.client.list_artifacts(trial.run_id)}
+        if not kept:  # every complete trial keeps some
+            raise FileNotFoundError("all artifacts of this run are gone")
+        if name not in kept:
             return None
         own = self.folder / content_hash(trial.run_id)
         own.mkdir(exist_ok=True)

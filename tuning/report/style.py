@@ -6,9 +6,12 @@ alone. Figures are objects: no display is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,11 +25,25 @@ FAMILY_COLOURS = (
 )  # fmt: skip
 STROKES = ("-", "--", ":", "-.")
 DPI = 120
+Draw = TypeVar("Draw", bound=Callable[..., str])
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, in inches."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def literal_text(draw: Draw) -> Draw:
+    """Let a function draw all text as it is, without mathtext, and without warnings of glyphs that no font has."""
+
+    @wraps(draw)
+    def drawn(*given: Any, **named: Any) -> Any:
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            warnings.filterwarnings("ignore", "Matplotlib currently does not support")
+            return draw(*given, **named)
+
+    return cast(Draw, drawn)
 
 
 def styles_of(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:

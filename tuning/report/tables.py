@@ -1,13 +1,24 @@
-"""The tables of a report, in Markdown."""
+"""Format the tables of a report in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
 
-from tuning.report.groups import MAIN, Baselines, Cell, Comparison, Group, number, size_of
+from tuning.report.groups import (
+    MAIN,
+    Baselines,
+    Cell,
+    Comparison,
+    Group,
+    number,
+    reference_of,
+    size_of,
+)
+from tuning.significance import p_text
 from tuning.tracking.runs import TrialResult
 
 METRICS = {
@@ -49,106 +60,121 @@ COST = ("time/seconds", "time/steps_per_second", "time/peak_memory_mb")
 EMPTY = "No trial finished."
 
 
+NOTABLE = 8  # configurations of a size that a chart of curves or a table by task can hold
+
+
+def notable(groups: Sequence[Group]) -> list[Group]:
+    """Return the best configurations of each size and what they are compared with; `groups` are sorted by rank."""
+    found: list[Group] = []
+    for size in dict.fromkeys(group.size for group in groups):
+        own = [group for group in groups if group.size == size]
+        reference = reference_of(groups, size)
+        found += own[:NOTABLE]
+        if reference is not None and reference not in found:
+            found.append(reference)
+    return found
+
+
 def metric_table(groups: Sequence[Group], metrics: Iterable[str]) -> str:
-    """Mean ± sd over seeds of the metrics that there are, a row per configuration."""
-    return markdown([_metric_row(group, present(groups, metrics)) for group in groups]) or EMPTY
+    """Return mean ± sd over seeds of the metrics that any trial has, a row per configuration."""
+    shown = present(groups, metrics)
+    return markdown([_metric_row(group, shown) for group in groups]) or EMPTY
+
+
+def cost_table(groups: Sequence[Group]) -> str:
+    """Return seconds and memory of a trial, a row per configuration; "" if no trial finished."""
+    shown = present(groups, COST)
+    return markdown([_metric_row(group, shown) for group in groups])
 
 
 def result_table(groups: Sequence[Group], baselines: Baselines) -> str:
-    """Held-out results with the 95 % interval of the accuracy, and the baselines beneath."""
+    """Return held-out results with the 95 % interval of the accuracy, and the baselines beneath."""
+    if not groups:
+        return EMPTY
     metrics = present(groups, RESULTS)
     rows = []
     for group in groups:
         cell = group.cell(MAIN)
-        first = {
-            MAIN: _shown(cell, group),
-            "95 % interval": _interval(cell.interval if cell else None),
-        }
-        head = {"configuration": group.label, "seeds": str(len(group.seeds)), **first}
-        rows.append({**head, **{m: _shown(group.cell(m), group) for m in metrics}})
-    for name, values in baselines.items() if rows else ():
-        own = {
-            m: number(values.get(m.removeprefix("heldout/")))
-            for m in metrics
-            if m.startswith("heldout/")
-        }
-        head = {
-            "configuration": f"*{name}*",
-            "seeds": "–",
-            MAIN: number(values.get("accuracy")),
-            "95 % interval": "–",
-        }
-        rows.append({**head, **{m: "–" for m in metrics}, **own})
-    return markdown(rows) or EMPTY
+        row = {"configuration": group.label, "seeds": str(len(group.seeds))}
+        row[MAIN] = _shown(cell, group)
+        row["95 % interval"] = _interval(getattr(cell, "interval", None))
+        rows.append(row | {metric: _shown(group.cell(metric), group) for metric in metrics})
+    for name, values in baselines.items():
+        row = {"configuration": f"*{name}*", MAIN: number(values.get("accuracy"))}
+        for metric in metrics:
+            if metric.startswith("heldout/"):
+                row[metric] = number(values.get(metric.removeprefix("heldout/")))
+        rows.append(row)
+    return markdown(rows)
 
 
 def baseline_table(baselines: Baselines) -> str:
-    """Row per baseline, "" where there is none."""
-    keys = dict.fromkeys(
-        key for values in baselines.values() for key in values if f"heldout/{key}" in METRICS
-    )
-    rows = [
-        {"baseline": name, **{f"heldout/{key}": number(values.get(key)) for key in keys}}
-        for name, values in baselines.items()
-    ]
+    """Return a row per baseline, "" if there is none."""
+    keys = [key.removeprefix("heldout/") for key in METRICS if key.startswith("heldout/")]
+    rows = []
+    for name, values in baselines.items():
+        own = {f"heldout/{key}": number(values[key]) for key in keys if key in values}
+        rows.append({"baseline": name, **own})
     return markdown(rows)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Row per paired comparison, "" where there is none."""
-    rows = [
-        {
-            "configuration": c.config,
-            "against": c.reference,
-            "difference": f"{c.difference:+.3f}",
-            "95 % interval": _interval(c.interval, "+"),
-            "p": _p(c.p),
-            "p (Holm)": _p(c.p_holm),
-            "effect size": "–" if c.effect is None else f"{c.effect:+.2f}",
-            "tasks better / worse": f"{c.wins} / {c.losses} of {c.tasks}" if c.tasks else "–",
-            "sd over seeds": number(c.sd),
-            "seeds": str(c.n),
-        }
-        for c in comparisons
-    ]
-    return markdown(rows)
+    """Return a row per paired comparison, the clearest first; "" if there is none."""
+    return markdown([_comparison_row(c) for c in sorted(comparisons, key=_unclear)])
+
+
+def _unclear(c: Comparison) -> tuple[float, float]:
+    p = 2.0 if c.p_holm is None else c.p_holm
+    return p, -abs(c.difference)
+
+
+def _comparison_row(c: Comparison) -> dict[str, str]:
+    row = {
+        "configuration": c.config,
+        "against": c.reference,
+        "difference": f"{c.difference:+.3f}",
+        "95 % interval": _interval(c.interval, "+"),
+        "p": _p(c.p),
+        "p (Holm)": _p(c.p_holm),
+    }
+    if c.effect is not None:
+        row["effect size"] = f"{c.effect:+.2f}"
+    if c.tasks:
+        row["tasks better / worse"] = f"{c.wins} / {c.losses} of {c.tasks}"
+    return row | {"sd over seeds": number(c.sd), "seeds": str(c.n)}
 
 
 def memorisation_table(groups: Sequence[Group]) -> str:
-    """Controls beside the accuracy, with the gap between training and held-out tasks."""
+    """Return the controls beside the accuracy, with the gap between training and held-out tasks."""
     metrics = present(groups, CONTROLS)
     rows = []
     for group in groups:
-        gap = group.gap()
         row = {"configuration": group.label, MAIN: _shown(group.cell(MAIN), group)}
-        row |= {m: _shown(group.cell(m), group) for m in metrics}
-        rows.append({**row, "train - heldout": _shown(gap, group)})
+        row |= {metric: _shown(group.cell(metric), group) for metric in metrics}
+        rows.append({**row, "train - heldout": _shown(group.gap(), group)})
     return markdown(rows)
 
 
 def task_table(groups: Sequence[Group]) -> str:
-    """Held-out accuracy by task, mean over seeds, a column per configuration; "" where no trial kept it."""
+    """Return held-out accuracy by task, mean over seeds, a column per configuration; "" if no trial kept it."""
     columns = {group.label: _by_task(group) for group in groups}
-    columns = {label: values for label, values in columns.items() if values}
-    tasks = sorted(dict.fromkeys(task for values in columns.values() for task in values))
-    rows = [
-        {"held-out task": t, **{label: number(v.get(t)) for label, v in columns.items()}}
-        for t in tasks
-    ]
+    rows = []
+    for task in sorted(set(chain.from_iterable(columns.values()))):
+        cells = {label: number(values.get(task)) for label, values in columns.items() if values}
+        rows.append({"held-out task": task, **cells})
     return markdown(rows)
 
 
 def _by_task(group: Group) -> dict[str, float]:
-    by_seed = list(group.task_accuracy().values())
-    tasks = dict.fromkeys(task for values in by_seed for task in values)
-    return {
-        task: float(np.mean([values[task] for values in by_seed if task in values]))
-        for task in tasks
-    }
+    found: dict[str, list[float]] = {}
+    for values in group.task_accuracy().values():
+        for task, value in values.items():
+            found.setdefault(task, []).append(value)
+    return {task: float(np.mean(values)) for task, values in found.items()}
 
 
 def trial_table(trials: Sequence[TrialResult]) -> str:
-    """Row per trial, those that are left out too."""
+    """Return a row per trial, best first, those that are left out too."""
     rows = [
         {
             "trial": trial.trial_id,
@@ -159,7 +185,7 @@ def trial_table(trials: Sequence[TrialResult]) -> str:
             MAIN: number(trial.metrics.get(MAIN)),
             "MLflow run": trial.run_id,
         }
-        for trial in trials
+        for trial in sorted(trials, key=lambda trial: -trial.metrics.get(MAIN, -1.0))
     ]
     return markdown(rows) or "There is none."
 
@@ -167,35 +193,30 @@ def trial_table(trials: Sequence[TrialResult]) -> str:
 def _status(trial: TrialResult) -> str:
     if trial.superseded:
         return "superseded"
-    return trial.status if trial.stopped_at is None else f"stopped at step {trial.stopped_at}"
+    if trial.stopped_at is not None:
+        return f"stopped at step {trial.stopped_at}"
+    if trial.status == "FAILED" and trial.cause:
+        return f"FAILED: {trial.cause}"
+    return trial.status
 
 
 def metric_list(groups: Sequence[Group]) -> list[str]:
-    """Explain the metrics that are present, one line each."""
+    """Return the meaning of each metric that any trial has, a line each."""
     return [f"`{key}`: {METRICS[key]}" for key in present(groups, METRICS)]
 
 
 def present(groups: Sequence[Group], metrics: Iterable[str]) -> list[str]:
-    """Of the metrics, those that any trial has."""
-    return [
-        metric
-        for metric in metrics
-        if any(metric in t.metrics for group in groups for t in group.trials)
-    ]
+    """Return those metrics that any trial has."""
+    trials = chain.from_iterable(group.trials for group in groups)
+    known = set(chain.from_iterable(trial.metrics for trial in trials))
+    return [metric for metric in metrics if metric in known]
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a Markdown table, "" if there is none. A bar inside a cell is escaped."""
-    safe = [{_cell(key): _cell(value) for key, value in row.items()} for row in rows]
-    return (
-        pd.DataFrame(safe).fillna("–").to_markdown(index=False, disable_numparse=True)
-        if rows
-        else ""
-    )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
+    """Return rows as a Markdown table, "" without any. Names must be escaped before."""
+    if not rows:
+        return ""
+    return pd.DataFrame(rows).fillna("–").to_markdown(index=False, disable_numparse=True)
 
 
 def _metric_row(group: Group, metrics: Iterable[str]) -> dict[str, str]:
@@ -206,12 +227,18 @@ def _metric_row(group: Group, metrics: Iterable[str]) -> dict[str, str]:
 def _shown(cell: Cell | None, group: Group) -> str:
     if cell is None:
         return "–"
-    return f"{cell} (n={cell.n})" if cell.n != len(group.seeds) else str(cell)
+    if cell.n != len(group.seeds):
+        return f"{cell} (n={cell.n})"
+    return str(cell)
 
 
 def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
-    return f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}" if interval else "–"
+    if interval is None:
+        return "–"
+    return f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
 
 
 def _p(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    if value is None:
+        return "–"
+    return p_text(value).removeprefix("p ").removeprefix("= ")

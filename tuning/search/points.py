@@ -7,12 +7,13 @@ storage only: a restarted driver finds the open points there and finishes them.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llgbm.runtime import UserError, stream_seed
 from tuning.search.queue import Result
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.tracking.store import redact, sqlite_path
+from tuning.tracking.store import redact, sqlite_path, with_login
 
 logger = logging.getLogger("tuning.search")
 Answer = TypeVar("Answer")
@@ -88,9 +89,11 @@ def find_search(study: Study, url: str) -> optuna.Study | None:
 
 def _storage(url: str) -> optuna.storages.BaseStorage:
     try:
-        return optuna.storages.get_storage(url)
+        return optuna.storages.get_storage(with_login(url))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the Optuna storage {redact(url)} cannot be opened ({error})") from error
+        raise UserError(
+            f"the Optuna storage {redact(url)} cannot be opened ({redact(str(error))})"
+        ) from error
 
 
 def _study_name(study: Study, storage: optuna.storages.BaseStorage, fresh: bool) -> str:
@@ -139,6 +142,18 @@ class PointQueue:
         self.results: dict[str, Result | None] = dict(known or {})
         self.running: set[str] = set()
         self._fail_half_asked()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the Optuna study out if it can be opened again: it holds the login of its storage."""
+        state = vars(self).copy()
+        if self._url:
+            state["study"] = self.study.study_name
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._url:
+            self.study = optuna.load_study(storage=_storage(self._url), study_name=state["study"])
 
     def ask(self) -> TrialSpec | None:
         """Return a seed of an open point, else of a new point; None if none can be started now."""
@@ -214,6 +229,18 @@ class PointQueue:
                     del self.results[spec.id]
         return len(failed)
 
+    def reopen_stopped(self) -> int:
+        """Queue those points once more that another scheduler stopped; return their number."""
+        stopped = [
+            point
+            for point in self._points()
+            if STOPPED in point.user_attrs
+            and any(spec.id not in self.results for spec in self.space.trials(point.params))
+        ]
+        for point in stopped:
+            self.study.enqueue_trial(point.params, user_attrs={RETRY_OF: point.number})
+        return len(stopped)
+
     def _waiting(self) -> Iterator[TrialSpec]:
         for point in self._points(TrialState.RUNNING):
             for spec in self.space.trials(point.params):
@@ -265,6 +292,9 @@ class PointQueue:
             logger.warning("a trial ended without %s: its point counts as failed", missing[0])
             return Outcome(None, 0, False)
         values = tuple(float(result[name]) for name in self.space.objectives)
+        if not all(map(math.isfinite, values)):
+            logger.warning("a trial ended with %s: its point counts as failed", values)
+            return Outcome(None, 0, False)
         return Outcome(values, int(result.get("step", 0)), not result.get("finished", False))
 
     def _points(self, *states: TrialState) -> list[FrozenTrial]:

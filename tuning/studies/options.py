@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llgbm.models.load import SIZES
+from llgbm.terms.registry import built_in_terms
 from tuning.studies.builtin import STUDIES
 from tuning.studies.spec import SAMPLERS, VAL_METRICS
 
@@ -58,6 +59,15 @@ class StudyArguments:
     )
     lambda_weight: tuple[float, ...] | None = _option(COMPARED, "weights of the weight loss", "λ")
     lambda_delta: tuple[float, ...] | None = _option(COMPARED, "weights of the delta loss", "λ")
+    term: tuple[str, ...] | None = _option(
+        COMPARED,
+        "weights of loss terms, kl=1 delta=0.3,1 say, which are the whole loss then: "
+        f"{', '.join(built_in_terms())}, or your own as package.module:Class (docs/terms.md)",
+        "TERM=λ[,λ]",
+    )
+    term_option: tuple[str, ...] | None = _option(
+        COMPARED, "options of loss terms, kl.temperature=2 say", "TERM.OPTION=X"
+    )
     learning_rate: tuple[float, ...] | None = _option(
         COMPARED, "learning rates (default: 0.002)", "X"
     )
@@ -90,7 +100,7 @@ class StudyArguments:
     search: str | None = _option(
         SEARCH,
         "grid: the study's own list of trials; random or optuna (TPE): points drawn from its space, of which two "
-        "numbers after --lambda-weight, --lambda-delta or --learning-rate are a range and one fixes the value "
+        "numbers after --lambda-weight, --lambda-delta, --learning-rate or in --term are a range, one fixes the value "
         "(default: what the study is made for)",
         "HOW",
     )
@@ -108,9 +118,6 @@ class StudyArguments:
         "none (default); or asha: stop the worse half of the trials at a quarter and at half of their steps",
         "NAME",
         "none",
-    )
-    optuna_storage: str | None = _option(
-        SEARCH, "where a search is kept (default: optuna.db beside the MLflow store)", "URL"
     )
 
     base: str | None = _option(BASE, "a folder in the Hugging Face layout, or a hub id", "DIR|HUB")
@@ -134,6 +141,9 @@ class StudyArguments:
     )
     rows: int | None = _option(DATA, "rows used of each dataset (default: all)", "N")
     skip_bad_rows: bool = _flag(DATA, "leave bad rows out, and say so, instead of ending")
+    longest_row: int | None = _option(
+        DATA, "characters that a row may have; longer ones are bad rows (default: 20000)", "N"
+    )
 
     @property
     def n_points(self) -> int:
@@ -197,6 +207,9 @@ class StoreOptions:
         "where unfinished trials keep their state, a folder or s3://… that all machines reach (default: CACHE/sweeps)",
         "DIR",
     )
+    optuna_storage: str | None = _option(
+        STORES, "where a search is kept (default: optuna.db beside the MLflow store)", "URL"
+    )
     keep_checkpoints: bool = _flag(STORES, "keep the state of finished trials too")
     keep_artifacts: str = _option(
         STORES,
@@ -231,10 +244,13 @@ class Options:
 
     @property
     def optuna_url(self) -> str:
-        """Storage of a search."""
+        """Return the storage of a search; its login is in the environment."""
         from tuning.search.points import optuna_url
+        from tuning.tracking.store import without_login
 
-        return self.study.optuna_storage or optuna_url(self.stores.tracking_uri, Path.cwd())
+        if self.stores.optuna_storage is not None:
+            return without_login(self.stores.optuna_storage)
+        return optuna_url(self.stores.tracking_uri, Path.cwd())
 
 
 Part = TypeVar("Part", "StudyArguments", "RunOptions", "StoreOptions")

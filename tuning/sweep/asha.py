@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llgbm.runtime import UserError
 from tuning.studies.spec import Study
+from tuning.tracking.runs import NO_SCHEDULER, TrialResult
 
 
 def rungs(study: Study) -> tuple[int, int]:
@@ -26,18 +28,28 @@ def rungs(study: Study) -> tuple[int, int]:
     return min(last, max(shortest.steps // 4, shortest.eval_every)), last
 
 
-def make_scheduler(name: str, study: Study) -> Any:
+def scheduler_key(name: str, study: Study) -> str:
+    """Describe a scheduler and all that its decisions depend on. Raises UserError as `rungs`."""
+    if name == NO_SCHEDULER:
+        return NO_SCHEDULER
+    first, last = rungs(study)
+    return f"{name} by {study.metric}, rungs {first} to {last} by 2"
+
+
+def make_scheduler(name: str, study: Study, known: Sequence[TrialResult] = ()) -> Any:
     """Make Ray's ASHA on the study's validation metric, None for `none`.
 
-    The worse half of the trials stops at each rung; each rung has twice the steps of the one before. Raises UserError
-    as `rungs`.
+    The worse half of the trials stops at each rung; each rung has twice the steps of the one before. The rungs begin
+    with the curves of `known`. Raises UserError as `rungs`.
     """
-    if name == "none":
+    if name == NO_SCHEDULER:
         return None
-    from ray.tune.schedulers import ASHAScheduler
+    from tuning.sweep.stored_asha import StoredASHA
 
     first, last = rungs(study)
-    return ASHAScheduler(
+    curves = {trial.trial_id: trial.curves.get(study.metric, []) for trial in known}
+    return StoredASHA(
+        curves,
         time_attr="step",
         metric=study.metric,
         mode="max",

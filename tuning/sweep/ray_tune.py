@@ -21,7 +21,14 @@ from tuning.sweep.checkpoints import TrialCheckpoints, join, open_storage, remov
 from tuning.sweep.run import Job
 from tuning.sweep.worker import RUN_ID, TrialSetting, ray_trainable
 from tuning.tracking.ownership import Ownership
-from tuning.tracking.runs import DEATH_TAG, ERROR_TAG, STOPPED_TAG
+from tuning.tracking.runs import (
+    DEATH_TAG,
+    ERROR_TAG,
+    NO_SCHEDULER,
+    STOPPED_BY_TAG,
+    STOPPED_TAG,
+    read_trials,
+)
 from tuning.tracking.study import StudyTracker
 
 
@@ -70,13 +77,20 @@ class QueueSearcher(Searcher):
 class Watcher(tune.Callback):
     """Update the progress bar and set final run statuses. Updates that MLflow rejects are queued and retried.
 
-    A trial that ended is released, and its checkpoints below `storage` are deleted if one is given and it finished.
+    A trial that ended is released, and its checkpoints below `storage` are deleted if one is given and it was run to
+    its end: a study without `scheduler` goes on with one that was stopped.
     """
 
     def __init__(
-        self, tracker: StudyTracker, ownership: Ownership, storage: str | None, total_steps: int
+        self,
+        tracker: StudyTracker,
+        ownership: Ownership,
+        storage: str | None,
+        total_steps: int,
+        scheduler: str = NO_SCHEDULER,
     ) -> None:
         self._tracker, self._ownership, self._storage = tracker, ownership, storage
+        self._scheduler = scheduler
         self._bar = progress_bar("trials", total_steps)
         self._seen: dict[str, int] = {}
         self._run_ids: dict[str, str] = {}
@@ -108,7 +122,8 @@ class Watcher(tune.Callback):
         elif result.get("finished"):
             self._end(spec, "FINISHED", {})
         else:
-            self._end(spec, "FINISHED", {STOPPED_TAG: str(result.get("step", 0))})
+            stop = {STOPPED_TAG: str(result.get("step", 0)), STOPPED_BY_TAG: self._scheduler}
+            self._end(spec, "FINISHED", stop)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Record why the worker of a trial died; Ray starts it again."""
@@ -128,7 +143,7 @@ class Watcher(tune.Callback):
         self, trial_id: str, status: str, tags: Mapping[str, str], run_id: str | None
     ) -> None:
         self._tracker.finish_trial(trial_id, status, tags, run_id)
-        if self._storage and status == "FINISHED":
+        if self._storage and status == "FINISHED" and STOPPED_TAG not in tags:
             TrialCheckpoints(self._storage, trial_id).remove()
         self._ownership.release(trial_id)
 
@@ -174,13 +189,13 @@ def run_sweep(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
     session, stores = uuid.uuid4().hex[:8], job.options.stores
     ray_folder = join(job.storage, f"ray/{job.study.id}")
     checkpoints = None if stores.keep_checkpoints else job.storage
-    watcher = Watcher(job.tracker, ownership, checkpoints, queue.steps_left())
+    watcher = Watcher(job.tracker, ownership, checkpoints, queue.steps_left(), job.scheduler)
     remove_folder(*open_storage(ray_folder))
     tuner = tune.Tuner(
         _trainable(job, session),
         tune_config=tune.TuneConfig(
             search_alg=QueueSearcher(queue),
-            scheduler=make_scheduler(job.options.study.scheduler, job.study),
+            scheduler=_scheduler(job),
             num_samples=-1,
             reuse_actors=True,
             max_concurrent_trials=job.resources.concurrent,
@@ -205,6 +220,15 @@ def run_sweep(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
         remove_folder(*open_storage(ray_folder))
 
 
+def _scheduler(job: Job) -> Any:
+    """Make the scheduler, with what the trials of the study have reported so far."""
+    name, tracker = job.options.study.scheduler, job.tracker
+    if name == NO_SCHEDULER:
+        return None
+    known = read_trials(tracker.tracking_uri, tracker.parent_run_id, [job.study.metric])
+    return make_scheduler(name, job.study, [trial for trial in known if not trial.superseded])
+
+
 def _trainable(job: Job, session: str) -> Any:
     """Bind the worker's function to the worlds, to its setting and to its share of a machine."""
     resources, target = job.resources, job.tracker.target
@@ -216,6 +240,7 @@ def _trainable(job: Job, session: str) -> Any:
         resources.threads,
         resources.gpus,
         keep_adapters=job.options.stores.keep_artifacts == "all",
+        scheduler=job.scheduler,
     )
     bound = tune.with_parameters(ray_trainable, worlds=dict(job.worlds), setting=setting)
     return tune.with_resources(bound, {"cpu": resources.cpus, "gpu": resources.gpus})

@@ -15,7 +15,7 @@ from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.tracking.ownership import Ownership
-from tuning.tracking.runs import PARENT_TAG, STUDY_ID_TAG
+from tuning.tracking.runs import NO_SCHEDULER, PARENT_TAG, STUDY_ID_TAG, TrialResult
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
@@ -65,31 +65,53 @@ def begin_anew(study: Study, tracker: StudyTracker, storage: str, ownership: Own
 
 
 def trials_to_run(
-    trials: Sequence[TrialSpec], runs: Mapping[str, Run], resume: bool, retry_failed: bool
+    trials: Sequence[TrialSpec],
+    runs: Mapping[str, Run],
+    resume: bool,
+    retry_failed: bool,
+    scheduler: str = NO_SCHEDULER,
 ) -> list[TrialSpec]:
-    """Select trials by the status of their run; `runs` by trial id.
+    """Select trials by their runs, as `left_to_run` does; both by trial id."""
+    results = {trial_id: TrialResult.of(run) for trial_id, run in runs.items()}
+    return left_to_run(trials, results, resume, retry_failed, scheduler)
+
+
+def left_to_run(
+    trials: Sequence[TrialSpec],
+    results: Mapping[str, TrialResult],
+    resume: bool,
+    retry_failed: bool,
+    scheduler: str,
+) -> list[TrialSpec]:
+    """Select trials by how they ended; `results` by trial id.
 
     A retry takes failed trials only. A resumed study leaves failed trials, since their error would come again. A study
-    that is run again takes all trials that did not finish.
+    that is run again takes all trials that did not finish, and those that another scheduler stopped.
     """
-    status = {trial_id: run.info.status for trial_id, run in runs.items()}
+    found = {trial_id: result.seen_under(scheduler) for trial_id, result in results.items()}
+    failed = {trial_id for trial_id, result in found.items() if result.status == "FAILED"}
     if retry_failed:
-        return [trial for trial in trials if status.get(trial.id) == "FAILED"]
-    done = {"FINISHED"}
+        return [trial for trial in trials if trial.id in failed]
+    done = {trial_id for trial_id, result in found.items() if result.is_done(scheduler)}
     if resume:
-        done.add("FAILED")
-    return [trial for trial in trials if status.get(trial.id) not in done]
+        done |= failed
+    return [trial for trial in trials if trial.id not in done]
 
 
 def adopt_finished(
-    trials: Sequence[TrialSpec], runs: Mapping[str, Run], tracker: StudyTracker
+    trials: Sequence[TrialSpec],
+    runs: Mapping[str, Run],
+    tracker: StudyTracker,
+    scheduler: str = NO_SCHEDULER,
 ) -> list[TrialSpec]:
-    """Make trials that any study finished count in this one; return them."""
-    finished = [
-        trial for trial in trials if trial.id in runs and runs[trial.id].info.status == "FINISHED"
-    ]
-    for trial in finished:
+    """Make trials that any study finished, or that this scheduler stopped, count in this one.
+
+    Returns those that were run to their end.
+    """
+    found = {trial.id: TrialResult.of(runs[trial.id]) for trial in trials if trial.id in runs}
+    done = [trial for trial in trials if trial.id in found and found[trial.id].is_done(scheduler)]
+    for trial in done:
         tags = runs[trial.id].data.tags
         if tags.get(PARENT_TAG) != tracker.parent_run_id:
             tracker.adopt(trial.id, trial.name)
-    return finished
+    return [trial for trial in done if found[trial.id].is_complete]

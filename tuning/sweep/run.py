@@ -11,6 +11,7 @@ from llgbm.world import World
 from tuning.search.queue import ListQueue, TrialQueue
 from tuning.studies.options import Options
 from tuning.studies.spec import Study, TrialSpec
+from tuning.sweep.asha import scheduler_key
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
 from tuning.sweep.resume import adopt_finished, trials_to_run
@@ -32,6 +33,11 @@ class Job:
     storage: str
     resources: Resources
 
+    @property
+    def scheduler(self) -> str:
+        """Return the key of the scheduler that judges its trials."""
+        return scheduler_key(self.options.study.scheduler, self.study)
+
 
 def open_store(options: Options) -> StudyTracker:
     """Open the MLflow store. Raises UserError if it cannot be used, or not from all machines of the cluster."""
@@ -46,7 +52,7 @@ def open_store(options: Options) -> StudyTracker:
 
 
 def read_past_runs(options: Options) -> list[TrialResult]:
-    """Read the finished trials of the experiment; nothing is created."""
+    """Read the trials of the experiment; nothing is created."""
     return past_runs(options.stores.tracking_uri, Path.cwd(), options.stores.experiment)
 
 
@@ -56,7 +62,8 @@ def open_queue(job: Job) -> TrialQueue:
     if job.study.space is not None:
         return _open_points(job, past)
     trials, run = job.study.trials, job.options.run
-    left = trials_to_run(trials, job.tracker.live_runs(), bool(run.resume), run.retry_failed)
+    runs = job.tracker.live_runs()
+    left = trials_to_run(trials, runs, bool(run.resume), run.retry_failed, job.scheduler)
     return ListQueue(trials, left, job.resources.concurrent, Costs(past).seconds)
 
 
@@ -66,7 +73,9 @@ def _open_points(job: Job, past: list[TrialResult]) -> TrialQueue:
     assert job.study.space is not None
     url, options = job.options.optuna_url, job.options
     found = open_search(job.study, url, options.run.fresh)
-    points = PointQueue(job.study.space, found, options.study.n_points, last_results(past), url)
+    known = last_results(past, job.scheduler)
+    points = PointQueue(job.study.space, found, options.study.n_points, known, url)
+    points.reopen_stopped()
     if options.run.retry_failed:
         points.retry_failed()
     return points
@@ -95,7 +104,7 @@ def _run_queue(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
 
 
 def settle_finished(job: Job, trials: tuple[TrialSpec, ...]) -> None:
-    """Make finished trials count in this study, and delete their checkpoints."""
-    for trial in adopt_finished(trials, job.tracker.live_runs(), job.tracker):
+    """Make finished trials count in this study, and delete the checkpoints of those that nobody goes on with."""
+    for trial in adopt_finished(trials, job.tracker.live_runs(), job.tracker, job.scheduler):
         if not job.options.stores.keep_checkpoints:
             TrialCheckpoints(job.storage, trial.id).remove()

@@ -26,8 +26,8 @@ from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
 from tuning.sweep.checkpoints import TrialCheckpoints, trial_lock
 from tuning.sweep.cluster import take_share
 from tuning.tracking.notes import log_datasets, note_tags, system_metrics, trial_note
-from tuning.tracking.runs import DEATH_TAG, TrackingTarget
-from tuning.tracking.trial import TrialTracker, finished_metrics
+from tuning.tracking.runs import DEATH_TAG, NO_SCHEDULER, TrackingTarget
+from tuning.tracking.trial import TrialTracker, finished_result
 
 CHECKPOINT_SECONDS = 300.0
 MAX_RESTARTS = 10
@@ -39,7 +39,7 @@ RUN_ID = "run_id"
 class TrialSetting:
     """Setting that all trials of a sweep share: where to report, where to keep state, and a trial's share.
 
-    `session` names the driver's process.
+    `session` names the driver's process, `scheduler` what may stop its trials.
     """
 
     target: TrackingTarget
@@ -48,6 +48,7 @@ class TrialSetting:
     threads: int
     gpus: float
     keep_adapters: bool
+    scheduler: str = NO_SCHEDULER
 
 
 def run_trial(
@@ -135,9 +136,9 @@ def attempt(
 
     try:
         with trial_lock(setting.storage, trial.id):
-            known = finished_metrics(setting.target, trial.id)
+            known = finished_result(setting.target, trial.id, setting.scheduler)
             if known is not None:
-                return {"step": trial.config.steps, "finished": True, "reused": True, **known}
+                return {**known.last_result, "reused": True}
             tracker = open_tracker(trial, world, setting)
             run[RUN_ID] = tracker.run_id
             metrics = run_tracked(trial, world, tracker, setting, report)
@@ -158,7 +159,18 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.world": trial.world.hash,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
+
+
+def trial_params(trial: TrialSpec) -> dict[str, Any]:
+    """Return the parameters of a run: the configuration and, of terms without a field, what they supervise by.
+
+    A report may be made where the package of a term is not installed.
+    """
+    params = trial.config.as_dict()
+    if trial.config.terms:
+        params["matches"] = " ".join(trial.config.objective.matches)
+    return params
 
 
 def run_tracked(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llgbm.terms.names import NAMED
 from llgbm.training import TrainingConfig
 from tuning.tracking.runs import TRIAL_TAG, TrialResult, find_runs
 from tuning.tracking.store import (
@@ -25,21 +26,25 @@ KIND_PARAMS = ("model_size", "generator.name", "batch_size", "n_probes", "n_prom
 
 def kind_of(config: TrainingConfig) -> Kind:
     """Return the settings that a step's time depends on: sizes, generator, and which losses are computed."""
-    probes = config.delta_probes if config.lambda_delta > 0 else None
     numbers = (str(n) for n in (config.batch_size, config.n_probes, config.n_prompts))
-    return (config.model_size, config.generator.name, *numbers, config.lambda_weight > 0, probes)
+    named = (config.model_size, config.generator.name, *numbers)
+    return (*named, *_losses(config.weights, config.delta_probes))
 
 
 def kind_of_result(result: TrialResult) -> Kind:
     """Return the same as `kind_of`, from a run's parameters (texts)."""
     params = result.params
-    weight, delta = (float(params.get(key, 0)) > 0 for key in ("lambda_weight", "lambda_delta"))
-    probes = params.get("delta_probes") if delta else None
-    return (*map(params.get, KIND_PARAMS), weight, probes)
+    return (*map(params.get, KIND_PARAMS), *_losses(result.weights, params.get("delta_probes")))
+
+
+def _losses(weights: Mapping[str, float], probes: str | None) -> tuple[bool, str | None, str]:
+    """Return what of the losses a step's time depends on: which are computed, and on which probes."""
+    others = " ".join(sorted(set(weights) - set(NAMED)))
+    return "weight" in weights, probes if set(weights) - {"weight"} else None, others
 
 
 def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[TrialResult]:
-    """Return the finished trials of an experiment without their curves; none if there is no store yet.
+    """Return the trials of an experiment, each as its newest run has it, without curves; none without a store.
 
     Nothing is created. Raises UserError if the store cannot be read.
     """
@@ -55,7 +60,7 @@ def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[Tri
             return []
         runs = find_runs(client, found.experiment_id, {TRIAL_TAG: None})
         results = [TrialResult.of(run) for run in runs]
-    return [result for result in results if result.status == "FINISHED" and not result.superseded]
+    return [result for result in results if not result.superseded]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Costs:
         for run in self.runs:
             rate = run.metrics.get("time/steps_per_second")
             seconds = run.metrics.get("time/seconds")
-            if rate and seconds and run.stopped_at is None:
+            if rate and seconds and run.is_complete:
                 training = int(run.params["steps"]) / rate
                 rest = max(0.0, seconds - training)
                 found.setdefault(kind_of_result(run), []).append((1 / rate, rest))
@@ -90,6 +95,6 @@ class Costs:
         return config.steps * a_step + rest
 
 
-def last_results(runs: Iterable[TrialResult]) -> dict[str, dict[str, Any]]:
-    """Return the last report of each finished trial, by trial id."""
-    return {run.trial_id: run.last_result for run in runs}
+def last_results(runs: Iterable[TrialResult], scheduler: str) -> dict[str, dict[str, Any]]:
+    """Return the last report of each trial that is done under this scheduler, by trial id."""
+    return {run.trial_id: run.last_result for run in runs if run.is_done(scheduler)}

@@ -33,18 +33,33 @@ def read_curves(
     return curves
 
 
-def _runs_by_key(runs: Sequence[Run], keys: Collection[str] | None) -> dict[str, list[str]]:
+def read_points(
+    client: MlflowClient, runs: Sequence[Run]
+) -> dict[str, dict[str, list[tuple[int, int, float]]]]:
+    """Return every logged value as (step, timestamp, value), by run id and key."""
+    found: dict[str, dict[str, list[tuple[int, int, float]]]] = {
+        run.info.run_id: {} for run in runs
+    }
+    for key, run_ids in _runs_by_key(runs, None, ()).items():
+        for run_id, points in _histories(client, run_ids, key).items():
+            found[run_id][key] = [point[1:] for point in sorted(points, key=itemgetter(1, 2))]
+    return found
+
+
+def _runs_by_key(
+    runs: Sequence[Run], keys: Collection[str] | None, without: tuple[str, ...] = NO_CURVES
+) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for run in runs:
         for key in run.data.metrics:
-            if _is_wanted(key, keys):
+            if _is_wanted(key, keys, without):
                 found.setdefault(key, []).append(run.info.run_id)
     return found
 
 
-def _is_wanted(key: str, keys: Collection[str] | None) -> bool:
+def _is_wanted(key: str, keys: Collection[str] | None, without: tuple[str, ...]) -> bool:
     if keys is None:
-        return not key.startswith(NO_CURVES)
+        return not key.startswith(without)
     return key in keys
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies.spec import Study, TrialSpec
-from tuning.tracking.store import store_errors
+from tuning.tracking.store import store_errors, with_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,6 +62,8 @@ def note_tags(text: str) -> dict[str, str]:
 
 def _meaning(config: TrainingConfig) -> str:
     weight, delta = config.lambda_weight, config.lambda_delta
+    if config.terms:
+        return _sum_of_terms(config)
     terms = f"λ_w = {weight:g}, λ_d = {delta:g}, "
     if not delta:
         return terms + "matches the teachers' weights alone."
@@ -72,6 +74,15 @@ def _meaning(config: TrainingConfig) -> str:
             + f"matches the teachers' behaviour alone, {probes}; no teacher weight is looked at."
         )
     return terms + f"matches the teachers' weights and their behaviour {probes}."
+
+
+def _sum_of_terms(config: TrainingConfig) -> str:
+    """Return the loss as a list of its terms, with a warning where labels are used."""
+    parts = [f"{term.name} = {weight:g} ({term.title})" for weight, term in config.objective.parts]
+    text = f"the loss is {' + '.join(parts)}, on {config.delta_probes} probes."
+    if "labels" in config.objective.matches:
+        text += " **True labels are used: this is a reference.**"
+    return text
 
 
 def _changes(
@@ -146,7 +157,10 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(
-        run_id, sampling_interval=SYSTEM_SECONDS, resume_logging=True, tracking_uri=tracking_uri
+        run_id,
+        sampling_interval=SYSTEM_SECONDS,
+        resume_logging=True,
+        tracking_uri=with_login(tracking_uri),
     )
     monitor.start()
     try:

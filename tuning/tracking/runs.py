@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from llgbm.redaction import redact_forms
 from llgbm.runtime import UserError
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
 
@@ -26,7 +29,14 @@ ATTEMPTS_TAG = "llgbm.attempts"
 ERROR_TAG = "llgbm.error"
 DEATH_TAG = "llgbm.last_death"
 STOPPED_TAG = "llgbm.stopped_at_step"
+STOPPED_BY_TAG = (
+    "llgbm.stopped_by"  # the scheduler and its settings; the study's own are under SCHEDULER_TAG
+)
+SCHEDULER_TAG = "llgbm.scheduler"
+NO_SCHEDULER = "none"
 MEMBER_TAG = "llgbm.member_of."
+# Runs are looked for by these, and no secret is part of them.
+IDENTITY_TAGS = (PARENT_TAG, STUDY_ID_TAG, TRIAL_TAG)
 FINAL_STATUSES = ("FINISHED", "FAILED", "KILLED")
 PARAM_LENGTH = 6000
 PARAMS_PER_CALL = 100
@@ -37,7 +47,7 @@ STUDIES_NAMED = 10
 
 @dataclass(frozen=True)
 class TrialResult:
-    """Trial as read from its run: last values in `metrics`, (step, value) pairs in `curves`."""
+    """Trial as read from its run: last values in `metrics`, if finite, and (step, value) pairs in `curves`."""
 
     trial_id: str
     config: str
@@ -48,8 +58,12 @@ class TrialResult:
     params: Mapping[str, str] = field(default_factory=dict)
     run_id: str = ""
     stopped_at: int | None = None
+    stopped_by: str = ""
     superseded: bool = False
     cause: str = ""  # of its failure, or of its worker's last death
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", finite(self.metrics))
 
     @classmethod
     def of(
@@ -57,17 +71,17 @@ class TrialResult:
     ) -> TrialResult:
         """Read a trial's run; `config` overrides the name that its first study gave it."""
         tags, params, curves = run.data.tags, run.data.params, curves or {}
-        seed, stopped = params.get("seed"), tags.get(STOPPED_TAG)
         return cls(
             trial_id=tags.get(TRIAL_TAG, ""),
             config=config or tags.get(CONFIG_TAG, run.info.run_name),
-            seed=None if seed in (None, "None") else int(seed),
+            seed=_whole_number(params.get("seed")),
             status=run.info.status,
-            metrics={**measured(run), **_last_values(curves)},
+            metrics={**run.data.metrics, **_last_values(curves)},
             curves=curves,
             params=dict(params),
             run_id=run.info.run_id,
-            stopped_at=int(stopped) if stopped else None,
+            stopped_at=_whole_number(tags.get(STOPPED_TAG)),
+            stopped_by=tags.get(STOPPED_BY_TAG, ""),
             superseded=not is_live(run),
             cause=tags.get(ERROR_TAG) or tags.get(DEATH_TAG, ""),
         )
@@ -77,12 +91,59 @@ class TrialResult:
         """True if it was trained to its last step and evaluated, and no newer run replaces it."""
         return self.status == "FINISHED" and self.stopped_at is None and not self.superseded
 
+    def is_done(self, scheduler: str) -> bool:
+        """Return True if a study under this scheduler has nothing left to run of the trial.
+
+        A trial that a scheduler stopped is done under this scheduler alone, also while another study goes on with it.
+        """
+        if self.stopped_at is None:
+            return self.status == "FINISHED"
+        # Versions that recorded no settings had one scheduler.
+        return scheduler != NO_SCHEDULER and self.stopped_by in ("", scheduler)
+
+    def seen_under(self, scheduler: str) -> TrialResult:
+        """Return the trial as a study under this scheduler has it, whatever another study does with it now."""
+        if self.stopped_at is not None and self.is_done(scheduler):
+            return replace(self, status="FINISHED")
+        if self.stopped_at is not None and self.status != "FINISHED":
+            return replace(self, stopped_at=None)
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights above 0 of its loss terms by name; none if the trial names none."""
+        named = {name: self.params[own] for name, own in NAMED.items() if own in self.params}
+        others = {
+            key.removeprefix(PREFIX): value
+            for key, value in self.params.items()
+            if key.startswith(PREFIX)
+        }
+        found = {name: _weight(value) for name, value in {**named, **others}.items()}
+        return {name: value for name, value in found.items() if value > 0}
+
     @property
     def last_result(self) -> dict[str, Any]:
-        """Trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
-        finished = self.stopped_at is None
-        step = int(self.params["steps"]) if finished else self.stopped_at
-        return {**self.metrics, "step": step, "finished": finished}
+        """The trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
+        step = self.stopped_at
+        if step is None:
+            step = _whole_number(self.params.get("steps")) or 0
+        return {**self.metrics, "step": step, "finished": self.stopped_at is None}
+
+
+def _whole_number(text: str | None) -> int | None:
+    """Read a number that a run holds as text, None if it is none."""
+    if text is None or not re.fullmatch(r"-?\d{1,18}", text):
+        return None
+    return int(text)
+
+
+def _weight(text: str) -> float:
+    """Read a weight; 0 for what is no number, since a store may hold anything."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
@@ -90,8 +151,13 @@ def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
 
 
 def measured(run: Run) -> dict[str, float]:
-    """Return a run's last metrics without NaN placeholders (see `TrialTracker.show_first`)."""
-    return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
+    """Return a run's last metrics that are finite. NaN is a placeholder, see `TrialTracker.show_first`."""
+    return finite(run.data.metrics)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite: what is compared is among these, so that NaN never wins."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def read_trials(
@@ -106,16 +172,18 @@ def read_trials(
     member_tag = MEMBER_TAG + parent_run_id
     with store_errors(tracking_uri):
         client = connect(tracking_uri)
-        experiment_id = client.get_run(parent_run_id).info.experiment_id
+        parent = client.get_run(parent_run_id)
+        experiment_id = parent.info.experiment_id
         own = list(find_runs(client, experiment_id, {PARENT_TAG: parent_run_id}))
         shared = list(find_runs(client, experiment_id, {member_tag: None}))
         runs = {run.info.run_id: run for run in (*own, *shared)}
         curves = read_curves(client, list(runs.values()), curve_keys)
+    scheduler = parent.data.tags.get(SCHEDULER_TAG, NO_SCHEDULER)
     # Obsolete in this study is only a run that has a newer one here.
     by_age = sorted(runs.values(), key=lambda run: (is_live(run), run.info.start_time))
     newest = {run.data.tags.get(TRIAL_TAG, ""): run.info.run_id for run in by_age}
     results = [
-        TrialResult.of(run, run.data.tags.get(member_tag), curves[run_id])
+        TrialResult.of(run, run.data.tags.get(member_tag), curves[run_id]).seen_under(scheduler)
         for run_id, run in runs.items()
     ]
     return [replace(one, superseded=newest[one.trial_id] != one.run_id) for one in results]
@@ -156,14 +224,17 @@ def _condition(tag: str, value: str | None) -> str:
 def open_run(
     client: MlflowClient, experiment_id: str, found: Run | None, name: str, tags: Mapping[str, str]
 ) -> str:
-    """Create a run, or reopen `found`: set it RUNNING, clear how it ended and update its tags. Return its id."""
+    """Create a run, or reopen `found`: set it RUNNING, clear its error and update its tags. Return its id.
+
+    That a scheduler stopped it stays on record until it is run to its end: the study of that scheduler has it so.
+    """
+    tags = {key: value if key in IDENTITY_TAGS else redact(value) for key, value in tags.items()}
     if found is None:
-        return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
+        return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     run_id = found.info.run_id
     client.update_run(run_id, status="RUNNING")
-    for key in (ERROR_TAG, STOPPED_TAG):
-        if key in found.data.tags:
-            client.delete_tag(run_id, key)
+    if ERROR_TAG in found.data.tags:
+        client.delete_tag(run_id, ERROR_TAG)
     for key, value in tags.items():
         if found.data.tags.get(key) != value:
             client.set_tag(run_id, key, value)
@@ -194,7 +265,7 @@ def flat_params(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
         if isinstance(value, Mapping):
             yield from flat_params(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)[:PARAM_LENGTH]
+            yield f"{prefix}{key}", redact_forms(str(value))[:PARAM_LENGTH]
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

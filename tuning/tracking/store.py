@@ -6,18 +6,21 @@ its settings are in the environment.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from llgbm.redaction import keep_secret, redact
 from llgbm.runtime import UserError
+from tuning.tracking.location import follow_move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +36,9 @@ UNWRITABLE = (
     "permission denied",
     "no such file",
     "file exists",
+)
+LOGINS_VARIABLE = (
+    "LLGBM_STORE_LOGINS"  # logins of stores by address, for this process and its workers
 )
 ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
 
@@ -52,7 +58,8 @@ def connect(tracking_uri: str) -> MlflowClient:
     quiet_mlflow()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    uri = with_login(tracking_uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -71,12 +78,33 @@ def local_tracking_uri(root: Path) -> str:
     return f"sqlite:///{Path(root).resolve()}/mlruns/mlflow.db"
 
 
-def redact(tracking_uri: str) -> str:
-    """Return the address without user name and password, for messages."""
-    parts = urlsplit(tracking_uri)
-    if "@" not in parts.netloc:
-        return tracking_uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def without_login(uri: str) -> str:
+    """Return the address without its login, which moves to the environment of this process and of its workers.
+
+    So an address can be printed, tagged and pickled. MLflow reads the login of a server from its own variables.
+    """
+    parts = urlsplit(uri)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return uri
+    user, _, password = login.partition(":")
+    keep_secret(unquote(password))
+    if parts.scheme in ("http", "https"):
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    known = json.loads(os.environ.get(LOGINS_VARIABLE, "{}"))
+    known[host + parts.path] = login
+    os.environ[LOGINS_VARIABLE] = json.dumps(known)
+    return parts._replace(netloc=host).geturl()
+
+
+def with_login(uri: str) -> str:
+    """Return the address of a database with the login that `without_login` took from it."""
+    parts = urlsplit(uri)
+    login = json.loads(os.environ.get(LOGINS_VARIABLE, "{}")).get(parts.netloc + parts.path)
+    if login is None or parts.scheme in ("http", "https"):
+        return uri
+    return parts._replace(netloc=f"{login}@{parts.netloc}").geturl()
 
 
 @contextmanager
@@ -94,7 +122,7 @@ def store_errors(tracking_uri: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = redact(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0].partition(". ")[0][:200].rstrip(". ")
 
 
@@ -123,23 +151,28 @@ def _schema_remedy(reason: str) -> str:
 
 
 def usable_uri(tracking_uri: str) -> str:
-    """Check that an address is supported, answers and is writable; return it with an absolute SQLite path.
+    """Check that an address is supported, answers and is writable; return it without login, SQLite paths absolute.
 
     Raises UserError within seconds where MLflow would retry for minutes.
     """
     scheme = urlsplit(tracking_uri).scheme.partition("+")[0]
+    tracking_uri = without_login(tracking_uri)
     if scheme in ("http", "https"):
         _probe_http(tracking_uri.rstrip("/"))
         return tracking_uri.rstrip("/")
     if scheme == "sqlite":
         path = sqlite_path(tracking_uri)
         _probe_sqlite(path)
+        with suppress(
+            sqlite3.Error
+        ):  # of a database that is no store of MLflow: told when it is read
+            follow_move(path)
         return f"sqlite:///{path}"
     if scheme in DATABASE_PORTS:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
         return with_driver(tracking_uri)
     raise UserError(
-        f"the tracking address {tracking_uri!r} is of an unsupported kind: use {ALLOWED}."
+        f"the tracking address {redact(tracking_uri)!r} is of an unsupported kind: use {ALLOWED}."
     )
 
 
@@ -167,7 +200,9 @@ def _probe_http(uri: str) -> None:
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
     verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
     try:
-        code = requests.get(f"{uri}/health", timeout=PROBE_SECONDS, verify=verify).status_code
+        code = requests.get(
+            f"{uri}/health", timeout=PROBE_SECONDS, verify=verify, auth=_server_login()
+        ).status_code
     except requests.exceptions.RequestException as error:
         raise UserError(
             f"no MLflow server answers at {redact(uri)} ({type(error).__name__}): start one with `mlflow "
@@ -178,6 +213,13 @@ def _probe_http(uri: str) -> None:
             f"the server at {redact(uri)} answers /health with HTTP {code}, so it is no working MLflow "
             "server: correct the address, or leave it out to use the local store."
         )
+
+
+def _server_login() -> tuple[str, str] | None:
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if not user:
+        return None
+    return user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
 
 
 def _probe_socket(uri: str, default_port: int) -> None:

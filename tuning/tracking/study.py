@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from tuning.tracking.location import artifacts_beside
 from tuning.tracking.runs import (
     FINAL_STATUSES,
     MEMBER_TAG,
     METRICS_PER_CALL,
     PARENT_TAG,
+    STOPPED_BY_TAG,
+    STOPPED_TAG,
     STUDY_ID_TAG,
     STUDY_TAG,
     SUPERSEDED_TAG,
@@ -60,6 +63,14 @@ class StudyTracker:
         self.experiment_id = experiment_id
         self.target: TrackingTarget | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the client out: it holds the login of the store."""
+        return {**vars(self), "client": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.client = connect(self.tracking_uri)
+
     @classmethod
     def open(cls, tracking_uri: str | None, root: Path, experiment: str) -> StudyTracker:
         """Open the store (by default SQLite under `root`) and find or create the experiment.
@@ -77,8 +88,7 @@ class StudyTracker:
             with FileLock(folder / ".mlflow.lock", timeout=60):
                 make_database(path)
                 client = connect(uri)
-                artifacts = (folder / "artifacts").as_uri()
-                return cls(client, uri, open_experiment(client, experiment, artifacts))
+                return cls(client, uri, open_experiment(client, experiment, artifacts_beside(path)))
 
     def begin(
         self, study: str, study_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -174,7 +184,16 @@ class StudyTracker:
             logger.warning("trial %s ended as %s before it opened a run", trial_id, status)
             return
         with store_errors(self.tracking_uri):
+            if status == "FINISHED" and STOPPED_TAG not in (tags or {}):
+                self._forget_stop(run_id)
             self.client.set_terminated(run_id, status)
+
+    def _forget_stop(self, run_id: str) -> None:
+        """Drop the record of an earlier stop from a run that went on to its end."""
+        known = self.client.get_run(run_id).data.tags
+        for key in (STOPPED_TAG, STOPPED_BY_TAG):
+            if key in known:
+                self.client.delete_tag(run_id, key)
 
     def tag_trial(
         self, trial_id: str, tags: Mapping[str, str], run_id: str | None = None
@@ -185,8 +204,9 @@ class StudyTracker:
         """
         with store_errors(self.tracking_uri):
             run_id = run_id or self.child_run_id(trial_id)
-            for key, value in tags.items() if run_id else ():
-                self.client.set_tag(str(run_id), key, value)
+            if run_id is not None:
+                for key, value in tags.items():
+                    self.client.set_tag(run_id, key, redact(value))
             return run_id
 
     def finish(self, status: str) -> None:
@@ -240,7 +260,7 @@ class StudyTracker:
         """Set tags of the study. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
             for key, value in tags.items():
-                self.client.set_tag(self.parent_run_id, key, value)
+                self.client.set_tag(self.parent_run_id, key, redact(value))
 
 
 def _check_status(status: str) -> None:

@@ -12,19 +12,21 @@ from llgbm.runtime import UserError
 from tuning.tracking.runs import (
     ATTEMPTS_TAG,
     CONFIG_TAG,
+    MEMBER_TAG,
     METRICS_PER_CALL,
+    NO_SCHEDULER,
     PARENT_TAG,
     STUDY_TAG,
     TRIAL_TAG,
     TrackingTarget,
+    TrialResult,
     check_finite,
     log_params,
-    measured,
     now_ms,
     open_run,
     trial_run,
 )
-from tuning.tracking.store import connect, quiet_mlflow, store_errors
+from tuning.tracking.store import connect, quiet_mlflow, redact, store_errors
 from tuning.tracking.study import logger
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class TrialTracker:
             attempts = 1 + _attempts(found)
             key = {PARENT_TAG: target.parent_run_id, TRIAL_TAG: trial_id}
             own = {
+                **_membership(found, target.parent_run_id),
                 **key,
                 STUDY_TAG: target.study,
                 CONFIG_TAG: run_name,
@@ -158,24 +161,37 @@ class TrialTracker:
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
-            self.client.set_tag(self.run_id, key, value)
+            self.client.set_tag(self.run_id, key, redact(value))
 
     def close(self) -> None:
         """Send the rest of the buffer; the driver sets the final status. Raises UserError if the store fails."""
         self.flush()
 
 
-def finished_metrics(target: TrackingTarget, trial_id: str) -> dict[str, float] | None:
-    """Return the last metrics of a trial that any study finished, None if none did.
+def finished_result(
+    target: TrackingTarget, trial_id: str, scheduler: str = NO_SCHEDULER
+) -> TrialResult | None:
+    """Return a trial that any study finished, or that this scheduler stopped; None if there is none.
 
     Raises UserError if the store fails.
     """
     quiet_mlflow()
     with store_errors(target.tracking_uri):
         run = trial_run(connect(target.tracking_uri), target.experiment_id, trial_id)
-    if run is None or run.info.status != "FINISHED":
+    if run is None:
         return None
-    return measured(run)
+    found = TrialResult.of(run)
+    return found if found.is_done(scheduler) else None
+
+
+def _membership(run: Run | None, parent_run_id: str) -> dict[str, str]:
+    """Return the tag that keeps a run in the study that began it, where another one goes on with it."""
+    if run is None:
+        return {}
+    before = run.data.tags.get(PARENT_TAG, parent_run_id)
+    if before == parent_run_id:
+        return {}
+    return {MEMBER_TAG + before: run.data.tags.get(CONFIG_TAG, run.info.run_name)}
 
 
 def _attempts(run: Run | None) -> int:
