@@ -25,7 +25,7 @@ from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.apply import PASS_LOGITS
 from llgbm.models.cost import BaseShape
-from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
@@ -159,13 +159,12 @@ def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> 
 
 
 def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """Bytes of the activations of a step's probes in the base, given the memory-saving settings."""
-    if not reads_base(config):
-        return 0.0
-    at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
-    return shape.activation_bytes(
-        config.batch_size * at_once, probe_tokens, config.activation_checkpointing
-    )
+    """Bytes of the activations of a step's texts in the base, given the memory-saving settings."""
+    texts = sum(term.own_texts(config.batch_size) for term in config.objective.terms)
+    if reads_base(config):
+        at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
+        texts += config.batch_size * at_once
+    return shape.activation_bytes(texts, probe_tokens, config.activation_checkpointing)
 
 
 def logit_bytes(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> dict[str, float]:
@@ -241,10 +240,7 @@ class WorldSketch:
             return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[
                 -1
             ]
-        asked = [
-            chat_prompt(self.tokenizer, e.prompt, e.system)
-            for e in self.config.suite.probe_examples
-        ]
+        asked = [example_prompt(self.tokenizer, e) for e in self.config.suite.probe_examples]
         return max(len(ids) for ids in self.tokenizer(asked, add_special_tokens=False)["input_ids"])
 
     def probe_marks(self, config: TrainingConfig) -> int:
@@ -258,7 +254,7 @@ class WorldSketch:
         examples = []
         for task in suite.split.tasks:
             examples += suite.examples(task, "train", EXAMPLES_LOOKED_AT, "estimate")
-        pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+        pairs = [(example_prompt(self.tokenizer, e), e.answer) for e in examples]
         targets = encode_pairs(self.tokenizer, pairs).targets_ST
         return targets.shape[1], int((targets >= 0).sum(1).max())
 

@@ -110,7 +110,7 @@ def compute_delta_differentiable(
     def states(probes: EncodedProbes) -> Tensor:
         return read_states(lora_model.model, probes, applied)
 
-    states_APQD = _in_chunks(states, probes, probe_chunk)
+    states_APQD = in_chunks(states, probes, probe_chunk)
     if states_APQD.shape != base_APQD.shape:
         raise ValueError(
             f"base states have shape {tuple(base_APQD.shape)}, the probes give {tuple(states_APQD.shape)}: "
@@ -119,7 +119,7 @@ def compute_delta_differentiable(
     return states_APQD - base_APQD
 
 
-def _in_chunks(
+def in_chunks(
     states: Callable[[EncodedProbes], Tensor], probes: EncodedProbes, probe_chunk: int
 ) -> Tensor:
     """Read [A, P, Q, D] at `probe_chunk` probes at a time, each chunk read again in the backward pass; 0 reads all."""

@@ -198,6 +198,7 @@ class Trial:
             self.config.probe_chunk,
             self.config.activation_checkpointing,
             self.loss.prepared,
+            self.loss.modules,
         )
         return self.loss(step)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
+from llgbm.generator import generator_code
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.losses import DELTA_LOSSES, check_lambdas
 from llgbm.models.load import OWN_PREFIX, SIZES, family_size
@@ -47,7 +48,8 @@ class TrainingConfig:
     gradient.
 
     `terms` holds the weights of loss terms by name, `term_options` their options as `<term>.<option>`. The weights of
-    the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `term_code` follows from the terms.
+    the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `plugin_code` follows from terms and
+    generator: what they are of other packages.
     """
 
     lambda_weight: float = 0.3
@@ -74,7 +76,7 @@ class TrainingConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     term_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    term_code: Mapping[str, str] = field(default_factory=dict, hash=False)
+    plugin_code: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         self._settle_terms()
@@ -118,7 +120,8 @@ class TrainingConfig:
         object.__setattr__(self, "terms", others)
         object.__setattr__(self, "term_options", used_options(self.weights, options))
         code = {name: make_term(name, options).identity for name in self.weights}
-        object.__setattr__(self, "term_code", {name: own for name, own in code.items() if own})
+        code["generator"] = generator_code(self.generator.name)
+        object.__setattr__(self, "plugin_code", {name: own for name, own in code.items() if own})
 
     @property
     def weights(self) -> dict[str, float]:

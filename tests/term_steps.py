@@ -22,25 +22,6 @@ TASKS = ("one", "two")
 TEXTS = (("red green", "green"), ("blue red blue", "red blue"), ("green", "green red blue"))
 
 
-# A file with a loss term, as another package would have it.
-OWN = """
-from dataclasses import dataclass
-from typing import ClassVar
-from llgbm.terms.term import Term
-
-@dataclass(frozen=True)
-class Small(Term):
-    power: float = 2.0
-    name: ClassVar = "small"
-    title: ClassVar = "size of the predicted tokens"
-    reads: ClassVar = frozenset({"tokens"})
-    matches: ClassVar = "size"
-
-    def value(self, step):
-        return step.tokens.abs().pow(self.power).mean()
-"""
-
-
 @dataclass(frozen=True)
 class Scene:
     """Two students and their teachers on trajectories of unequal length; their tokens are their plain values."""

@@ -101,6 +101,9 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         world_seeds=arguments.world_seed,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
+        n_probes=arguments.n_probes,
+        trajectories=arguments.trajectories,
+        trajectory_tokens=arguments.trajectory_tokens,
         activation_checkpointing=arguments.activation_checkpointing or None,
         probe_chunk=arguments.probe_chunk,
         delta_probes=arguments.delta_probes,
@@ -182,7 +185,14 @@ def check_together(options: Options) -> None:
         raise UserError(f"--keep-best is {stores.keep_best}; it must be at least 1")
 
 
-ABOUT_DELTA = ("delta_probes", "activation_checkpointing", "probe_chunk")
+ABOUT_TRAJECTORIES = ("trajectories", "trajectory_tokens")
+ABOUT_DELTA = (
+    "delta_probes",
+    "activation_checkpointing",
+    "probe_chunk",
+    "n_probes",
+    *ABOUT_TRAJECTORIES,
+)
 
 
 def check_used(options: Options, study: Study) -> None:
@@ -195,6 +205,7 @@ def check_used(options: Options, study: Study) -> None:
             "everywhere, as is every other term that reads probes): leave it out, or give --lambda-delta values above 0"
         )
     _check_term_options(options, study)
+    _check_trajectories(options, study)
     probes = [trial.config.n_probes for trial in (*study.trials, *_base_of(study))]
     if arguments.probe_chunk is not None and arguments.probe_chunk >= max(probes):
         raise UserError(
@@ -225,6 +236,22 @@ def _reads_base(study: Study) -> bool:
     return any(find_term(name).reads & THROUGH_BASE for name in _terms_of(study))
 
 
+def _check_trajectories(options: Options, study: Study) -> None:
+    """Raise UserError for options of trajectories where no trial has any, or where the bank has its own."""
+    given = [name for name in ABOUT_TRAJECTORIES if name in options.study.given]
+    if not given:
+        return
+    trials = (*study.trials, *_base_of(study))
+    if all(trial.config.delta_probes != "trajectory" for trial in trials):
+        raise UserError(
+            f"{_spelled(given[0])} is about trajectories, which are the probes of no trial of this study: leave it out"
+        )
+    if options.study.bank is not None:
+        raise UserError(
+            f"{_spelled(given[0])} is about teachers that are trained here; those of --bank have their trajectories"
+        )
+
+
 def _check_term_options(options: Options, study: Study) -> None:
     for text in options.study.term_option or ():
         term = text.partition("=")[0].rpartition(".")[0]
@@ -235,18 +262,15 @@ def _check_term_options(options: Options, study: Study) -> None:
             )
 
 
+USED_BY_OWN_STUDIES = (
+    *("lambda_weight", "lambda_delta", "term", "learning_rate", "seeds", "steps", "batch_size"),
+    *("n_probes", "trajectories", "trajectory_tokens"),
+)
+
+
 def _check_own_study(options: Options, study: Study) -> None:
     """Raise UserError if a study from a file stays the same when the value of a given option is another one."""
-    names = (
-        "lambda_weight",
-        "lambda_delta",
-        "term",
-        "learning_rate",
-        "seeds",
-        "steps",
-        "batch_size",
-    )
-    for name in names:
+    for name in USED_BY_OWN_STUDIES:
         value = getattr(options.study, name)
         if value is None:
             continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from llgbm.tasks.suite import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llgbm.models.reading import Writer
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
@@ -73,6 +75,13 @@ def token_losses(
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
+class Continuation(NamedTuple):
+    """Text that a model wrote; `is_cut` where it had not ended by its last token allowed."""
+
+    text: str
+    is_cut: bool
+
+
 def greedy_answers(
     base: Base,
     spec: LoraSpec,
@@ -80,6 +89,18 @@ def greedy_answers(
     prompts: Sequence[Sequence[str]],
     max_tokens: int = 24,
 ) -> list[list[str]]:
+    """Texts of `greedy_continuations`."""
+    found = greedy_continuations(base, spec, batch, prompts, max_tokens)
+    return [[answer.text for answer in own] for own in found]
+
+
+def greedy_continuations(
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int,
+) -> list[list[Continuation]]:
     """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
 
     Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
@@ -93,16 +114,23 @@ def greedy_answers(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
     longest = max(map(len, prompt_tokens(base.tokenizer, list(chain.from_iterable(prompts)))))
-    answers: list[list[str]] = []
+    answers: list[list[Continuation]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = list(chain.from_iterable(prompts[rows]))
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
-            texts = iter(continue_texts(base, flat, max_tokens))
+            texts = iter(continuations(base, flat, max_tokens))
         answers += [list(islice(texts, len(own))) for own in prompts[rows]]
     return answers
 
 
-def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Texts of `continuations`."""
+    return [answer.text for answer in continuations(base, prompts, max_tokens)]
+
+
+def continuations(
+    base: Base | Writer, prompts: Sequence[str], max_tokens: int
+) -> list[Continuation]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
@@ -112,7 +140,11 @@ def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[
             max_new_tokens=max_tokens,
             do_sample=False,
         )
-    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    new = written[:, ids.shape[1] :]
+    texts = base.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ends = torch.tensor(end_tokens(base.model), device=new.device)
+    is_cut = ~torch.isin(new, ends).any(1)
+    return [Continuation(*pair) for pair in zip(texts, is_cut.tolist(), strict=True)]
 
 
 def exact_match(
@@ -147,13 +179,24 @@ def accuracy_per_adapter(
     at_most: int = 48,
 ) -> Tensor:
     """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    return right_per_adapter(model, spec, batch, texts, at_most).float().mean(1)
+
+
+def right_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return whether each adapter gives the answers of its own texts (adapter-major), [A, N]."""
     n = len(texts) // batch.n_adapters
     pieces = []
     for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
         applied = Applied(batch.select(rows), spec.scaling)
         with torch.no_grad():
-            pieces.append(right_answers(model, own, applied).view(-1, n).float().mean(1))
+            pieces.append(right_answers(model, own, applied).view(-1, n))
     return torch.cat(pieces)
 
 
@@ -183,10 +226,14 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
     """Exact-match accuracy of the base without any adapter."""
-    texts = encode_examples(base, examples)
+    return base_right(base, encode_examples(base, examples)).float().mean().item()
+
+
+def base_right(base: Base, texts: EncodedPairs) -> Tensor:
+    """Return whether the base without any adapter gives the answers of texts, [S]."""
     with torch.no_grad():
         pieces = [
             right_answers(base.model, texts.select(rows))
             for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
         ]
-    return torch.cat(pieces).float().mean().item()
+    return torch.cat(pieces)

@@ -153,7 +153,9 @@ class SyntheticSuite(Suite):
     def examples(
         self, task: str, purpose: Purpose, count: int, stream: str, share: tuple[int, int] = WHOLE
     ) -> list[Example]:
-        """Examples are drawn without end, so every stream is a share of its own."""
+        """Examples are drawn without end; every share is a stream of its own."""
+        if share[0] > 0:
+            stream = f"{stream} {share[0]} of {share[1]}"
         return self._drawn_examples(task, purpose, count, stream, Style())
 
     def level_examples(self, level: str, task: str, purpose: Purpose, count: int) -> list[Example]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, entry_is_whole
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -24,10 +24,12 @@ from llgbm.lora.adapters import (
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
+from llgbm.models.reading import suite_accuracy
+from llgbm.models.scoring import encode_examples
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.rounds import Classroom
 from llgbm.teachers.train import (
@@ -41,13 +43,13 @@ from llgbm.teachers.train import (
 )
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
-# Longest answer in a trajectory.
-TRAJECTORY_TOKENS = 24
-
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """Name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
+    parts: list[str] = []
+    if config.per_task > 1 and isinstance(suite, SyntheticSuite):
+        parts.append("own prompts")  # Teachers of one of its tasks had the same prompts before.
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config, *parts)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -60,15 +62,22 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         target.start()
         pupils = pupils_of(suite.split.tasks, config)
         classroom = Classroom(base, spec, config, suite)
-        found = classroom.train(pupils)
+        kept = _with_default_trajectories(root, base, suite, config, spec)
+        if kept is None:
+            found = classroom.train(pupils)
+            below = len(classroom.laggards(found))
+            told = [{"rounds": rounds} for rounds in found.rounds]
+            states = found.adapters.to_state_dicts()
+        else:
+            below = int(kept.facts.get("teachers_below_target", 0))
+            told = [{} for _ in pupils]
+            states = kept.load().to_state_dicts()
         trained = []
-        states = found.adapters.to_state_dicts()
-        for pupil, state, rounds in zip(pupils, states, found.rounds, strict=True):
+        for pupil, state, facts in zip(pupils, states, told, strict=True):
             prompts = condition_prompts(suite, pupil.task, config, (pupil.number, config.per_task))
-            told = {"rounds": rounds} if config.target else {}
-            trained.append(NewAdapter(pupil.name, pupil.task, state, prompts, told))
+            trained.append(NewAdapter(pupil.name, pupil.task, state, prompts, facts))
         target.add(trained)
-        gate = {"teachers_below_target": float(len(classroom.laggards(found)))}
+        gate = {"teachers_below_target": float(below)}
         _measure(target, suite, config, gate if config.target else {})
 
     return Bank.cached(build_entry(root, "banks", key, write), spec)
@@ -77,6 +86,22 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
 def pupils_of(tasks: Sequence[str], config: TeacherConfig) -> list[Pupil]:
     """List `config.per_task` teachers to be for each task."""
     return [Pupil(*own) for own in product(tasks, range(config.per_task))]
+
+
+def _with_default_trajectories(
+    root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec
+) -> Bank | None:
+    """Find the same teachers in the cached bank with trajectories by default, if there is one."""
+    plain = replace(
+        config,
+        trajectories=TeacherConfig.trajectories,
+        max_tokens=TeacherConfig.max_tokens,
+    )
+    folder = root / "banks" / bank_key(base.hash, suite, plain)
+    if plain == config or not entry_is_whole(folder):
+        return None
+    say("its teachers are those of a cached bank: they only answer other prompts")
+    return Bank.cached(folder, spec)
 
 
 def _measure(
@@ -91,19 +116,20 @@ def _measure(
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = list(chain.from_iterable(repeat(own, config.per_task) for own in by_task))
-    accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
+    owners = list(chain.from_iterable(repeat(task, config.per_task) for task in tasks))
+    accuracy_A = suite_accuracy(base, suite, owners, examples, (target.spec, target.load(ids)))
     facts = {
         **(known or {}),
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, list(chain.from_iterable(by_task))),
+        "base_accuracy": suite_accuracy(base, suite, tasks, by_task).mean().item(),
     }
     accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
     asked = {}
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
         asked[task] = [example_prompt(base.tokenizer, e) for e in own]
-    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.max_tokens)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:

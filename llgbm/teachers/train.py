@@ -30,6 +30,7 @@ class TeacherConfig:
     """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
 
     Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`; with a target of 0 there is one.
+    A trajectory is an answer of up to `max_tokens` tokens.
     """
 
     rank: int = 4
@@ -44,11 +45,13 @@ class TeacherConfig:
     trajectories: int = 16
     target: float = 0.0
     rounds: int = 1
+    max_tokens: int = 24
 
     def __post_init__(self) -> None:
-        if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
+        counts = (self.per_task, self.steps, self.examples, self.trajectories, self.max_tokens)
+        if min(counts) < 1:
             raise UserError(
-                "a bank needs at least one teacher a task, one step, one example and one trajectory"
+                "a bank needs at least one teacher a task, one step, one example and one trajectory of one token"
             )
         if self.rounds < 1 or not 0 <= self.target <= 1:
             raise UserError(
@@ -235,7 +238,11 @@ class SFTConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
-        return {name: value for name, value in asdict(self).items() if name not in savers}
+        found = {name: value for name, value in asdict(self).items() if name not in savers}
+        # Banks that were made before there was this setting have its default.
+        if self.teachers.max_tokens == TeacherConfig.max_tokens:
+            del found["teachers"]["max_tokens"]
+        return found
 
 
 @dataclass(frozen=True)

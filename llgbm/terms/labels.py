@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llgbm.lora.apply import adapters_applied
+from llgbm.lora.apply import Applied
 from llgbm.models.cost import BaseShape
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.scoring import token_losses
@@ -50,22 +50,22 @@ class Labels(Term):
     def value(self, step: Step) -> Tensor:
         each, pool = step.prepared[self.name]
         texts = self._drawn(each, pool, step.batch)
-        adapters, lora_model = step.adapters, step.lora_model
-        with adapters_applied(
-            lora_model.model, adapters, lora_model.spec.scaling, step.checkpointing
-        ):
-            losses_ST = token_losses(lora_model.model, texts)
+        applied = Applied(step.adapters, step.lora_model.spec.scaling, step.checkpointing)
+        losses_ST = token_losses(step.lora_model.model, texts, applied)
         answers_ST = texts.targets_ST >= 0
-        return (
-            losses_ST.view(adapters.n_adapters, -1).sum(1)
-            / answers_ST.view(adapters.n_adapters, -1).sum(1)
-        ).mean()
+        sums_A, counts_A = (
+            own.view(step.adapters.n_adapters, -1).sum(1) for own in (losses_ST, answers_ST)
+        )
+        return (sums_A / counts_A).mean()
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         return len(batch["tokens"])
 
+    def own_texts(self, n_adapters: int) -> int:
+        return n_adapters * self.examples
+
     def flops(self, shape: BaseShape, size: PassSize) -> float:
-        texts = size.adapters * self.examples
+        texts = self.own_texts(size.adapters)
         marked = round(size.marked * self.examples / size.probes)
         passes = shape.forward_flops(texts, size.tokens) + shape.backward_flops(texts, size.tokens)
         return passes + shape.head_flops(marked)

@@ -10,9 +10,9 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.metadata import entry_points
+from itertools import chain
 from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 import llgbm.terms
+from llgbm.plugins import TERMS, load_plugin, offered
 from llgbm.runtime import UserError
 from llgbm.terms.names import NAMED
 from llgbm.terms.step import Step, TermData
 from llgbm.terms.term import Term, check_term_class
 
-ENTRY_POINTS = "llgbm.terms"
 Weights = dict[str, float]
 
 
@@ -54,10 +54,10 @@ def find_term(name: str) -> type[Term]:
         return built_in_terms()[name]
     if ":" in name:
         return _imported(name)
-    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in offered:
-        return check_term_class(offered[name].load(), offered[name].value)
-    known = ", ".join([*built_in_terms(), *sorted(offered)])
+    found = load_plugin(TERMS, name)
+    if found is not None:
+        return check_term_class(found, name)
+    known = ", ".join([*built_in_terms(), *sorted(offered(TERMS))])
     raise UserError(
         f"unknown loss term {name!r}; there are: {known}, or your own as package.module:Class"
     )
@@ -96,10 +96,10 @@ def make_term(name: str, options: Mapping[str, Any]) -> Term:
 
 def _read(key: str, value: Any, kind: Any) -> Any:
     """Convert an option to the type of its field; texts come from the command line."""
+    if get_origin(kind) is tuple and isinstance(value, (str, tuple, list)):
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(_read(key, part, get_args(kind)[0]) for part in parts)
     try:
-        if get_origin(kind) is tuple:
-            parts = value.split(",") if isinstance(value, str) else value
-            return tuple(_read(key, part, get_args(kind)[0]) for part in parts)
         found = kind(value)
         if kind is int and isinstance(value, Real) and found != value:
             raise ValueError
@@ -152,7 +152,8 @@ class Objective:
     """Sum of weight x term, with what the terms prepared for a training."""
 
     parts: tuple[tuple[float, Term], ...]
-    prepared: Mapping[str, Any]
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, weights: Mapping[str, float], options: Mapping[str, Any]) -> Objective:
@@ -164,7 +165,7 @@ class Objective:
             raise UserError(f"two loss terms are called {twice[0]!r}: rename one of them")
         if not parts:
             raise UserError("no loss term has a weight above 0: there is no loss to train on")
-        return cls(parts, {})
+        return cls(parts)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -182,7 +183,9 @@ class Objective:
 
     def prepare(self, data: TermData) -> Objective:
         """Return the objective with what its terms compute once before a training."""
-        return Objective(self.parts, {term.name: term.prepare(data) for term in self.terms})
+        modules = dict.fromkeys(chain.from_iterable(term.modules(data) for term in self.terms))
+        prepared = {term.name: term.prepare(data) for term in self.terms}
+        return Objective(self.parts, prepared, tuple(modules))
 
     def __call__(self, step: Step) -> dict[str, Tensor]:
         """Compute `loss` and the terms that it sums, `loss_<name>`."""

@@ -5,7 +5,7 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator.networks import LoraGenerator
 from llgbm.lora import LoraBatch
 from llgbm.lora.apply import PASS_LOGITS, head_logits
+from llgbm.terms.inner import read_inner
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,7 +40,8 @@ class TermData:
 class Step:
     """One batch and the tokens predicted for it. What follows from them is computed when first asked for.
 
-    `batch` is that of `create_dataloader`; `prepared` holds by name what terms computed before the training.
+    `batch` is that of `create_dataloader`; `prepared` holds by name what terms computed before the training, `modules`
+    the modules of the base that terms read beside its last layer.
     """
 
     batch: Mapping[str, Tensor]
@@ -49,6 +51,7 @@ class Step:
     probe_chunk: int = 0
     checkpointing: bool = False
     prepared: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
     @property
     def teacher_tokens(self) -> Tensor:
@@ -72,12 +75,21 @@ class Step:
 
     @cached_property
     def deltas(self) -> DeltaTable:
-        """Probes of the step, the base's states there and the teachers' deltas."""
+        """Probes of the step, the base's states there and the teachers' deltas.
+
+        Raises ValueError where no marked position is valid.
+        """
+        if not self.batch["valid"].any():
+            raise ValueError(
+                "no marked position is valid: every probe is padding; check the probe set"
+            )
         return batch_deltas(self.batch)
 
     @cached_property
     def delta_pred(self) -> Tensor:
         """Δ of the predicted adapters [A, P, Q, D], with gradient."""
+        if self.modules:
+            return self._with_inner[..., 0, :] - self.deltas.base_APQD
         return compute_delta_differentiable(
             self.lora_model,
             self.adapters,
@@ -87,18 +99,30 @@ class Step:
             self.checkpointing,
         )
 
+    @cached_property
+    def _with_inner(self) -> Tensor:
+        """States of the last layer and of the modules, [A, P, Q, 1 + N, D]."""
+        return read_inner(
+            self.lora_model,
+            self.adapters,
+            self.deltas.probes,
+            self.modules,
+            self.probe_chunk,
+            self.checkpointing,
+        )
+
+    def inner(self, names: Sequence[str]) -> Tensor:
+        """Return states at the outputs of modules that a term named, [A, P, Q, N, D], with gradient."""
+        return self._with_inner[..., [1 + self.modules.index(name) for name in names], :]
+
     def over_positions(self, compare: Compare) -> Tensor:
         """Average `compare(student, teacher)` over the marked positions; both are logits [S, vocabulary], float32.
 
         The teacher's logits are the head of its states, which are the base's plus its delta. Logits that are too many
-        for one pass are taken in pieces and computed again for the gradient. Raises ValueError where no position is
-        valid or a state is not finite.
+        for one pass are taken in pieces and computed again for the gradient. Raises ValueError where a state is not
+        finite, and as `deltas`.
         """
         valid_APQ = self.deltas.probes.valid_APQ
-        if not valid_APQ.any():
-            raise ValueError(
-                "no marked position is valid: every probe is padding; check the probe set"
-            )
         base_SD = self.deltas.base_APQD[valid_APQ]
         pred_SD = base_SD + self.delta_pred[valid_APQ]
         teacher_SD = base_SD + self.deltas.delta_APQD[valid_APQ]

@@ -61,9 +61,17 @@ class Term(ABC):
             return int(batch["valid"].sum())
         return len(batch["tokens"])
 
+    def modules(self, data: TermData) -> tuple[str, ...]:
+        """Name the modules of the base whose outputs are read in the step's one pass; see `Step.inner`."""
+        return ()
+
     def prepare(self, data: TermData) -> Any:
         """Return what is computed once a training and found again as `step.prepared[name]`."""
         return None
+
+    def own_texts(self, n_adapters: int) -> int:
+        """Count the texts of a step that the term runs through the base in a pass of its own."""
+        return 0
 
     def flops(self, shape: BaseShape, size: PassSize) -> float:
         """Count the FLOPs of a step beside the passes that terms share: the probes, and the head at their marks."""

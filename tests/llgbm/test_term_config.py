@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from term_steps import OWN
+from own_package import OWN, PARTS, write_package
 
+from llgbm.generator import GeneratorConfig
+from llgbm.plugins import offered
 from llgbm.runtime import UserError
 from llgbm.terms.registry import find_term
 from llgbm.training import TrainingConfig, train
-from llgbm.world import World
+from llgbm.world import World, WorldConfig
 
 
 @pytest.mark.parametrize(
@@ -82,16 +84,15 @@ def test_a_loss_that_cannot_be_is_refused(changes: dict[str, Any], said: str) ->
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of somebody else with a loss term, which is an entry point of its distribution, too."""
-    (tmp_path / "own_terms.py").write_text(OWN)
-    info = tmp_path / "own_terms-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own_terms\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[llgbm.terms]\nsmall = own_terms:Small\n")
+    """A package of somebody else, on the path; its file with a loss term."""
+    write_package(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    offered.cache_clear()
     yield tmp_path / "own_terms.py"
-    sys.modules.pop("own_terms", None)
+    for name in ("own_terms", "own_parts"):
+        sys.modules.pop(name, None)
     find_term.cache_clear()
+    offered.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["small", "own_terms:Small"])
@@ -116,7 +117,7 @@ def test_a_term_of_another_package_trains(
 
 def test_the_code_of_another_package_is_part_of_an_id(package: Path) -> None:
     before = TrainingConfig(terms={"own_terms:Small": 1})
-    assert before.term_code.keys() == {"own_terms:Small"}
+    assert before.plugin_code.keys() == {"own_terms:Small"}
     package.write_text(OWN.replace(".mean()", ".sum()"))
     sys.modules.pop("own_terms")
     find_term.cache_clear()
@@ -140,3 +141,26 @@ def test_a_term_that_lacks_something_is_refused(
     package.write_text(OWN.replace(old, new))
     with pytest.raises(UserError, match=said):
         assert TrainingConfig(terms={"own_terms:Small": 1, "kl": 1}).objective
+
+
+def test_a_generator_and_an_encoder_of_another_package_are_part_of_an_id(package: Path) -> None:
+    config = TrainingConfig(generator=GeneratorConfig("straight"))
+    world = WorldConfig(encoder="letters")
+    assert config.plugin_code.keys() == {"generator"} and world.hash != WorldConfig().hash
+    (package.parent / "own_parts.py").write_text(PARTS.replace("mean(1)", "sum(1)"))
+    shutil.rmtree(package.parent / "__pycache__", ignore_errors=True)
+    sys.modules.pop("own_parts")
+    assert TrainingConfig(generator=GeneratorConfig("straight")).hash != config.hash
+    assert WorldConfig(encoder="letters").hash != world.hash
+
+
+def test_what_nobody_offers_is_answered_with_what_there_is(package: Path) -> None:
+    with pytest.raises(UserError, match="there are: default, hyperconv, straight"):
+        TrainingConfig(generator=GeneratorConfig("bent"))
+    with pytest.raises(UserError, match="small, or your own"):
+        TrainingConfig(terms={"tiny": 1})
+    (package.parent / "own_parts.py").write_text("import nothing_of_this_name")
+    with pytest.raises(
+        UserError, match="'straight' is offered as own_parts:Straight, which cannot"
+    ):
+        TrainingConfig(generator=GeneratorConfig("straight"))

@@ -1,4 +1,4 @@
-"""A loss term of another package in a whole sweep: planned, trained, and reported under its own name."""
+"""Term, generator and encoder of another package in a whole sweep: planned, trained, reported under their names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from helpers import ROOT
-from term_steps import OWN
+from own_package import write_package
 
 from llgbm.world import World
 from tuning.report.document import write_report
@@ -20,15 +20,14 @@ from tuning.tracking.store import connect
 
 COMMAND = (
     "--smoke --steps 4 --term own_terms:Small=0.1 kl=1 --term-option own_terms:Small.power=1 "
-    "--max-concurrent 1"
+    "--generator straight --encoder letters --max-concurrent 1"
 )
 
 
-def test_a_term_from_outside_is_swept_and_reported(
+def test_parts_from_outside_are_swept_and_reported(
     tmp_path: Path, cache: Path, world: World
 ) -> None:
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "own_terms.py").write_text(OWN)
+    write_package(tmp_path / "package")
     path = os.pathsep.join([str(tmp_path / "package"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), *COMMAND.split()]
@@ -48,6 +47,7 @@ def test_a_term_from_outside_is_swept_and_reported(
     parent_id = parent.data.tags.get("mlflow.parentRunId", parent.info.run_id)
     trial = read_trials(uri, parent_id)[0]
     assert {"loss/kl", "loss/small", "loss/total"} <= set(trial.metrics)
+    assert trial.params["generator.name"] == "straight"
     assert trial.weights == {"own_terms:Small": 0.1, "kl": 1.0}
     write_report(tmp_path / "report", read_study(uri, parent_id))
     with (tmp_path / "report" / "results.csv").open() as file:

@@ -8,6 +8,8 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from tuning.arguments import check_used, parse_arguments, study_of
 from tuning.report.groups import Group, reference_of
+from tuning.report.record import StudyRecord
+from tuning.report.words import caveats
 from tuning.studies import Study
 from tuning.studies.options import Options
 from tuning.sweep.worker import trial_params
@@ -82,6 +84,14 @@ def test_the_study_of_terms_compares_four_losses() -> None:
     assert len(study.trials) == 12 and all(trial.note for trial in study.trials)
 
 
+def test_behaviour_is_compared_with_true_labels() -> None:
+    found = weights(made("--study labels --seeds 0"))
+    assert found[-1] == ("true labels", {"labels": 1.0})
+    assert [name for name, _ in found[:-1]] == ["delta-only", "kl", "delta + kl"]
+    chosen = weights(made("--study labels --term kl=1 answers=1 --seeds 0"))
+    assert [name for name, _ in chosen] == ["answers=1 kl=1", "true labels"]
+
+
 def test_a_search_draws_weights_of_terms() -> None:
     space = made("--search random --term kl=0.1,10 answers=0.5 --lambda-weight 0").space
     assert space is not None
@@ -122,6 +132,30 @@ def test_settings_of_probes_serve_any_term_that_reads_them() -> None:
     made("--search random --term kl=0.1,1 --lambda-delta 0 --probe-chunk 1")
 
 
+def test_probes_of_a_step_and_trajectories_are_options() -> None:
+    study = made("--term kl=1 --trajectories 64 --trajectory-tokens 32 --n-probes 4 --seeds 0")
+    teachers = study.trials[0].world.teachers
+    assert (teachers.trajectories, teachers.max_tokens) == (64, 32)
+    assert study.trials[0].config.n_probes == 4
+    plain = made("--term kl=1 --trajectories 16 --trajectory-tokens 24 --n-probes 2 --seeds 0")
+    assert plain.trials[0].id == made("--term kl=1 --seeds 0").trials[0].id
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--term weight=1 --trajectories 64", "is about the delta loss"),
+        ("--term kl=1 --delta-probes generic --trajectories 64", "is about trajectories"),
+        ("--term kl=1 --trajectories 0", "one trajectory"),
+        ("--term kl=1 --trajectory-tokens 0", "one token"),
+        ("--term kl=1 --n-probes 0", "n_probes is 0"),
+    ],
+)
+def test_trajectories_that_nothing_uses_are_refused(command: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        made(command)
+
+
 def result_of(command: str) -> TrialResult:
     trial = made(f"{command} --seeds 0").trials[0]
     params = dict(flat_params(trial_params(trial)))
@@ -149,8 +183,21 @@ def test_a_report_knows_what_a_run_was_supervised_by(command: str, supervised: b
 
 
 def test_the_reference_is_what_matches_weights_alone() -> None:
-    groups = [group_of(f"--term {term}") for term in ("kl=1", "delta=1", "weight=1")]
-    assert reference_of(groups, "nano") is groups[2]
+    terms = ("labels=1", "kl=1", "delta=1", "weight=1")
+    groups = [group_of(f"--term {term}") for term in terms]
+    assert reference_of(groups, "nano") is groups[3]
+    assert reference_of(groups[:2], "nano") is groups[1]
+
+
+def test_a_run_on_true_labels_is_titled_a_reference() -> None:
+    study = made("--term labels=0,1 kl=1 --seeds 0")
+    assert [trial.name for trial in study.trials] == ["kl=1", "kl=1 labels=1 (true labels)"]
+    assert "a reference" in study.trials[1].note
+    assert "True labels are used" in trial_note(study.trials[1])
+    group = group_of("--term labels=1 delta=1")
+    assert group.uses_labels and not group.is_supervised
+    said = caveats(StudyRecord("study", group.trials, {}))
+    assert any("trained on true labels: a reference" in line for line in said)
 
 
 @pytest.mark.parametrize(

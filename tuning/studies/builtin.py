@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from llgbm.generator import GENERATORS
+from llgbm.generator import GENERATORS, find_generator
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.models.load import FAMILIES
 from llgbm.runtime import UserError
@@ -45,6 +45,9 @@ class StudyOptions:
     encoder: str = "minilm"
     smoke: bool = False
     own_worlds: tuple[WorldConfig, ...] = ()
+    n_probes: int | None = None
+    trajectories: int | None = None
+    trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +85,7 @@ TERMS = (
     of_weights("delta + kl", delta=1.0, kl=1.0),
     WEIGHT_ONLY,
 )
+LABELS = of_weights("true labels", labels=1.0)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -192,6 +196,18 @@ def terms(options: StudyOptions) -> Study:
     )
 
 
+def labels(options: StudyOptions) -> Study:
+    """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
+    axes = (generator_variants(options), rate_variants(options))
+    behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
+    chosen = _weight_options(options) or behaviour
+    return Study(
+        "labels",
+        make_trials(options, crossed([*chosen, LABELS], *axes)),
+        note="How much of what true labels reach does behaviour reach without any?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
@@ -235,6 +251,7 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         model_size,
         generators,
         objectives,
+        labels,
         optuna_lambda,
     )
 }
@@ -273,8 +290,7 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
     """Return the generators asked for; a single one is not named. Raises UserError for an unknown one."""
     names = options.generators or ("default",)
     for name in names:
-        if name not in GENERATORS:
-            raise UserError(f"unknown generator {name!r}; there are: {', '.join(GENERATORS)}")
+        find_generator(name)
     if names == ("default",):
         return [Variant()]
     variants = [
@@ -335,7 +351,7 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
-    names = ("steps", "batch_size", "activation_checkpointing", "probe_chunk")
+    names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -351,5 +367,7 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     world = own[size] if own else WorldConfig(size=size)
     world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
     if options.smoke:
-        return smoke_world(world)
-    return world
+        world = smoke_world(world)
+    given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return replace(world, teachers=replace(world.teachers, **changed))

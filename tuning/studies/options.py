@@ -89,6 +89,15 @@ class StudyArguments:
 
     steps: int | None = _option(TRAINING, "training steps of each trial (default: 600)", "N")
     batch_size: int | None = _option(TRAINING, "tasks in a training step (default: 16)", "N")
+    n_probes: int | None = _option(
+        TRAINING, "probes of each task in a training step (default: 2)", "N"
+    )
+    trajectories: int | None = _option(
+        TRAINING, "prompts of each task that its teacher answers, to be probes (default: 16)", "N"
+    )
+    trajectory_tokens: int | None = _option(
+        TRAINING, "tokens at which such an answer is cut (default: 24)", "N"
+    )
     delta_probes: str = _option(
         TRAINING, "trajectory (default), generic or domain", "KIND", "trajectory"
     )

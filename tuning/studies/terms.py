@@ -11,6 +11,8 @@ from llgbm.terms.names import NAMED
 from llgbm.terms.registry import find_term, in_order, split_weights, used_options
 
 TermWeights = dict[str, tuple[float, ...]]
+# After the name of a configuration that is a reference.
+LABELLED = " (true labels)"
 
 
 def read_weights(texts: Sequence[str]) -> TermWeights:
@@ -68,7 +70,8 @@ def weights_name(weights: Mapping[str, float]) -> str:
         kinds = {(True, True): "multitask", (True, False): "weight-only"}
         kind = kinds.get((bool(weight), bool(delta)), "delta-only")
         return f"{kind} w={weight:g} d={delta:g}"
-    return weights_text(weights)
+    uses_labels = any(find_term(name).matches == "labels" for name in used(weights))
+    return weights_text(weights) + LABELLED * uses_labels
 
 
 def weights_text(weights: Mapping[str, float]) -> str:

@@ -182,9 +182,12 @@ def describe_facts(world: World) -> str:
         "base_accuracy" in facts
         and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
     )
+    cut = ""
+    if facts.get("cut_trajectories"):
+        cut = f"; {facts['cut_trajectories']:.0f} answers of trajectories were cut"
     return (
         f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
-        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}"
+        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}{cut}"
     )
 
 
