@@ -19,6 +19,7 @@ from llgbm.generator.conditions import ConditionPools, TextEncoder, build_condit
 from llgbm.generator.hyperconv import TokenStandardiser
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
+from llgbm.models.reading import Questions
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
 from llgbm.teachers.bank import Bank
@@ -31,9 +32,10 @@ class ExperimentData:
     """Tensors of a world that all trials share, on one device. Row i of every table is the same adapter.
 
     The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
-    `examples` are evaluation examples, adapter-major, `n_examples` per task. `labelled` holds equally many labelled
-    examples of each training row, for references. `multitask_V` is the adapter trained on all training tasks together.
-    `size` and `delta_probes` are those that a trial's configuration must name ("" fits any).
+    `examples` are evaluation examples, adapter-major, `n_examples` per task, and `questions` the same ones as they are
+    asked and read (None: exact match only). `labelled` holds equally many labelled examples of each training row, for
+    references. `multitask_V` is the adapter trained on all training tasks together. `size` and `delta_probes` are those
+    that a trial's configuration must name ("" fits any).
     """
 
     adapter_ids: tuple[str, ...]
@@ -54,6 +56,7 @@ class ExperimentData:
     size: str = ""
     delta_probes: str = ""
     labelled: EncodedPairs | None = None
+    questions: Questions | None = None
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}

@@ -25,7 +25,7 @@ from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.apply import PASS_LOGITS
 from llgbm.models.cost import BaseShape
-from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
@@ -240,10 +240,7 @@ class WorldSketch:
             return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[
                 -1
             ]
-        asked = [
-            chat_prompt(self.tokenizer, e.prompt, e.system)
-            for e in self.config.suite.probe_examples
-        ]
+        asked = [example_prompt(self.tokenizer, e) for e in self.config.suite.probe_examples]
         return max(len(ids) for ids in self.tokenizer(asked, add_special_tokens=False)["input_ids"])
 
     def probe_marks(self, config: TrainingConfig) -> int:
@@ -259,7 +256,7 @@ class WorldSketch:
             for t in suite.split.tasks
             for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")
         ]
-        pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+        pairs = [(example_prompt(self.tokenizer, e), e.answer) for e in examples]
         targets = encode_pairs(self.tokenizer, pairs).targets_ST
         return targets.shape[1], int((targets >= 0).sum(1).max())
 

@@ -21,10 +21,11 @@ from llgbm.generator.conditions import build_conditions, conditions_key, encoder
 from llgbm.models.encoding import EncodedPairs, encode_pairs, example_prompt
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
+from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
-from llgbm.tasks.suite import Suite
+from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, BankSource
@@ -185,6 +186,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
     rows = rows_by_part(suite, bank)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
+    examples = evaluation_examples(suite, tasks, config.eval_examples)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
@@ -196,7 +198,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
         generic_deltas=tables["generic"],
-        examples=evaluation_examples(base, suite, tasks, config.eval_examples),
+        examples=encode_examples(base, examples),
         n_examples=config.eval_examples,
         encoder=encoder.name,
         hash=content_hash(
@@ -206,6 +208,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
             {name: deltas_key(base, bank, sets[name]) for name in tables},
             hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
         ),
+        questions=Questions.of(base.tokenizer, suite, tasks, examples),
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,
@@ -214,10 +217,10 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
     return data.to(base.model.device)
 
 
-def evaluation_examples(base: Base, suite: Suite, tasks: Sequence[str], count: int) -> EncodedPairs:
-    """Encode `count` evaluation examples of each task, task after task."""
+def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
+    """Return `count` evaluation examples of each task, task after task."""
     found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
-    return encode_examples(base, list(chain.from_iterable(found)))
+    return list(chain.from_iterable(found))
 
 
 def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:

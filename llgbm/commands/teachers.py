@@ -82,6 +82,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("learning-rate", 1e-4, "at the start"),
         ("seed", 0, "of order and initialisation"),
         ("trajectories", 16, "prompts a dataset that its first teacher answers"),
+        ("max-tokens", 24, "in the longest of these answers"),
     )
     for name, default, meaning in sizes:
         parser.add_argument(
@@ -110,7 +111,13 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
     base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))
     bank = make_bank(base, suite, config, arguments.out)
     facts = {name: round(value, 4) for name, value in bank.facts.items()}
-    return {"bank": str(arguments.out), "hash": bank.hash, "adapters": len(bank.adapters), **facts}
+    return {
+        "bank": str(arguments.out),
+        "hash": bank.hash,
+        "adapters": len(bank.adapters),
+        "cut_answers": bank.cut_answers,
+        **facts,
+    }
 
 
 def _config(arguments: argparse.Namespace, suite: Suite) -> Any:
@@ -125,6 +132,7 @@ def _config(arguments: argparse.Namespace, suite: Suite) -> Any:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         trajectories=arguments.trajectories,
+        max_tokens=arguments.max_tokens,
     )
     names = ("method", "checkpoints", "every", "accumulation", "gradient_checkpointing", "at_once")
     return SFTConfig(fitted(teachers, suite), **{name: getattr(arguments, name) for name in names})

@@ -17,13 +17,12 @@ from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import adapters_applied, chunks
 from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import continue_texts, token_losses
-from llgbm.runtime import UserError, progress
-from llgbm.tasks.extraction import Kind, extract, in_form, rivals
+from llgbm.models.reading import ANSWER_TOKENS, respond
+from llgbm.models.scoring import token_losses
+from llgbm.runtime import UserError
+from llgbm.tasks.extraction import Kind, extract, in_form, is_same, rivals
 from llgbm.tasks.files import FileSuite
 from llgbm.tasks.suite import Example
-
-ANSWER_TOKENS = {"choice": 16, "truth": 16, "number": 320, "text": 320}
 
 
 @dataclass(frozen=True)
@@ -102,22 +101,6 @@ def solved_examples(suite: FileSuite, task: str, count: int) -> list[tuple[str, 
     return [(e.prompt, e.answer) for e in suite.examples(task, "train", count, "shots")]
 
 
-def respond(base: Base, prompts: Sequence[str], max_tokens: int, label: str) -> list[str]:
-    """Greedy responses, generated in batches of prompts of about one length, in the order of the prompts."""
-    lengths = [
-        len(ids) for ids in base.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    ]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    responses = [""] * len(prompts)
-    for rows in progress(chunks(len(order), max(lengths) + max_tokens), label):
-        batch = order[rows]
-        for index, text in zip(
-            batch, continue_texts(base, [prompts[i] for i in batch], max_tokens), strict=True
-        ):
-            responses[index] = text
-    return responses
-
-
 def likeliest_rivals(
     base: Base, kind: Kind, prompts: Sequence[str], examples: Sequence[Example]
 ) -> list[str] | None:
@@ -149,12 +132,12 @@ def score_responses(
     A response without an answer, or with two, is wrong.
     """
     answers = [extract(kind, e.prompt, text) for e, text in zip(examples, responses, strict=True)]
-    right = [gold(kind, e) == answer for e, answer in zip(examples, answers, strict=True)]
+    right = [is_same(kind, a, gold(kind, e)) for e, a in zip(examples, answers, strict=True)]
     picked = [
         extract(kind, e.prompt, text)
         for e, text in zip(examples, likeliest or responses, strict=True)
     ]
-    best = [gold(kind, e) == answer for e, answer in zip(examples, picked, strict=True)]
+    best = [is_same(kind, a, gold(kind, e)) for e, a in zip(examples, picked, strict=True)]
     return {
         "accuracy": share(right),
         "interval": wilson(sum(right), len(right)),

@@ -178,8 +178,13 @@ class _Rotate(Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos).addcmul_(torch.cat([right, left], dim=-1), sin)
+    # Rows as long as all heads, and halves of heads swapped in one copy: short rows take a CPU twice as long.
+    n_heads, width = x.shape[-2:]
+    cos, sin = (t.expand(*t.shape[:-2], n_heads, width).flatten(-2) for t in (cos, sin))
+    other = torch.arange(2 * n_heads, device=x.device) ^ 1
+    swapped = x.reshape(-1, 2 * n_heads, width // 2).index_select(1, other)
+    turned = (x.flatten(-2) * cos).addcmul_(swapped.view(*x.shape[:-2], -1), sin)
+    return turned.unflatten(-1, (n_heads, width))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ from llgbm.tasks.suite import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Text, and whether it was cut at the most tokens that were allowed.
-Written = tuple[str, bool]
+    from llgbm.models.reading import Writer
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
@@ -75,6 +74,13 @@ def token_losses(
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
 
 
+class Continuation(NamedTuple):
+    """Text that a model wrote; `is_cut` where it had not ended by its last token allowed."""
+
+    text: str
+    is_cut: bool
+
+
 def greedy_answers(
     base: Base,
     spec: LoraSpec,
@@ -82,22 +88,22 @@ def greedy_answers(
     prompts: Sequence[Sequence[str]],
     max_tokens: int = 24,
 ) -> list[list[str]]:
-    """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
-
-    Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
-    """
-    written = written_answers(base, spec, batch, prompts, max_tokens)
-    return [[text for text, _ in own] for own in written]
+    """Texts of `greedy_continuations`."""
+    found = greedy_continuations(base, spec, batch, prompts, max_tokens)
+    return [[answer.text for answer in own] for own in found]
 
 
-def written_answers(
+def greedy_continuations(
     base: Base,
     spec: LoraSpec,
     batch: LoraBatch,
     prompts: Sequence[Sequence[str]],
     max_tokens: int,
-) -> list[list[Written]]:
-    """Write the same as `greedy_answers`, each with whether it was cut: it has no end token."""
+) -> list[list[Continuation]]:
+    """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
+
+    Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
+    """
     if (
         len(prompts) != batch.n_adapters
         or len({len(own) for own in prompts}) != 1
@@ -107,21 +113,24 @@ def written_answers(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
     longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
-    answers: list[list[Written]] = []
+    answers: list[list[Continuation]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
-            texts = iter(_continued(base, flat, max_tokens))
+            texts = iter(continuations(base, flat, max_tokens))
         answers += [[next(texts) for _ in own] for own in prompts[rows]]
     return answers
 
 
-def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Texts of `continuations`."""
+    return [answer.text for answer in continuations(base, prompts, max_tokens)]
+
+
+def continuations(
+    base: Base | Writer, prompts: Sequence[str], max_tokens: int
+) -> list[Continuation]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
-    return [text for text, _ in _continued(base, prompts, max_tokens)]
-
-
-def _continued(base: Base, prompts: Sequence[str], max_tokens: int) -> list[Written]:
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
         written = cast(Any, base.model).generate(
@@ -130,11 +139,11 @@ def _continued(base: Base, prompts: Sequence[str], max_tokens: int) -> list[Writ
             max_new_tokens=max_tokens,
             do_sample=False,
         )
-    answers = written[:, ids.shape[1] :]
-    ends = torch.tensor(end_tokens(base.model), device=answers.device)
-    cut = ~torch.isin(answers, ends).any(1)
-    texts = base.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return list(zip(texts, cut.tolist(), strict=True))
+    new = written[:, ids.shape[1] :]
+    texts = base.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ends = torch.tensor(end_tokens(base.model), device=new.device)
+    is_cut = ~torch.isin(new, ends).any(1)
+    return [Continuation(*pair) for pair in zip(texts, is_cut.tolist(), strict=True)]
 
 
 def exact_match(
@@ -169,13 +178,24 @@ def accuracy_per_adapter(
     at_most: int = 48,
 ) -> Tensor:
     """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    return right_per_adapter(model, spec, batch, texts, at_most).float().mean(1)
+
+
+def right_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return whether each adapter gives the answers of its own texts (adapter-major), [A, N]."""
     n = len(texts) // batch.n_adapters
     pieces = []
     for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
         applied = Applied(batch.select(rows), spec.scaling)
         with torch.no_grad():
-            pieces.append(right_answers(model, own, applied).view(-1, n).float().mean(1))
+            pieces.append(right_answers(model, own, applied).view(-1, n))
     return torch.cat(pieces)
 
 
@@ -205,10 +225,14 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
     """Exact-match accuracy of the base without any adapter."""
-    texts = encode_examples(base, examples)
+    return base_right(base, encode_examples(base, examples)).float().mean().item()
+
+
+def base_right(base: Base, texts: EncodedPairs) -> Tensor:
+    """Return whether the base without any adapter gives the answers of texts, [S]."""
     with torch.no_grad():
         pieces = [
             right_answers(base.model, texts.select(rows))
             for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
         ]
-    return torch.cat(pieces).float().mean().item()
+    return torch.cat(pieces)

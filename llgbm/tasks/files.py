@@ -17,7 +17,7 @@ from typing import Any
 
 from llgbm.cache import hash_files
 from llgbm.runtime import UserError, content_hash, say, stream_seed
-from llgbm.tasks.extraction import Kind, answer_kind
+from llgbm.tasks.extraction import READING_VERSION, Kind, answer_kind
 from llgbm.tasks.forms import RowRules
 from llgbm.tasks.rows import NEEDED, SUFFIXES, Row, read_rows
 from llgbm.tasks.suite import WHOLE, Example, Purpose, Split, Suite, Task
@@ -235,6 +235,9 @@ class FileSuite(Suite):
     def tasks(self) -> tuple[Task, ...]:
         return tuple(Task(name, self.datasets[name].kind) for name in self.split.tasks)
 
+    def answer_kind(self, task: str) -> Kind:
+        return self.datasets[self.task(task).name].kind
+
     @property
     def split(self) -> Split:
         return Split(self.train, self.val, self.test)
@@ -260,7 +263,8 @@ class FileSuite(Suite):
 
     @cached_property
     def fingerprint(self) -> str:
-        return content_hash("files", KEYS_VERSION, self.split, self.digest, self.limit, self.rules)
+        versions = (KEYS_VERSION, READING_VERSION)
+        return content_hash("files", versions, self.split, self.digest, self.limit, self.rules)
 
     @cached_property
     def probe_examples(self) -> tuple[Example, ...]:

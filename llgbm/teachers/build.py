@@ -23,10 +23,12 @@ from llgbm.lora.adapters import (
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
+from llgbm.models.reading import suite_accuracy
+from llgbm.models.scoring import encode_examples
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
@@ -42,7 +44,10 @@ from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """Name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
+    parts: list[str] = []
+    if config.per_task > 1 and isinstance(suite, SyntheticSuite):
+        parts.append("own prompts")  # Teachers of one of its tasks had the same prompts before.
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config, *parts)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -78,7 +83,7 @@ def _with_default_trajectories(
     plain = replace(
         config,
         trajectories=TeacherConfig.trajectories,
-        trajectory_tokens=TeacherConfig.trajectory_tokens,
+        max_tokens=TeacherConfig.max_tokens,
     )
     folder = root / "banks" / bank_key(base.hash, suite, plain)
     if plain == config or not entry_is_whole(folder):
@@ -94,18 +99,19 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = [own for own in by_task for _ in range(config.per_task)]
-    accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
+    owners = [task for task in tasks for _ in range(config.per_task)]
+    accuracy_A = suite_accuracy(base, suite, owners, examples, (target.spec, target.load(ids)))
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),
+        "base_accuracy": suite_accuracy(base, suite, tasks, by_task).mean().item(),
     }
     accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
     asked = {}
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
         asked[task] = [example_prompt(base.tokenizer, e) for e in own]
-    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.trajectory_tokens)
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.max_tokens)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:

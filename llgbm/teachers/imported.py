@@ -23,7 +23,7 @@ from llgbm.lora.adapters import (
 from llgbm.lora.external import AdapterReader, PlainAdapter
 from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
-from llgbm.models.load import Base
+from llgbm.models.load import COMMIT, Base
 from llgbm.output import STAGE, check_name
 from llgbm.runtime import UserError, content_hash, progress, say, split_revision
 from llgbm.tasks.prompts import check_prompts, read_prompts
@@ -289,8 +289,10 @@ def _place(folder: Path, root: Path, source: str) -> str:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    hub_id, revision = split_revision(name)
+    files = ["*.safetensors", "*.json", "adapter_model.bin"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} is no folder here, and the hub cannot be asked or has no adapter of that name: "
@@ -300,12 +302,22 @@ def _from_hub(name: str) -> Path:
 
 def _check_base(external: ExternalAdapter, names: set[str]) -> None:
     """Raise UserError for an adapter that names another base."""
-    named = read_adapter_config(external.folder)["base_model_name_or_path"]
-    if named and _short(named) not in {_short(name) for name in names}:
+    config = read_adapter_config(external.folder)
+    named, revision = config["base_model_name_or_path"], config["revision"]
+    if revision and re.fullmatch(COMMIT, str(revision)):
+        named = f"{named}@{revision}"
+    if named and not any(_are_one(named, name) for name in names):
         raise UserError(
             f"the adapter in {external.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
             f"it out, or say with --accept-base {named} that the two are one model"
         )
+
+
+def _are_one(named: str, name: str) -> bool:
+    """Say if two names are of one base: the last part is the same, and no two commits are named."""
+    commits = {split_revision(one)[1] for one in (named, name) if "@" in one}
+    pinned = {commit for commit in commits if commit and re.fullmatch(COMMIT, commit)}
+    return _short(named) == _short(name) and len(pinned) < 2
 
 
 def _short(name: str) -> str:

@@ -26,7 +26,10 @@ TEACHERS_VERSION = 1
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A."""
+    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
+
+    A trajectory is an answer of up to `max_tokens` tokens.
+    """
 
     rank: int = 4
     alpha: float = 8.0
@@ -38,16 +41,13 @@ class TeacherConfig:
     condition_train: int = 32
     condition_evaluation: int = 16
     trajectories: int = 16
-    trajectory_tokens: int = 24
+    max_tokens: int = 24
 
     def __post_init__(self) -> None:
-        if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
+        counts = (self.per_task, self.steps, self.examples, self.trajectories, self.max_tokens)
+        if min(counts) < 1:
             raise UserError(
-                "a bank needs at least one teacher a task, one step, one example and one trajectory"
-            )
-        if self.trajectory_tokens < 1:
-            raise UserError(
-                f"trajectory_tokens is {self.trajectory_tokens}; an answer needs at least one token"
+                "a bank needs at least one teacher a task, one step, one example and one trajectory of one token"
             )
 
 
@@ -203,9 +203,9 @@ class SFTConfig:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
         found = {name: value for name, value in asdict(self).items() if name not in savers}
-        # Banks were begun before this was a setting, with its default.
-        if self.teachers.trajectory_tokens == TeacherConfig.trajectory_tokens:
-            del found["teachers"]["trajectory_tokens"]
+        # Banks that were made before there was this setting have its default.
+        if self.teachers.max_tokens == TeacherConfig.max_tokens:
+            del found["teachers"]["max_tokens"]
         return found
 
 

@@ -111,6 +111,9 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
         files = {"adapter_model.safetensors", "adapter_config.json", "prompts.json"}
         assert {p.name for p in folder.iterdir()} == files
         assert [len(bank.prompts(adapter_id)[p]) for p in ("train", "evaluation")] == [4, 3]
+    first, second = (bank.prompts(f"copy-plain_{i}") for i in range(2))
+    assert not set(first["train"]) & set(second["train"])  # each is given prompts of its own
+    assert first["evaluation"] == second["evaluation"]
     assert len(bank.trajectories().of("copy-plain")) == 2
     assert set(bank.facts) == {
         "teacher_accuracy",

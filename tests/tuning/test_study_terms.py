@@ -135,7 +135,7 @@ def test_settings_of_probes_serve_any_term_that_reads_them() -> None:
 def test_probes_of_a_step_and_trajectories_are_options() -> None:
     study = made("--term kl=1 --trajectories 64 --trajectory-tokens 32 --n-probes 4 --seeds 0")
     teachers = study.trials[0].world.teachers
-    assert (teachers.trajectories, teachers.trajectory_tokens) == (64, 32)
+    assert (teachers.trajectories, teachers.max_tokens) == (64, 32)
     assert study.trials[0].config.n_probes == 4
     plain = made("--term kl=1 --trajectories 16 --trajectory-tokens 24 --n-probes 2 --seeds 0")
     assert plain.trials[0].id == made("--term kl=1 --seeds 0").trials[0].id
@@ -147,7 +147,7 @@ def test_probes_of_a_step_and_trajectories_are_options() -> None:
         ("--term weight=1 --trajectories 64", "is about the delta loss"),
         ("--term kl=1 --delta-probes generic --trajectories 64", "is about trajectories"),
         ("--term kl=1 --trajectories 0", "one trajectory"),
-        ("--term kl=1 --trajectory-tokens 0", "at least one token"),
+        ("--term kl=1 --trajectory-tokens 0", "one token"),
         ("--term kl=1 --n-probes 0", "n_probes is 0"),
     ],
 )

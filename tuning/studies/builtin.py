@@ -347,6 +347,6 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
     if options.smoke:
         world = smoke_world(world)
-    names = ("trajectories", "trajectory_tokens")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(world, teachers=replace(world.teachers, **given))
+    given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return replace(world, teachers=replace(world.teachers, **changed))
