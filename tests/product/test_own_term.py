@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import ROOT
 from own_package import write_package
 
@@ -24,6 +25,7 @@ COMMAND = (
 )
 
 
+@pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
 def test_parts_from_outside_are_swept_and_reported(
     tmp_path: Path, cache: Path, world: World
 ) -> None:
@@ -36,7 +38,7 @@ def test_parts_from_outside_are_swept_and_reported(
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
