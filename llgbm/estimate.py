@@ -48,10 +48,15 @@ LOGIT_TABLES = 4
 
 
 class ProbeSize(NamedTuple):
-    """Size of a probe: its tokens, and its marked positions."""
+    """Size of a probe: its tokens, its marked positions on average, and those of the longest one, if they differ."""
 
     tokens: int
     marked: float = 1.0
+    most: int = 0
+
+    @property
+    def longest(self) -> float:
+        return self.most or self.marked
 
 
 @dataclass(frozen=True)
@@ -142,20 +147,22 @@ def term_flops(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> fl
     size = PassSize(config.batch_size, config.n_probes, probe.tokens, marked)
     found = sum(term.flops(shape, size) for term in terms)
     if reads_base(config):
-        found += probe_flops(config, shape, probe.tokens)
+        found += probe_flops(config, shape, probe)
     # The student's head there and back, and the teacher's.
     readers = sum("logits" in term.reads for term in terms)
     return found + 1.5 * readers * shape.head_flops(marked)
 
 
-def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
+def probe_flops(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> float:
     """FLOPs of a step's passes through the base under the generated adapters."""
     texts = config.batch_size * config.n_probes
     chunked = 0 < config.probe_chunk < config.n_probes
-    forward = shape.forward_flops(texts, probe_tokens) * (
+    # Inner layers are read in the model's own pass, which is no lean one.
+    marked = None if "layers" in config.objective.reads else probe.longest
+    forward = shape.forward_flops(texts, probe.tokens, marked) * (
         1 + chunked + config.activation_checkpointing
     )
-    return forward + shape.backward_flops(texts, probe_tokens)
+    return forward + shape.backward_flops(texts, probe.tokens, marked)
 
 
 def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:

@@ -40,10 +40,9 @@ def can_run(base: PreTrainedModel, batch: LoraBatch | None) -> bool:
     wrappers of others, weights that are trained, and autocast are left to the model.
     """
     decoder: Any = base.base_model
-    kind = type(decoder)
-    if f"{kind.__module__}.{kind.__qualname__}" not in KNOWN or base.training:
+    if not has_known_blocks(base) or base.training:
         return False
-    if base.config.hidden_act != "silu" or torch.is_autocast_enabled(base.device.type):
+    if torch.is_autocast_enabled(base.device.type):
         return False
     prefix = _prefix(base)
     known = {f"{prefix}{i}.{name}" for i, name in product(range(len(decoder.layers)), LINEARS)}
@@ -58,6 +57,13 @@ def can_run(base: PreTrainedModel, batch: LoraBatch | None) -> bool:
         and all(type(linear) is nn.Linear for linear in linears)
         and not any(_is_changed(module) for module in base.modules())
     )
+
+
+def has_known_blocks(base: PreTrainedModel) -> bool:
+    """True for an architecture and an activation that the pass below is written for."""
+    kind = type(base.base_model)
+    known = f"{kind.__module__}.{kind.__qualname__}" in KNOWN
+    return known and base.config.hidden_act == "silu"
 
 
 def _is_changed(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llgbm.lora.adapters import LoraSpec
+from llgbm.lora.blocks import has_known_blocks
 from llgbm.models.encoding import EncodedPairs
 from llgbm.runtime import UserError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _READS_THE_EMBEDDING = ("q_proj", "k_proj", "v_proj")
+# Layers of the last block that the lean pass runs at the marked positions only.
+_AT_MARKS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class BaseShape:
 
     `linear` and `adapted` sum the weights of all Linear layers in blocks and in * R + out * R of those adapted;
     `first_linear` and `first_adapted` are those of the first block that read the embedding, through which no gradient
-    goes further down.
+    goes further down. `last_linear` and `last_adapted` are those of the last block that the lean pass of `lora.blocks`
+    runs at marked positions only; 0 for bases that it does not run.
     """
 
     parameters: int
@@ -44,6 +48,8 @@ class BaseShape:
     first_adapted: int
     low: int
     element: int
+    last_linear: int = 0
+    last_adapted: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: LoraSpec) -> BaseShape:
@@ -64,6 +70,8 @@ class BaseShape:
         first = [
             m for m in spec.modules if m.kind in _READS_THE_EMBEDDING and _in_first_block(m.name)
         ]
+        last = f".{int(config.num_hidden_layers) - 1}."
+        lean = has_known_blocks(model)
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             layers=int(config.num_hidden_layers),
@@ -78,22 +86,41 @@ class BaseShape:
             first_adapted=spec.rank * sum(m.n_in for m in first),
             low=spec.rank * len(spec.modules),
             element=next(model.parameters()).element_size(),
+            last_linear=lean * sum(n for name, n in sizes.items() if _is_at_marks(name, last)),
+            last_adapted=lean
+            * spec.rank
+            * sum(m.n_in + m.n_out for m in spec.modules if _is_at_marks(m.name, last)),
         )
 
-    def forward_flops(self, texts: int, tokens: int) -> float:
-        """One forward pass of S texts of T tokens up to the last hidden states, adapters included."""
-        return 2.0 * texts * tokens * (self.linear + self.adapted) + self._attention_flops(
-            texts, tokens
-        )
+    def forward_flops(self, texts: int, tokens: int, marked: float | None = None) -> float:
+        """One forward pass of S texts of T tokens up to the last hidden states, adapters included.
 
-    def backward_flops(self, texts: int, tokens: int) -> float:
+        With `marked`, the last block is run at so many positions of a text where that is possible.
+        """
+        everywhere = self.linear + self.adapted
+        at_marks, share = self._last(tokens, marked)
+        weights = everywhere - (1 - share) * at_marks
+        return 2.0 * texts * tokens * weights + self._attention_flops(texts, tokens, share)
+
+    def backward_flops(self, texts: int, tokens: int, marked: float | None = None) -> float:
         """Pass back to the adapters: no weight of the base gets a gradient."""
-        through_base = 2.0 * texts * tokens * (self.linear - self.first_linear)
-        through_adapters = 2.0 * texts * tokens * (2 * self.adapted - self.first_adapted)
-        return through_base + through_adapters + 2 * self._attention_flops(texts, tokens)
+        _, share = self._last(tokens, marked)
+        linear = self.linear - self.first_linear - (1 - share) * self.last_linear
+        adapted = 2 * self.adapted - self.first_adapted - (1 - share) * 2 * self.last_adapted
+        return 2.0 * texts * tokens * (linear + adapted) + 2 * self._attention_flops(
+            texts, tokens, share
+        )
 
-    def _attention_flops(self, texts: int, tokens: int) -> float:
-        return 4.0 * texts * tokens * tokens * self.attention * self.layers
+    def _last(self, tokens: int, marked: float | None) -> tuple[int, float]:
+        """Return the weights that are used at marks only, and the share of the tokens that are marked."""
+        at_marks = self.last_linear + self.last_adapted
+        if marked is None or not at_marks:
+            return at_marks, 1.0
+        return at_marks, min(1.0, marked / tokens)
+
+    def _attention_flops(self, texts: int, tokens: int, share: float) -> float:
+        """Scores and sums of all blocks, the last one's at a share of the queries."""
+        return 4.0 * texts * tokens * tokens * self.attention * (self.layers - 1 + share)
 
     def head_flops(self, positions: int) -> float:
         """LM head at some positions, forward and back to the hidden states."""
@@ -132,6 +159,10 @@ def _linear_sizes(model: PreTrainedModel) -> dict[str, int]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
+
+
+def _is_at_marks(name: str, last: str) -> bool:
+    return last in name and name.rsplit(".", 1)[-1] in _AT_MARKS
 
 
 def _in_first_block(name: str) -> bool:

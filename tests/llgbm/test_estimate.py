@@ -35,6 +35,7 @@ SAVERS = (
     {"lambda_delta": 0.0},
     {"terms": {"delta": 0, "kl": 1}},
     {"lambda_delta": 0.0, "terms": {"answers": 1, "kl": 1}},
+    {"lambda_delta": 0.0, "terms": {"layers": 1}},
 )
 
 
@@ -46,7 +47,7 @@ def one_step(
     batch = next(iter(trial.batches()))
     probes = batch_deltas(batch).probes
     marked = probes.valid_APQ.float().sum(-1).mean().item()
-    size = ProbeSize(probes.ids_APT.shape[-1], marked)
+    size = ProbeSize(probes.ids_APT.shape[-1], marked, probes.valid_APQ.shape[-1])
     width = world.data.conditions.train_ANC.shape[-1]
     n_teachers = len(world.data.rows["train"])
     return (
