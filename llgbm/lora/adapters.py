@@ -6,6 +6,7 @@ Shapes: A adapters, R rank, V values of a whole adapter.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"the LoRA rank is {self.rank}; it must be at least 1")
-        if self.alpha <= 0:
-            raise UserError(f"the LoRA alpha is {self.alpha}; it must be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"the LoRA alpha is {self.alpha}; it must be a number above 0")
 
     @classmethod
     def from_model(
@@ -384,6 +385,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json(decode(config_file.read_bytes()))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if not math.isfinite(alpha):
+            raise ValueError(f"its lora_alpha is {alpha}")
         check_types(config)
     except FileNotFoundError as error:
         raise UserError(

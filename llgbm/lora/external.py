@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llgbm.documents import brief
 from llgbm.lora.adapters import (
+    ADAPTER_CONFIG,
     PEFT_PREFIX,
     LinearShape,
     LoraSpec,
@@ -78,6 +81,7 @@ class AdapterReader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = dict(model.named_modules())
+        self.names = {part for name in self.layers for part in name.split(".")}
         self._initial: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def read(self, folder: Path) -> PlainAdapter:
@@ -85,6 +89,17 @@ class AdapterReader:
         config = read_adapter_config(folder)
         check_plain(folder, config)
         sides, converted = self._sort(folder, read_adapter_weights(folder))
+        with _config_errors(folder):
+            return self._as_plain(folder, config, sides, converted)
+
+    def _as_plain(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        sides: Mapping[str, Mapping[str, Tensor]],
+        converted: list[str],
+    ) -> PlainAdapter:
+        """Bring A and B of the modules to plain LoRA, as the config says that they are meant."""
         self._check_targets(folder, config, sides)
         parts = {name: self._part(folder, config, name, own) for name, own in sides.items()}
         init = config.get("init_lora_weights")
@@ -94,6 +109,8 @@ class AdapterReader:
         if config.get("use_rslora"):
             converted.append("rsLoRA, its factor in alpha")
         state, spec = self._stack(folder, parts, converted)
+        if not all(torch.isfinite(value).all() for value in state.values()):
+            raise ValueError("its alphas are too large or too small")
         return PlainAdapter(spec, state, tuple(converted))
 
     def _sort(
@@ -123,8 +140,7 @@ class AdapterReader:
 
     def _strip(self, key: str) -> str:
         """Return a key without PEFT's prefix and the names of wrappers such as torch.compile's."""
-        own = {part for name in self.layers for part in name.split(".")}
-        parts = [p for p in key.split(".") if p in own or p not in WRAPPERS]
+        parts = [p for p in key.split(".") if p in self.names or p not in WRAPPERS]
         name = ".".join(parts)
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
@@ -234,6 +250,19 @@ class AdapterReader:
             state[f"{PEFT_PREFIX}{shape.name}.lora_A.weight"] = a.contiguous()
             state[f"{PEFT_PREFIX}{shape.name}.lora_B.weight"] = b.contiguous()
         return state, spec
+
+
+@contextmanager
+def _config_errors(folder: Path) -> Iterator[None]:
+    """Turn what fields of odd types and values raise, here and in PEFT, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, re.error) as error:
+        raise UserError(
+            f"{folder}/{ADAPTER_CONFIG} cannot be used ({brief(error)}): make or fetch the adapter again"
+        ) from error
 
 
 def read_external(folder: Path, model: nn.Module) -> PlainAdapter:

@@ -84,12 +84,13 @@ def check_weights(folder: Path) -> None:
     """Check that all weight files are there, whole, in safetensors."""
     for name in _weight_names(folder):
         path = folder / name
-        if not path.is_file():
-            raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
-        with path.open("rb") as stream:
-            if stream.read(len(POINTER)) == POINTER:
-                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
         try:
+            if not path.is_file():
+                raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
+            with path.open("rb") as stream:
+                begins = stream.read(len(POINTER))
+            if begins == POINTER:
+                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
