@@ -239,9 +239,17 @@ def progress_bar(label: str, total: int) -> tqdm:
     return tqdm(desc=label, total=total, disable=None, leave=False, file=sys.stderr)
 
 
+def is_folder(name: str | Path) -> bool:
+    """Say if a name leads to a folder here; one that no file can have, such as a very long one, does not."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """Split `name@revision`; a folder has no revision."""
-    if Path(name).expanduser().is_dir():
+    if is_folder(name):
         return name, None
     name, _, revision = name.partition("@")
     return name, revision or None

@@ -34,7 +34,7 @@ from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer,
 from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
-from llgbm.runtime import UserError, content_hash, pick_device, say, stream_seed
+from llgbm.runtime import UserError, content_hash, is_folder, pick_device, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
@@ -83,7 +83,7 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         # Workers have another working folder; and an encoder is known by its content, wherever it lies.
-        if Path(self.encoder).expanduser().is_dir() and self.encoder not in NAMED_ENCODERS:
+        if is_folder(self.encoder) and self.encoder not in NAMED_ENCODERS:
             object.__setattr__(self, "encoder", str(Path(self.encoder).expanduser().resolve()))
         object.__setattr__(self, "encoder_hash", encoder_hash(self.encoder))
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):

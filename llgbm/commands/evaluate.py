@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llgbm.commands.generators import open_bundle
 from llgbm.commands.rules import add_row_rules, row_rules
-from llgbm.runtime import UserError, pick_device, say
+from llgbm.runtime import UserError, is_folder, pick_device, say
 
 if TYPE_CHECKING:
     from llgbm.evaluation.benchmark import System
@@ -144,7 +144,7 @@ def _load_base(arguments: argparse.Namespace) -> Base:
 def _parse(named: str) -> tuple[str, Path]:
     """Return name and folder of `NAME=DIR`, or of `DIR`, which names itself and may hold an `=` too."""
     name, sign, folder = named.partition("=")
-    if not sign or "/" in name or Path(named).expanduser().is_dir():
+    if not sign or "/" in name or is_folder(named):
         path = Path(named).expanduser()
         return path.name, path
     path = Path(folder).expanduser()

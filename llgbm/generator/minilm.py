@@ -30,14 +30,14 @@ class MiniLM:
 
     def __init__(self, folder: Path) -> None:
         """Read weights, sizes and tokenizer from a folder of sentence-transformers."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         if {name: config.get(name) for name in NETWORK} != NETWORK:
             raise UserError(f"{folder} holds no MiniLM: name it as an encoder's folder instead")
         self._heads, self._eps = config["num_attention_heads"], config["layer_norm_eps"]
         self._layers = range(config["num_hidden_layers"])
         self._device = pick_device()
         self._weights = load_file(folder / "model.safetensors", self._device)
-        limits = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+        limits = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8-sig"))
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(limits["max_seq_length"])
         self._tokenizer.enable_padding(pad_id=config["pad_token_id"])

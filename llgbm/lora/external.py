@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llgbm.documents import brief
 from llgbm.lora.adapters import (
+    ADAPTER_CONFIG,
     PEFT_PREFIX,
     LinearShape,
     LoraSpec,
     StateDict,
     read_adapter_config,
     read_adapter_weights,
+    text_layers,
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
 from llgbm.runtime import UserError
@@ -78,6 +82,7 @@ class AdapterReader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = dict(model.named_modules())
+        self.names = {part for name in self.layers for part in name.split(".")}
         self._initial: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def read(self, folder: Path) -> PlainAdapter:
@@ -85,6 +90,17 @@ class AdapterReader:
         config = read_adapter_config(folder)
         check_plain(folder, config)
         sides, converted = self._sort(folder, read_adapter_weights(folder))
+        with _config_errors(folder):
+            return self._as_plain(folder, config, sides, converted)
+
+    def _as_plain(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        sides: Mapping[str, Mapping[str, Tensor]],
+        converted: list[str],
+    ) -> PlainAdapter:
+        """Bring A and B of the modules to plain LoRA, as the config says that they are meant."""
         self._check_targets(folder, config, sides)
         parts = {name: self._part(folder, config, name, own) for name, own in sides.items()}
         init = config.get("init_lora_weights")
@@ -94,6 +110,8 @@ class AdapterReader:
         if config.get("use_rslora"):
             converted.append("rsLoRA, its factor in alpha")
         state, spec = self._stack(folder, parts, converted)
+        if not all(torch.isfinite(value).all() for value in state.values()):
+            raise ValueError("its alphas are too large or too small")
         return PlainAdapter(spec, state, tuple(converted))
 
     def _sort(
@@ -123,8 +141,7 @@ class AdapterReader:
 
     def _strip(self, key: str) -> str:
         """Return a key without PEFT's prefix and the names of wrappers such as torch.compile's."""
-        own = set(".".join(self.layers).split("."))
-        parts = [p for p in key.split(".") if p in own or p not in WRAPPERS]
+        parts = [p for p in key.split(".") if p in self.names or p not in WRAPPERS]
         name = ".".join(parts)
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
@@ -218,13 +235,13 @@ class AdapterReader:
         scaling = max(sorted(set(scalings)), key=scalings.count)
         if len({part.rank for part in parts.values()}) > 1 or len(set(scalings)) > 1:
             converted.append(f"ranks and alphas by module, as rank {rank}")
+        outside = sorted(parts.keys() - set(text_layers(self.model)))
+        if outside:
+            raise UserError(
+                f"the adapter in {folder} adapts {outside[0]}, which is no part of the text model: make it without"
+            )
         kinds = sorted({name.rsplit(".", 1)[-1] for name in parts})
         spec = LoraSpec.from_model(self.model, rank, _plain_number(scaling * rank), kinds)
-        unknown = sorted(parts.keys() - {m.name for m in spec.modules})
-        if unknown:
-            raise UserError(
-                f"the adapter in {folder} adapts {unknown[0]}, which is no part of the text model: make it without"
-            )
         if len(parts) < len(spec.modules):
             converted.append(f"{len(spec.modules) - len(parts)} layers without an adapter, as 0")
         state = {}
@@ -234,6 +251,19 @@ class AdapterReader:
             state[f"{PEFT_PREFIX}{shape.name}.lora_A.weight"] = a.contiguous()
             state[f"{PEFT_PREFIX}{shape.name}.lora_B.weight"] = b.contiguous()
         return state, spec
+
+
+@contextmanager
+def _config_errors(folder: Path) -> Iterator[None]:
+    """Turn what fields of odd types and values raise, here and in PEFT, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, re.error) as error:
+        raise UserError(
+            f"{folder}/{ADAPTER_CONFIG} cannot be used ({brief(error)}): make or fetch the adapter again"
+        ) from error
 
 
 def read_external(folder: Path, model: nn.Module) -> PlainAdapter:

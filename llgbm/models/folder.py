@@ -56,6 +56,10 @@ def read_config(folder: Path) -> PretrainedConfig:
             folder, f"its config.json cannot be used ({brief(error)}): fetch it again"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if hasattr(config, "vision_config"):
+            raise refusal(
+                folder, f"a {kind} model reads images beside text: name a model of text alone"
+            )
         raise refusal(folder, f"a {kind} model does not write text token by token")
     return config
 
@@ -84,12 +88,13 @@ def check_weights(folder: Path) -> None:
     """Check that all weight files are there, whole, in safetensors."""
     for name in _weight_names(folder):
         path = folder / name
-        if not path.is_file():
-            raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
-        with path.open("rb") as stream:
-            if stream.read(len(POINTER)) == POINTER:
-                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
         try:
+            if not path.is_file():
+                raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
+            with path.open("rb") as stream:
+                begins = stream.read(len(POINTER))
+            if begins == POINTER:
+                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:

@@ -26,7 +26,7 @@ from llgbm.models.folder import (
     read_tokenizer,
     refusal,
 )
-from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.runtime import UserError, content_hash, is_folder, split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,7 +163,7 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
 
 def pinned_name(name: str, folder: Path) -> str:
     """Name a hub model with the commit that was found: `name@commit`. A folder keeps its name."""
-    if Path(name).expanduser().is_dir() or not re.fullmatch(COMMIT, folder.name):
+    if is_folder(name) or not re.fullmatch(COMMIT, folder.name):
         return name
     return f"{split_revision(name)[0]}@{folder.name}"
 
@@ -247,9 +247,8 @@ def find_model(name: str | Path, download: bool = True) -> Path:
     Files that are not there yet are fetched, unless HF_HUB_OFFLINE is set or `download` is False. Raises UserError,
     which says what to fetch and where to put it, for a name that leads to nothing.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    if is_folder(name):
+        return Path(name).expanduser()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
         raise UserError(
             NO_BASE.format(name)
@@ -289,8 +288,7 @@ class BaseSource:
         folder = find_model(name, download)
         read_config(folder)
         check_weights(folder)
-        is_folder = Path(name).expanduser().is_dir()
-        path = str(folder.resolve()) if is_folder else pinned_name(name, folder)
+        path = str(folder.resolve()) if is_folder(name) else pinned_name(name, folder)
         return cls(path, base_hash(folder, DTYPES[dtype]), dtype)
 
     def load(self, device: str) -> Base:

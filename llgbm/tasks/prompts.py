@@ -51,7 +51,7 @@ def check_prompts(prompts: Any, source: str = "the prompts") -> list[str]:
             raise UserError(
                 f"prompt {number} of {source} has {len(prompt)} characters, {LONGEST} is the limit: shorten it"
             )
-    found = [prompt.strip(AROUND) for prompt in prompts if prompt.strip(AROUND)]
+    found = [bare for prompt in prompts if (bare := prompt.strip(AROUND).strip())]
     if not found:
         raise UserError(
             f"there is no prompt in {source}: give at least one unlabelled prompt of the task"

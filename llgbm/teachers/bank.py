@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a bank. Raises UserError for a missing or torn one, or one of an unknown version."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         if manifest["version"] == 1:
             manifest = _upgraded(manifest, folder)
         needed = {name: manifest[name] for name in (*COMMON, "adapters", "measured")}
@@ -62,7 +62,7 @@ def _upgraded(manifest: Manifest, folder: Path) -> Manifest:
     """Return a manifest of version 1 as one of today, with what its `bank.json` says."""
     measured, adapters = None, manifest["adapters"]
     if (folder / OLD_LISTING).is_file():
-        measured = json.loads((folder / OLD_LISTING).read_text(encoding="utf-8"))
+        measured = json.loads((folder / OLD_LISTING).read_text(encoding="utf-8-sig"))
         adapters = {adapter_id: adapters[adapter_id] for adapter_id in measured.pop("adapters")}
     return {**manifest, "version": FORMAT_VERSION, "adapters": adapters, "measured": measured}
 
@@ -71,7 +71,7 @@ def _read_cached(folder: Path) -> Manifest:
     """Read the manifest of a cache entry; those of version 1 have `bank.json` alone."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
-    measured = json.loads((folder / OLD_LISTING).read_text(encoding="utf-8"))
+    measured = json.loads((folder / OLD_LISTING).read_text(encoding="utf-8-sig"))
     adapters = {i: {"task": task} for i, task in measured.pop("adapters").items()}
     return {"version": FORMAT_VERSION, "adapters": adapters, "measured": measured}
 
@@ -108,7 +108,7 @@ def _content(folder: Path, shape: Sequence[Any], entries: Mapping[str, Mapping[s
 def _read_json(path: Path) -> Any:
     """Read a file of JSON, None where there is none. Raises UserError for a torn one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -181,7 +181,9 @@ class Bank:
 
     def prompts(self, adapter_id: str) -> Prompts:
         """Return the unlabelled prompts of an adapter by purpose: `train` and `evaluation`."""
-        return json.loads((self.adapter_folder(adapter_id) / PROMPTS).read_text(encoding="utf-8"))
+        return json.loads(
+            (self.adapter_folder(adapter_id) / PROMPTS).read_text(encoding="utf-8-sig")
+        )
 
     @property
     def facts(self) -> dict[str, float]:
@@ -195,7 +197,7 @@ class Bank:
 
     def trajectories(self) -> ProbeSet:
         """Return each task's prompts, continued by its first teacher's own greedy answers."""
-        stored = json.loads((self.folder / TRAJECTORIES).read_text(encoding="utf-8"))
+        stored = json.loads((self.folder / TRAJECTORIES).read_text(encoding="utf-8-sig"))
         probes = {}
         for task, pairs in stored.items():
             probes[task] = [Probe(prompt, answer) for prompt, answer in pairs]

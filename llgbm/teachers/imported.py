@@ -26,7 +26,7 @@ from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import COMMIT, Base
 from llgbm.output import STAGE, check_name
-from llgbm.runtime import UserError, content_hash, progress, say, split_revision
+from llgbm.runtime import UserError, content_hash, is_folder, progress, say, split_revision
 from llgbm.tasks.prompts import check_prompts, read_prompts
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
@@ -207,9 +207,7 @@ def find_adapters(
     Of several states of one training the last comes first, so that it stands for its task. Raises UserError for no
     adapter, and for a name that no task can have.
     """
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        root = _from_hub(source)
+    root = Path(source).expanduser() if is_folder(source) else _from_hub(source)
     left_out = besides.resolve() if besides else None
     found = sorted(
         path.parent
@@ -271,7 +269,7 @@ def _is_numbered(name: str, task: str) -> bool:
 
 def _name_of_source(source: str) -> str:
     """Return the last name of a source that is none of a training's states; "" where it has none."""
-    if not Path(source).expanduser().is_dir():
+    if not is_folder(source):
         return source.rsplit("/", 1)[-1]
     names = [part for part in Path(source).expanduser().parts if part not in ("/", ".", "..")]
     while names and STATE.fullmatch(names[-1]):

@@ -7,8 +7,10 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from llgbm.runtime import UserError, content_hash
 from tuning.studies.builtin import STUDIES, StudyOptions
@@ -50,11 +52,18 @@ def _study_from_file(name: str, options: StudyOptions) -> Study:
     return study
 
 
+class _Loader(SourceFileLoader):
+    """Loader that leaves no compiled file beside a user's."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Keep nothing."""
+
+
 def _load(file: Path) -> ModuleType:
     if not file.is_file():
         raise UserError(f"there is no study file {file}: name one as path/to/file.py:function")
     name = f"llgbm_study_{content_hash(file)}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file, loader=_Loader(name, str(file)))
     if spec is None or spec.loader is None:
         raise UserError(f"the study file {file} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
@@ -82,7 +91,7 @@ def _function(module: ModuleType, name: str, file: Path) -> Maker:
 def _called(make: Maker, options: StudyOptions, file: Path) -> Study:
     try:
         return make(options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _explained(error, file) from error
 
 
