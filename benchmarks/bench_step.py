@@ -27,7 +27,7 @@ from transformers import Qwen2ForCausalLM
 
 from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, EncodedProbes
-from llgbm.estimate import estimate_trial
+from llgbm.estimate import ProbeSize, estimate_trial
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import ConditionPools
 from llgbm.models.encoding import EncodedPairs
@@ -157,7 +157,7 @@ def measure(name: str, arguments: argparse.Namespace, device: str) -> dict[str, 
         time_steps(Trial(config, data, lora_model), arguments.steps, device)
     )
     estimate = estimate_trial(
-        config, lora_model.model, lora_model.spec, n, CONDITION, arguments.tokens
+        config, lora_model.model, lora_model.spec, n, CONDITION, ProbeSize(arguments.tokens)
     )
     return {
         "size": name,

@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable, EncodedProbes
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
-from llgbm.training import TrainingConfig
+from llgbm.training import MultiTaskLoss, TrainingConfig
 
 
 def found(name: str, *modules: str) -> Any:
@@ -101,9 +101,8 @@ def run_parts(trial: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
 
     def weight_part() -> torch.Tensor:
         tokens = generator(batch["condition"])
-        trial.loss.__class__(1.0, 0.0)(tokens_pred=tokens, tokens_teacher=batch["tokens"])[
-            "loss"
-        ].backward()
+        loss = MultiTaskLoss(1.0, 0.0)(tokens_pred=tokens, tokens_teacher=batch["tokens"])
+        loss["loss"].backward()
         return tokens.detach()
 
     generator_s, _, tokens = seconds(weight_part)

@@ -16,6 +16,8 @@ from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.output import output_path
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 
+PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line. A wrong option ends with one line and exit status 2."""
@@ -30,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         required=True,
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
     )
-    make.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
+    make.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
     make.add_argument(
         "--out", required=True, type=output_path, help="the folder that the adapter is written to"
     )
@@ -42,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "fetch", help="ask a served generator (`mlflow models serve`) for an adapter"
     )
     ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
-    ask.add_argument("--prompts", required=True, type=Path, help="a text file, one prompt a line")
+    ask.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
     ask.add_argument(
         "--out", required=True, type=output_path, help="the folder that the adapter is written to"
     )

@@ -8,18 +8,24 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError
+from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SECONDS = 120.0
+# Of a refusal.
+MOST_BYTES = 1_000_000
 
 
 def fetch_adapter(
@@ -31,9 +37,7 @@ def fetch_adapter(
     Raises UserError if there is no prompt, the folder cannot be written or holds another adapter, or the server does
     not answer within `timeout` seconds or answers something else.
     """
-    texts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not texts:
-        raise UserError("there is no prompt: give at least one unlabelled prompt of the task")
+    texts = check_prompts(prompts)
     output = Output(folder, ADAPTER_PATTERNS)
     weights, config = _adapter_of(url, _ask(url, texts, timeout))
     with output.writing() as stage:
@@ -49,7 +53,7 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
     headers = {"Content-Type": "application/json"}
     request = Request(f"{url.rstrip('/')}/invocations", json.dumps(body).encode(), headers)
     try:
-        with urlopen(request, timeout=timeout) as answer:
+        with _opener(url).open(request, timeout=timeout) as answer:
             return json.load(answer)
     except HTTPError as error:
         raise UserError(
@@ -64,13 +68,36 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
         raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
 
 
-def _complaint(error: HTTPError) -> str:
-    text = error.read(2000).decode("utf-8", "replace")
+def _opener(url: str) -> OpenerDirector:
+    """Return what opens an address: through the proxies of the environment, but past them to this machine."""
+    if is_loopback(urlsplit(url).hostname or ""):
+        return build_opener(ProxyHandler({}))
+    return build_opener()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine, by name or by number."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
     try:
+        address = ip_address(name.partition("%")[0])
+    except ValueError:
+        try:
+            address = IPv4Address(socket.inet_aton(name))  # 127.1, as the system reads it
+        except (OSError, ValueError):
+            return False
+    inner = getattr(address, "ipv4_mapped", None) or address
+    return bool(inner.is_loopback or inner.is_unspecified)
+
+
+def _complaint(error: HTTPError) -> str:
+    text = error.read(MOST_BYTES).decode("utf-8", "replace")
+    with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(text.split())[:300] or "no reason given"
+    # MLflow repeats the prompts before the reason.
+    reason = text.rpartition("Error: ")[2]
+    return " ".join(reason.split())[:300] or "no reason given"
 
 
 def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:

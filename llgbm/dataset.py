@@ -19,6 +19,7 @@ from llgbm.generator.conditions import ConditionPools, TextEncoder, build_condit
 from llgbm.generator.hyperconv import TokenStandardiser
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
+from llgbm.models.reading import Questions
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
 from llgbm.teachers.bank import Bank
@@ -31,9 +32,10 @@ class ExperimentData:
     """Tensors of a world that all trials share, on one device. Row i of every table is the same adapter.
 
     The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
-    `examples` are evaluation examples, adapter-major, `n_examples` per task. `multitask_V` is the adapter trained on
-    all training tasks together. `size` and `delta_probes` are those that a trial's configuration must name ("" fits
-    any).
+    `examples` are evaluation examples, adapter-major, `n_examples` per task, and `questions` the same ones as they are
+    asked and read (None: exact match only). `labelled` holds equally many labelled examples of each training row, for
+    references. `multitask_V` is the adapter trained on all training tasks together. `size` and `delta_probes` are those
+    that a trial's configuration must name ("" fits any).
     """
 
     adapter_ids: tuple[str, ...]
@@ -53,6 +55,8 @@ class ExperimentData:
     encoder_hash: str = ""
     size: str = ""
     delta_probes: str = ""
+    labelled: EncodedPairs | None = None
+    questions: Questions | None = None
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}
@@ -66,7 +70,10 @@ class ExperimentData:
         """Copy all tensors to a device."""
         tables = ("loss_deltas", "shared_deltas", "generic_deltas")
         moved = ("values_AV", "multitask_V", "conditions", *tables, "examples")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
+        labelled = self.labelled and self.labelled.to(device)
+        return replace(
+            self, labelled=labelled, **{name: getattr(self, name).to(device) for name in moved}
+        )
 
     def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
         """Select the evaluation examples of some adapters, adapter-major."""
@@ -125,7 +132,12 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
             : self._n_probes
         ]
         own = self._deltas.probes
+        # For terms that draw something of their own: drawn last, so that nothing above depends on it.
+        draw_of_terms = torch.randint(2**62, (), generator=generator)
         return {
+            "row": torch.tensor(draw.row),
+            "draw": draw_of_terms,
+            "probes": probes,
             "condition": self._conditions_ANC[draw.row, prompts],
             "tokens": self._tokens[draw.row],
             "probe_ids": own.ids_APT[draw.row, probes],

@@ -3,7 +3,7 @@
     v(M) = mean over probes of the last-layer state of model M at the marked position      [D]
     Δ(M, B) = v(M) - v(B)                                                                  (Delta Activations, 2025)
 
-Teacher and student, base and adapter are all read by `marked_states`. Axis letters: see `llgbm`.
+Teacher and student, base and adapter are all read by `read_states`. Axis letters: see `llgbm`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from llgbm.cache import build_entry
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import StateDict
-from llgbm.lora.apply import adapters_applied, chunks, final_hidden
+from llgbm.lora.apply import Applied, chunks, states_at
 from llgbm.models.encoding import encode_pairs, encode_prompts
 from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
@@ -99,21 +99,19 @@ def _encode_probes(tokenizer: Any, probes: Sequence[Probe]) -> tuple[Tensor, Ten
     return ids, last, torch.ones_like(last, dtype=torch.bool)
 
 
-def marked_states(
-    model: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, mask_ST: Tensor | None = None
+def read_states(
+    model: PreTrainedModel,
+    probes: EncodedProbes,
+    applied: Applied | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Read last-layer states [S, Q, D], float32, at the marked positions of S texts, under the applied adapters."""
-    hidden_STD = final_hidden(model, ids_ST, mask_ST)
-    return hidden_STD.gather(
-        1, positions_SQ[..., None].expand(-1, -1, hidden_STD.shape[-1])
-    ).float()
+    """Read last-layer states [A, P, Q, D], float32, at the marked positions of every adapter's probes.
 
-
-def read_states(model: PreTrainedModel, probes: EncodedProbes) -> Tensor:
-    """Read states [A, P, Q, D] at the marked positions of every adapter's probes, under the applied adapters."""
-    shape = probes.positions_APQ.shape
-    states = marked_states(model, probes.ids_APT.flatten(0, 1), probes.positions_APQ.flatten(0, 1))
-    return states.unflatten(0, shape[:2])
+    With `layers`, the states [N, A, P, Q, D] after so many blocks each.
+    """
+    ids_ST, positions_SQ = probes.ids_APT.flatten(0, 1), probes.positions_APQ.flatten(0, 1)
+    states = states_at(model, ids_ST, positions_SQ, applied, layers)
+    return states.float().unflatten(-3, probes.positions_APQ.shape[:2])
 
 
 def compute_base_activation(base: Base, probe_set: ProbeSet) -> Tensor:
@@ -128,11 +126,9 @@ def compute_adapter_delta(
 ) -> Tensor:
     """Δ of one adapter on shared probes, [D]. Raises ValueError if `base_activation` has another width."""
     probes = encode_probes(base.tokenizer, probe_set, ["shared"]).to(base.model.device)
-    with (
-        torch.no_grad(),
-        adapters_applied(base.model, LoraBatch.from_state_dicts([adapter]), spec.scaling),
-    ):
-        activation = mean_over_probes(read_states(base.model, probes), probes.valid_APQ)[0]
+    applied = Applied(LoraBatch.from_state_dicts([adapter]), spec.scaling)
+    with torch.no_grad():
+        activation = mean_over_probes(read_states(base.model, probes, applied), probes.valid_APQ)[0]
     if activation.shape != base_activation.shape:
         raise ValueError(
             f"the base activation has shape {tuple(base_activation.shape)}, the adapter's {tuple(activation.shape)}: "
@@ -206,8 +202,8 @@ def measure_deltas(
         for rows in progress(chunks(batch.n_adapters, probes.ids_APT[0].numel(), chunk), "deltas"):
             mine = probes.select(rows)
             base_states = base_pieces[0][rows] if shared else read_states(model, mine)
-            with adapters_applied(model, batch.select(rows), spec.scaling):
-                pieces.append(read_states(model, mine) - base_states)
+            applied = Applied(batch.select(rows), spec.scaling)
+            pieces.append(read_states(model, mine, applied) - base_states)
             if not shared:
                 base_pieces.append(base_states)
     release_device_memory()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,13 +23,15 @@ from llgbm.generator import make_generator
 from llgbm.generator.conditions import make_encoder
 from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.lora.adapters import LoraSpec
+from llgbm.lora.apply import PASS_LOGITS
 from llgbm.models.cost import BaseShape
-from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.probes import create_generic_probes
 from llgbm.teachers.bank import read_manifest
+from llgbm.terms.term import THROUGH_BASE, PassSize
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 
@@ -41,6 +43,15 @@ GENERATOR_TABLES = 6
 STEP_TABLES = 7
 # Tables [A, V] of a bank in memory: weights, and the same as tokens.
 BANK_TABLES = 2
+# Tables [S, vocabulary] of a comparison of logits: both distributions, and two on their way.
+LOGIT_TABLES = 4
+
+
+class ProbeSize(NamedTuple):
+    """Size of a probe: its tokens, and its marked positions."""
+
+    tokens: int
+    marked: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,9 @@ def estimate_trial(
     spec: LoraSpec,
     n_teachers: int,
     condition_width: int,
-    probe_tokens: int,
+    probe: ProbeSize,
 ) -> TrialEstimate:
-    """Estimate a training on a bank of `n_teachers`, its probes as long as `probe_tokens`; `base` may be on meta.
+    """Estimate a training on a bank of `n_teachers`, with probes of a size; `base` may be on meta.
 
     Raises UserError for a base whose blocks are not like those of Qwen2 or Llama.
     """
@@ -85,7 +96,7 @@ def estimate_trial(
         adapter_values=spec.n_values,
         generator_parameters=parameters,
         step_flops=generator_flops(generator, config, condition_width)
-        + probe_flops(config, shape, probe_tokens),
+        + term_flops(config, shape, probe),
         steps=config.steps,
         memory={
             "base": shape.weight_bytes,
@@ -94,7 +105,8 @@ def estimate_trial(
             ),
             "teachers": float(FLOAT32 * BANK_TABLES * n_teachers * spec.n_values),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
-            "activations": activation_bytes(config, shape, probe_tokens),
+            "activations": activation_bytes(config, shape, probe.tokens),
+            **logit_bytes(config, shape, probe),
         },
     )
 
@@ -118,10 +130,26 @@ def generator_flops(
     return float(counter.get_total_flops())
 
 
+def reads_base(config: TrainingConfig) -> bool:
+    """Say if a step runs the base under the generated adapters."""
+    return bool(config.objective.reads & THROUGH_BASE)
+
+
+def term_flops(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> float:
+    """FLOPs of a step's loss terms: the shared pass through the base, the head, and what each term adds."""
+    terms = config.objective.terms
+    marked = round(config.batch_size * config.n_probes * probe.marked)
+    size = PassSize(config.batch_size, config.n_probes, probe.tokens, marked)
+    found = sum(term.flops(shape, size) for term in terms)
+    if reads_base(config):
+        found += probe_flops(config, shape, probe.tokens)
+    # The student's head there and back, and the teacher's.
+    readers = sum("logits" in term.reads for term in terms)
+    return found + 1.5 * readers * shape.head_flops(marked)
+
+
 def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """FLOPs of a step's passes through the base under the generated adapters; 0 where λ_delta is 0."""
-    if config.lambda_delta == 0:
-        return 0.0
+    """FLOPs of a step's passes through the base under the generated adapters."""
     texts = config.batch_size * config.n_probes
     chunked = 0 < config.probe_chunk < config.n_probes
     forward = shape.forward_flops(texts, probe_tokens) * (
@@ -131,13 +159,22 @@ def probe_flops(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> 
 
 
 def activation_bytes(config: TrainingConfig, shape: BaseShape, probe_tokens: int) -> float:
-    """Bytes of the activations of a step's probes in the base, given the memory-saving settings."""
-    if config.lambda_delta == 0:
-        return 0.0
-    at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
-    return shape.activation_bytes(
-        config.batch_size * at_once, probe_tokens, config.activation_checkpointing
-    )
+    """Bytes of the activations of a step's texts in the base, given the memory-saving settings."""
+    texts = sum(term.own_texts(config.batch_size) for term in config.objective.terms)
+    if reads_base(config):
+        at_once = min(config.probe_chunk or config.n_probes, config.n_probes)
+        texts += config.batch_size * at_once
+    return shape.activation_bytes(texts, probe_tokens, config.activation_checkpointing)
+
+
+def logit_bytes(config: TrainingConfig, shape: BaseShape, probe: ProbeSize) -> dict[str, float]:
+    """Bytes of the logits that are held at once, as the part `logits`; nothing where no term reads any."""
+    readers = sum("logits" in term.reads for term in config.objective.terms)
+    if not readers:
+        return {}
+    marked = config.batch_size * config.n_probes * probe.marked
+    held = min(marked * shape.vocabulary, PASS_LOGITS)
+    return {"logits": FLOAT32 * LOGIT_TABLES * readers * held}
 
 
 def human(number: float, unit: str = "") -> str:
@@ -183,7 +220,7 @@ class WorldSketch:
             self.spec,
             self.n_teachers,
             self.condition_width,
-            self.probe_tokens(config),
+            ProbeSize(self.probe_tokens(config), self.probe_marks(config)),
         )
 
     @property
@@ -203,11 +240,12 @@ class WorldSketch:
             return encode_probes(self.tokenizer, create_generic_probes(), ["shared"]).ids_APT.shape[
                 -1
             ]
-        asked = [
-            chat_prompt(self.tokenizer, e.prompt, e.system)
-            for e in self.config.suite.probe_examples
-        ]
+        asked = [example_prompt(self.tokenizer, e) for e in self.config.suite.probe_examples]
         return max(len(ids) for ids in self.tokenizer(asked, add_special_tokens=False)["input_ids"])
+
+    def probe_marks(self, config: TrainingConfig) -> int:
+        """Return the marked positions of a probe: along a trajectory those of the longest answer."""
+        return self.example_tokens[1] if config.delta_probes == "trajectory" else 1
 
     @property
     def example_tokens(self) -> tuple[int, int]:
@@ -218,7 +256,7 @@ class WorldSketch:
             for t in suite.split.tasks
             for e in suite.examples(t, "train", EXAMPLES_LOOKED_AT, "estimate")
         ]
-        pairs = [(chat_prompt(self.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+        pairs = [(example_prompt(self.tokenizer, e), e.answer) for e in examples]
         targets = encode_pairs(self.tokenizer, pairs).targets_ST
         return targets.shape[1], int((targets >= 0).sum(1).max())
 

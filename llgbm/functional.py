@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from llgbm.delta import EncodedProbes, read_states
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import TARGET_MODULES, StateDict
-from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
+from llgbm.lora.apply import Applied, adapters_applied, final_hidden, head_logits, states_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,11 +53,14 @@ class FunctionalLoRA:
         n_adapters = batch.n_adapters
         ids_APT, mask_APT = (self._per_adapter(t, n_adapters) for t in (input_ids, attention_mask))
         assert ids_APT is not None
-        flat_mask = None if mask_APT is None else mask_APT.flatten(0, 1)
-        with adapters_applied(self.model, batch, self.spec.scaling):
-            hidden = final_hidden(self.model, ids_APT.flatten(0, 1), flat_mask).unflatten(
-                0, ids_APT.shape[:2]
-            )
+        ids_ST = ids_APT.flatten(0, 1)
+        if mask_APT is None:
+            applied = Applied(batch, self.spec.scaling)
+            hidden = states_at(self.model, ids_ST, applied=applied)
+        else:
+            with adapters_applied(self.model, batch, self.spec.scaling):
+                hidden = final_hidden(self.model, ids_ST, mask_APT.flatten(0, 1))
+        hidden = hidden.unflatten(0, ids_APT.shape[:2])
         return hidden if hidden_only else head_logits(self.model, hidden)
 
     @staticmethod
@@ -102,11 +105,12 @@ def compute_delta_differentiable(
     """
     batch.check(lora_model.spec)
 
-    def states(probes: EncodedProbes) -> Tensor:
-        with adapters_applied(lora_model.model, batch, lora_model.spec.scaling, checkpointing):
-            return read_states(lora_model.model, probes)
+    applied = Applied(batch, lora_model.spec.scaling, checkpointing)
 
-    states_APQD = _in_chunks(states, probes, probe_chunk)
+    def states(probes: EncodedProbes) -> Tensor:
+        return read_states(lora_model.model, probes, applied)
+
+    states_APQD = in_chunks(states, probes, probe_chunk)
     if states_APQD.shape != base_APQD.shape:
         raise ValueError(
             f"base states have shape {tuple(base_APQD.shape)}, the probes give {tuple(states_APQD.shape)}: "
@@ -115,7 +119,7 @@ def compute_delta_differentiable(
     return states_APQD - base_APQD
 
 
-def _in_chunks(
+def in_chunks(
     states: Callable[[EncodedProbes], Tensor], probes: EncodedProbes, probe_chunk: int
 ) -> Tensor:
     """Read [A, P, Q, D] at `probe_chunk` probes at a time, each chunk read again in the backward pass; 0 reads all."""

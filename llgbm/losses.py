@@ -172,14 +172,14 @@ class DeltaOnlyLoss:
         return loss(delta_pred=delta_pred, delta_teacher=delta_teacher, valid=valid)["loss"]
 
 
-def check_lambdas(weight: float, delta: float) -> None:
-    """Raise UserError unless both are finite, not negative, and one is above zero."""
+def check_lambdas(weight: float, delta: float, alone: bool = True) -> None:
+    """Raise UserError unless both are finite and not negative and, where no other term has a weight, one is above 0."""
     for name, value in (("weight", weight), ("delta", delta)):
         if not math.isfinite(value) or value < 0:
             raise UserError(f"lambda_{name} is {value:g}; it must be a finite number of at least 0")
-    if weight == delta == 0:
+    if alone and weight == delta == 0:
         raise UserError(
-            "lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0"
+            "lambda_weight and lambda_delta are both 0: there is no loss to train on; set one above 0, or another term"
         )
 
 

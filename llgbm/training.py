@@ -9,22 +9,22 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, batch_deltas, create_dataloader
-from llgbm.delta import DeltaTable, mean_over_probes
+from llgbm.accumulation import make_accelerator, weighted_pieces
+from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, create_dataloader
 from llgbm.evaluation.metrics import evaluate
-from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
+from llgbm.functional import FunctionalLoRA
 from llgbm.generator import make_generator
-from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
-from llgbm.losses import DELTA_LOSSES, DeltaOnlyLoss, MultiTaskLoss, check_lambdas
-from llgbm.models.load import OWN_PREFIX, SIZES, family_size
-from llgbm.runtime import UserError, content_hash, progress, seed_everything
+from llgbm.generator.networks import LoraGenerator, Standardiser
+from llgbm.losses import DeltaOnlyLoss, MultiTaskLoss
+from llgbm.runtime import UserError, progress, seed_everything
+from llgbm.terms.step import Step, TermData
+from llgbm.training_config import TrainingConfig
 
 __all__ = [
     "DeltaOnlyLoss",
@@ -43,98 +43,6 @@ State = dict[str, Any]
 VERSION = (
     2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
-DELTA_PROBES = ("trajectory", "generic", "domain")
-PRECISIONS = ("no", "fp16", "bf16")
-# Counts of a configuration, and the least that each may be.
-COUNTS = {
-    "steps": 1,
-    "batch_size": 1,
-    "n_prompts": 1,
-    "n_probes": 1,
-    "gradient_accumulation": 1,
-    "eval_every": 1,
-    "probe_chunk": 0,
-    "patience": 0,
-}
-DELTA_READINGS = ("per_probe", "mean")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Configuration of a trial: everything that its numbers depend on, apart from the data.
-
-    `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
-    1.5B) where no `model_size` is given. A user's own base is a size called `base-…`.
-
-    `activation_checkpointing` and `probe_chunk` (probes per pass, 0 for all) trade time for memory and change no
-    gradient.
-    """
-
-    lambda_weight: float = 0.3
-    lambda_delta: float = 1.0
-    seed: int = 0
-    use_small_model: bool = field(default=True, compare=False)
-    model_family: str = field(default="embedded", compare=False)
-    model_size: str | None = None
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    n_prompts: int = 16
-    n_probes: int = 2
-    delta_probes: str = "trajectory"
-    delta_loss: str = "cosine_norm"
-    delta_reading: str = "per_probe"
-    gradient_accumulation: int = 1
-    mixed_precision: str = "no"
-    activation_checkpointing: bool = False
-    probe_chunk: int = 0
-    eval_every: int = 100
-    patience: int = 0
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-
-    def __post_init__(self) -> None:
-        check_lambdas(self.lambda_weight, self.lambda_delta)
-        if self.model_size is None:
-            object.__setattr__(
-                self, "model_size", family_size(self.model_family, self.use_small_model)
-            )
-        if not str(self.model_size).startswith(OWN_PREFIX):
-            _one_of("model size", str(self.model_size), tuple(SIZES))
-        _one_of("delta probes", self.delta_probes, DELTA_PROBES)
-        _one_of("delta reading", self.delta_reading, DELTA_READINGS)
-        _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
-        _one_of("mixed precision", self.mixed_precision, PRECISIONS)
-        for name, least in COUNTS.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not (is_number and float(value).is_integer() and value >= least):
-                raise UserError(
-                    f"{name} is {value!r}; it must be a whole number of at least {least}"
-                )
-            object.__setattr__(self, name, int(value))  # 600.0 is 600
-        if self.steps % self.gradient_accumulation:
-            raise UserError(
-                f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "
-                "make steps a multiple of it"
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay is {self.weight_decay:g}; it must be at least 0")
-
-    @property
-    def hash(self) -> str:
-        return content_hash(self)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to a dictionary, nested configurations too."""
-        return asdict(self)
-
-
-def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -186,22 +94,6 @@ def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
             )
 
 
-def _accelerator(config: TrainingConfig, on_cpu: bool) -> Any:
-    """Make the Accelerator of a training, whatever the environment says and other trainings of this process set."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    # Accelerate's state is global, and refuses a second precision.
-    AcceleratorState._reset_state()
-    pieces = GradientAccumulationPlugin(
-        num_steps=config.gradient_accumulation, adjust_scheduler=False, sync_with_dataloader=False
-    )
-    return Accelerator(
-        cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=pieces
-    )
-
-
 class Trial:
     """State of one training: generator, optimiser, loss, and the best generator so far."""
 
@@ -211,7 +103,11 @@ class Trial:
         _check_data(config, data)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
-        self.accelerator = _accelerator(config, lora_model.model.device.type == "cpu")
+        self.accelerator = make_accelerator(
+            config.mixed_precision,
+            config.gradient_accumulation,
+            on_cpu=lora_model.model.device.type == "cpu",
+        )
         rows = list(data.rows["train"])
         standardiser = Standardiser.fit(data.values_AV[rows])
         width = data.conditions.train_ANC.shape[-1]
@@ -226,10 +122,11 @@ class Trial:
         )
         self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        self.loss = MultiTaskLoss(config.lambda_weight, config.lambda_delta, config.delta_loss)
+        tokens = generator.standardiser.encode(data.values_AV[rows])
+        self.loss = config.objective.prepare(TermData(data, rows, tokens, lora_model, generator))
         self.dataset = DeltaAugmentedDataset(
             data.conditions.train_ANC[rows],
-            generator.standardiser.encode(data.values_AV[rows]),
+            tokens,
             data.loss_deltas.select(rows),
             config.n_prompts,
             config.n_probes,
@@ -254,10 +151,13 @@ class Trial:
             1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
         )
 
-    def advance(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    def advance(
+        self, batch: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Take one step, or with accumulation a piece of one; return its losses.
 
-        Raises FloatingPointError when the loss is not finite.
+        `factors` weight the terms of a piece, as `weighted_pieces` gives them. Raises FloatingPointError when the loss
+        is not finite.
         """
         with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
             terms = self.compute_loss(batch)
@@ -265,7 +165,7 @@ class Trial:
                 raise FloatingPointError(
                     f"the loss is {terms['loss'].item()} at step {self.step}: lower the learning rate"
                 )
-            self.accelerator.backward(terms["loss"])
+            self.accelerator.backward(self._weighted(terms, factors))
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.generator.parameters(), 1.0)
             self.optimizer.step()
@@ -273,37 +173,41 @@ class Trial:
         if self.accelerator.sync_gradients:
             self.schedule.step()
         self.step += 1
-        names = {"loss": "loss/total", "loss_weight": "loss/weight", "loss_delta": "loss/delta"}
-        return {names[name]: value.item() for name, value in terms.items()}
+        values = {name.replace("_", "/", 1): value.item() for name, value in terms.items()}
+        return {"loss/total": values.pop("loss"), **values}
+
+    def _weighted(self, terms: Mapping[str, Tensor], factors: Mapping[str, float] | None) -> Tensor:
+        """Return the loss of a batch, or of a piece of one with the factors of its terms."""
+        if factors is None:
+            return terms["loss"]
+        return self.loss.total(
+            {name: factors[name] * value for name, value in terms.items() if name != "loss"}
+        )
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
+        """Count the values that each term averages over in a batch."""
+        return {f"loss_{term.name}": term.count(batch) for term in self.loss.terms}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the loss terms of a batch; terms with a λ of 0 are skipped."""
-        tokens = self.generator(batch["condition"])
-        if self.config.lambda_delta == 0:
-            return self.loss(tokens_pred=tokens, tokens_teacher=batch["tokens"])
-        teacher = batch_deltas(batch)
-        pred, wanted, valid = self._read_deltas(tokens, teacher)
-        return self.loss(pred, wanted, tokens, batch["tokens"], valid=valid)
-
-    def _read_deltas(
-        self, tokens: Tensor, teacher: DeltaTable
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        batch = self.accelerator.unwrap_model(self.generator).to_lora(tokens)
-        savers = (self.config.probe_chunk, self.config.activation_checkpointing)
-        pred_APQD = compute_delta_differentiable(
-            self.lora_model, batch, teacher.probes, teacher.base_APQD, *savers
+        """Compute `loss` and its terms of a batch; terms without a weight are skipped."""
+        step = Step(
+            batch,
+            self.generator(batch["condition"]),
+            self.accelerator.unwrap_model(self.generator),
+            self.lora_model,
+            self.config.probe_chunk,
+            self.config.activation_checkpointing,
+            self.loss.prepared,
+            self.loss.modules,
         )
-        if self.config.delta_reading == "mean":
-            return mean_over_probes(pred_APQD, teacher.probes.valid_APQ), teacher.mean_AD, None
-        return pred_APQD, teacher.delta_APQD, teacher.probes.valid_APQ
+        return self.loss(step)
 
     def batches(self) -> Any:
         """Return a loader from the present step to the last."""
         config = self.config
-        loader = create_dataloader(
+        return create_dataloader(
             self.dataset, config.batch_size, config.steps, config.seed, self.step
         )
-        return loader
 
     def keep_if_best(self, score: float) -> None:
         """Keep the generator unless an earlier score was higher; of equal scores the later generator is kept."""
@@ -359,9 +263,10 @@ class Trial:
     def remaining(self) -> Iterator[dict[str, float]]:
         """Train step by step; yield the losses of each step, with `val/accuracy` after an evaluation."""
         config = self.config
-        batches = iter(progress(self.batches(), "generator", total=config.steps - self.step))
+        batches = progress(self.batches(), "generator", total=config.steps - self.step)
+        pieces = weighted_pieces(batches, config.gradient_accumulation, self._counts)
         while self.step < config.steps and not self.should_stop:
-            metrics = self.advance(next(batches))
+            metrics = self.advance(*next(pieces))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(
                     self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -16,13 +18,14 @@ from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
 from llgbm.generator.conditions import build_conditions, conditions_key, encoder_hash, make_encoder
-from llgbm.models.encoding import EncodedPairs, chat_prompt, encode_pairs
+from llgbm.models.encoding import EncodedPairs, encode_pairs, example_prompt
 from llgbm.models.load import Base, BaseSource, PublishedSize, base_hash, load_base, model_size
 from llgbm.models.pretrain import MODEL_VERSION, PretrainConfig, make_tokenizer, new_model, pretrain
+from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, pick_device, stream_seed
-from llgbm.tasks.suite import Suite
+from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, BankSource
@@ -39,6 +42,8 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
+# Labelled examples of each training row.
+LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -178,18 +183,15 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         store = DeltaCache.build(cache, base, bank, probe_set, batch)
         return store.table(base, probe_set)
 
+    rows = rows_by_part(suite, bank)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
-    examples = [
-        e
-        for task in tasks
-        for e in suite.examples(task, "evaluation", config.eval_examples, "evaluation")
-    ]
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
+    examples = evaluation_examples(suite, tasks, config.eval_examples)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
         families=tuple(suite.task(task).family for task in tasks),
-        rows=rows_by_part(suite, bank),
+        rows=rows,
         values_AV=batch.flatten(bank.spec),
         multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
@@ -206,16 +208,31 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
             {name: deltas_key(base, bank, sets[name]) for name in tables},
             hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
         ),
+        questions=Questions.of(base.tokenizer, suite, tasks, examples),
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,
+        labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
     )
     return data.to(base.model.device)
 
 
+def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
+    """Return `count` evaluation examples of each task, task after task."""
+    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
+    return list(chain.from_iterable(found))
+
+
+def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
+    """Encode labelled training examples of tasks, task after task, for references that use labels."""
+    count = min(LABELLED, suite.available("train"))
+    found = [suite.examples(task, "train", count, "labels") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
+
+
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
     """Return the probe sets that `--delta-probes` names; the suite's prompts are in the base's chat template."""
-    domain = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in suite.probe_examples]
+    domain = [example_prompt(base.tokenizer, e) for e in suite.probe_examples]
     return {
         "generic": create_generic_probes(),
         "domain": create_domain_probes(suite.name, domain),

@@ -10,6 +10,9 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from llgbm.runtime import UserError
+from llgbm.terms.names import NAMED
+from llgbm.terms.registry import find_term
+from llgbm.terms.term import THROUGH_BASE
 from tuning.studies import Study, StudyOptions
 from tuning.studies.from_file import make_study, whole_name
 from tuning.studies.options import (
@@ -25,6 +28,8 @@ from tuning.studies.options import (
 )
 from tuning.studies.own_world import custom_worlds
 from tuning.studies.spec import SAMPLERS
+from tuning.studies.terms import TermWeights, read_weights
+from tuning.studies.terms import read_options as read_term_options
 
 PARTS = (StudyArguments, RunOptions, StoreOptions)
 
@@ -85,22 +90,46 @@ def study_of(options: Options) -> Study:
 
 def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
     worlds = custom_worlds(arguments, download)
+    lambdas, terms = _weights(arguments)
     return StudyOptions(
         model_sizes=tuple(world.size for world in worlds) or arguments.model_size,
         own_worlds=worlds,
-        lambda_weight=arguments.lambda_weight,
-        lambda_delta=arguments.lambda_delta,
+        **lambdas,
+        terms=terms,
+        term_options=read_term_options(arguments.term_option or ()),
         learning_rates=arguments.learning_rate,
         generators=arguments.generator,
         seeds=arguments.seeds,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
+        n_probes=arguments.n_probes,
+        trajectories=arguments.trajectories,
+        trajectory_tokens=arguments.trajectory_tokens,
         activation_checkpointing=arguments.activation_checkpointing or None,
         probe_chunk=arguments.probe_chunk,
         delta_probes=arguments.delta_probes,
         encoder=arguments.encoder,
         smoke=arguments.smoke,
     )
+
+
+def _weights(
+    arguments: StudyArguments,
+) -> tuple[dict[str, tuple[float, ...] | None], TermWeights | None]:
+    """Return λ_w and λ_d, and the weights of the other terms. Raises UserError for a weight that is given twice."""
+    lambdas = {field: getattr(arguments, field) for field in NAMED.values()}
+    if arguments.term is None:
+        return lambdas, None
+    terms = read_weights(arguments.term)
+    for name, field in NAMED.items():
+        if name not in terms:
+            continue
+        if lambdas[field] is not None:
+            raise UserError(
+                f"the weight of the loss term {name} is given twice: leave {_spelled(field)} out"
+            )
+        lambdas[field] = terms.pop(name)
+    return lambdas, terms
 
 
 def _one_of(what: str, value: str | None, allowed: Sequence[str]) -> None:
@@ -157,18 +186,27 @@ def check_together(options: Options) -> None:
         raise UserError(f"--keep-best is {stores.keep_best}; it must be at least 1")
 
 
-ABOUT_DELTA = ("delta_probes", "activation_checkpointing", "probe_chunk")
+ABOUT_TRAJECTORIES = ("trajectories", "trajectory_tokens")
+ABOUT_DELTA = (
+    "delta_probes",
+    "activation_checkpointing",
+    "probe_chunk",
+    "n_probes",
+    *ABOUT_TRAJECTORIES,
+)
 
 
 def check_used(options: Options, study: Study) -> None:
     """Raise UserError for an option that changes nothing in this study."""
     arguments = options.study
     about_delta = [name for name in ABOUT_DELTA if name in arguments.given]
-    if about_delta and not _has_delta_loss(study):
+    if about_delta and not _reads_base(study):
         raise UserError(
             f"{_spelled(about_delta[0])} is about the delta loss, which no trial of this study has (λ_d is 0 "
-            "everywhere): leave it out, or give --lambda-delta values above 0"
+            "everywhere, as is every other term that reads probes): leave it out, or give --lambda-delta values above 0"
         )
+    _check_term_options(options, study)
+    _check_trajectories(options, study)
     probes = [trial.config.n_probes for trial in (*study.trials, *_base_of(study))]
     if arguments.probe_chunk is not None and arguments.probe_chunk >= max(probes):
         raise UserError(
@@ -178,9 +216,10 @@ def check_used(options: Options, study: Study) -> None:
         raise UserError(
             f"{arguments.scheduler} compares trials, and this study has one: leave --scheduler out"
         )
-    if options.run.retry_oom and not _has_delta_loss(study):
+    if options.run.retry_oom and not _reads_base(study):
         raise UserError(
-            "--retry-oom saves memory in the delta loss, which no trial of this study has: leave it out"
+            "--retry-oom saves memory in the delta loss, or in another term that reads probes, which no trial of this "
+            "study has: leave it out"
         )
     if options.stores.optuna_storage is not None and study.space is None:
         raise UserError("--optuna-storage is for a search: add --search random or optuna")
@@ -192,19 +231,56 @@ def _base_of(study: Study) -> tuple:
     return (study.space.base,) if study.space else ()
 
 
-def _has_delta_loss(study: Study) -> bool:
-    if study.space and study.space.lambda_delta[1] > 0:
-        return True
-    return any(trial.config.lambda_delta > 0 for trial in study.trials)
+def _terms_of(study: Study) -> set[str]:
+    """Return the names of the terms that any trial has a weight for."""
+    searched = study.space.weights if study.space else {}
+    found = {name for name, (_, high) in searched.items() if high > 0}
+    return found.union(*(trial.config.weights for trial in study.trials))
+
+
+def _reads_base(study: Study) -> bool:
+    return any(find_term(name).reads & THROUGH_BASE for name in _terms_of(study))
+
+
+def _check_trajectories(options: Options, study: Study) -> None:
+    """Raise UserError for options of trajectories where no trial has any, or where the bank has its own."""
+    given = [name for name in ABOUT_TRAJECTORIES if name in options.study.given]
+    if not given:
+        return
+    trials = (*study.trials, *_base_of(study))
+    if all(trial.config.delta_probes != "trajectory" for trial in trials):
+        raise UserError(
+            f"{_spelled(given[0])} is about trajectories, which are the probes of no trial of this study: leave it out"
+        )
+    if options.study.bank is not None:
+        raise UserError(
+            f"{_spelled(given[0])} is about teachers that are trained here; those of --bank have their trajectories"
+        )
+
+
+def _check_term_options(options: Options, study: Study) -> None:
+    for text in options.study.term_option or ():
+        term = text.partition("=")[0].rpartition(".")[0]
+        if term not in _terms_of(study):
+            raise UserError(
+                f"--term-option {text} is of a loss term that no trial of this study has: leave it out, or add "
+                f"--term {term}=1"
+            )
+
+
+USED_BY_OWN_STUDIES = (
+    *("lambda_weight", "lambda_delta", "term", "learning_rate", "seeds", "steps", "batch_size"),
+    *("n_probes", "trajectories", "trajectory_tokens"),
+)
 
 
 def _check_own_study(options: Options, study: Study) -> None:
     """Raise UserError if a study from a file stays the same when the value of a given option is another one."""
-    for name in ("lambda_weight", "lambda_delta", "learning_rate", "seeds", "steps", "batch_size"):
+    for name in USED_BY_OWN_STUDIES:
         value = getattr(options.study, name)
         if value is None:
             continue
-        other: Any = value + 1 if isinstance(value, int) else tuple(2 * one + 1 for one in value)
+        other = _another(value)
         try:
             changed = study_of(replace(options, study=replace(options.study, **{name: other})))
         except UserError:
@@ -213,3 +289,12 @@ def _check_own_study(options: Options, study: Study) -> None:
             raise UserError(
                 f"{_spelled(name)} changes nothing in study {study.name}, whose file does not use it: leave it out"
             )
+
+
+def _another(value: Any) -> Any:
+    """Return a value of an option that differs from the given one."""
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value[0], str):
+        return tuple(f"{text.partition('=')[0]}=7.125" for text in value)
+    return tuple(2 * one + 1 for one in value)

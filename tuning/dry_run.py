@@ -14,6 +14,7 @@ from llgbm.world import describe_world
 from tuning.search.points import count_states, drawn_trials, find_search
 from tuning.studies.options import Options, RunOptions
 from tuning.studies.spec import Study, TrialSpec
+from tuning.studies.terms import weights_text
 from tuning.sweep.asha import scheduler_key
 from tuning.sweep.cluster import Resources
 from tuning.sweep.resume import left_to_run
@@ -87,7 +88,7 @@ def show_plan(study: Study, options: Options, concurrent: int) -> None:
     costs = Costs(runs)
     if plan.trials:
         rows = [_row(trial, plan, costs) for trial in plan.trials]
-        print(tabulate(rows, HEADERS, disable_numparse=True))
+        print(tabulate(*without_empty(rows, HEADERS), disable_numparse=True))
     for world in study.worlds:
         print(f"\nworld {world.hash} ({world.size}, {len(world.suite.tasks)} tasks):")
         for part, built in describe_world(cache, world).items():
@@ -102,6 +103,7 @@ HEADERS = (
     "generator",
     "λ_w",
     "λ_d",
+    "terms",
     "rate",
     "seed",
     "steps",
@@ -118,9 +120,22 @@ def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
         state = ("to run", "no past run" if seconds is None else duration(seconds))
     return (
         *(trial.id, trial.name, config.model_size, config.generator.name),
-        *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", f"{config.learning_rate:g}"),
+        *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", weights_text(config.terms)),
+        f"{config.learning_rate:g}",
         *(config.seed, config.steps, *state),
     )
+
+
+def without_empty(
+    rows: Sequence[Sequence[Any]], headers: Sequence[str]
+) -> tuple[list[list[Any]], list[str]]:
+    """Return a table without the column `terms` where no row has any."""
+    place = headers.index("terms")
+    if any(row[place] for row in rows):
+        return [list(row) for row in rows], list(headers)
+    return [[*row[:place], *row[place + 1 :]] for row in rows], [
+        header for header in headers if header != "terms"
+    ]
 
 
 def _show_space(plan: Plan, options: Options) -> Plan:
@@ -203,10 +218,10 @@ def estimate_study(study: Study) -> str:
 
 def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:
     rows: dict[tuple[str, str], list[Any]] = {}
+    memory = list(dict.fromkeys(part for _, estimate in found for part in estimate.memory))
     for trial, estimate in found:
         key = (trial.name, str(trial.config.model_size))
-        rows.setdefault(key, [*key, 0, *_cells(estimate)])[2] += 1
-    memory = list(found[0][1].memory)
+        rows.setdefault(key, [*key, 0, *_cells(estimate, memory)])[2] += 1
     headers = [
         "configuration",
         "base",
@@ -220,10 +235,13 @@ def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:
     return tabulate(list(rows.values()), [*headers, *memory, "peak"], disable_numparse=True)
 
 
-def _cells(estimate: TrialEstimate) -> list[str]:
+def _cells(estimate: TrialEstimate, memory: Sequence[str]) -> list[str]:
     sizes = (estimate.base_parameters, estimate.adapter_values, estimate.generator_parameters)
     costs = (estimate.step_flops, estimate.flops)
     return [
         *(human(n) for n in (*sizes, *costs)),
-        *(human(b, "B") for b in (*estimate.memory.values(), estimate.peak_bytes)),
+        *(
+            human(b, "B")
+            for b in (*(estimate.memory.get(part, 0.0) for part in memory), estimate.peak_bytes)
+        ),
     ]

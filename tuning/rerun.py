@@ -119,7 +119,9 @@ def _trial_of(run: Run, study_run: Run) -> TrialSpec:
 def _candidates(study: Study, run: Run) -> tuple[TrialSpec, ...]:
     if study.space is None:
         return study.trials
-    return study.space.trials({name: float(run.data.params[name]) for name in study.space.ranges})
+    params = run.data.params
+    point = {name: float(params[name]) for name in study.space.ranges if name in params}
+    return study.space.trials(point)
 
 
 def _stored_points(uri: str, run: Run) -> Points:

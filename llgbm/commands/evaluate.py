@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.commands.generators import open_bundle
+from llgbm.commands.rules import add_row_rules, row_rules
 from llgbm.runtime import UserError, pick_device, say
 
 if TYPE_CHECKING:
@@ -63,11 +64,7 @@ def _add_data(data: Any) -> None:
     data.add_argument(
         "--max-tokens", type=int, metavar="N", help="longest response (default: by kind of answer)"
     )
-    data.add_argument(
-        "--skip-bad-rows",
-        action="store_true",
-        help="leave bad rows out, and say so, instead of ending",
-    )
+    add_row_rules(data)
     data.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
     )
@@ -110,7 +107,7 @@ def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if not arguments.tasks:
         raise UserError("--data needs --tasks: name the datasets to score on")
-    suite = FileSuite.open(arguments.data, test=arguments.tasks, skip_bad=arguments.skip_bad_rows)
+    suite = FileSuite.open(arguments.data, test=arguments.tasks, rules=row_rules(arguments))
     base = _load_base(arguments)
     systems = [System("base")]
     if arguments.shots:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.output import ADAPTER_PATTERNS, Output
-from llgbm.runtime import UserError, say
+from llgbm.runtime import say
+from llgbm.tasks.prompts import read_prompts
 
 if TYPE_CHECKING:
     from llgbm.generator.bundle import GeneratorBundle
@@ -65,23 +65,3 @@ def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
     from tuning.registry import fetch_bundle
 
     return GeneratorBundle.load(fetch_bundle(address, tracking_uri))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Lines of a file that are not blank. Raises UserError for a missing, unreadable or empty file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; name a text file with one prompt a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is no UTF-8 text: name a text file with one prompt a line"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(
-            f"{path} holds no prompt: write at least one unlabelled prompt of the task, one a line"
-        )
-    return prompts

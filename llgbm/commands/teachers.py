@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llgbm.commands.rules import add_row_rules, row_rules
 from llgbm.output import output_path
 from llgbm.runtime import pick_device
+
+if TYPE_CHECKING:
+    from llgbm.tasks.suite import Suite
 
 
 def add_parser(commands: Any) -> None:
@@ -61,9 +65,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use at most so many rows of each dataset"
     )
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave out rows that are no examples"
-    )
+    add_row_rules(parser)
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +82,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("learning-rate", 1e-4, "at the start"),
         ("seed", 0, "of order and initialisation"),
         ("trajectories", 16, "prompts a dataset that its first teacher answers"),
+        ("max-tokens", 24, "in the longest of these answers"),
     )
     for name, default, meaning in sizes:
         parser.add_argument(
@@ -102,17 +105,23 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.data,
         train=arguments.tasks,
         limit=arguments.limit,
-        skip_bad=arguments.skip_bad_rows,
+        rules=row_rules(arguments),
     )
-    config = _config(arguments)
+    config = _config(arguments, suite)
     base = BaseSource.find(arguments.base, arguments.dtype).load(pick_device(arguments.device))
     bank = make_bank(base, suite, config, arguments.out)
     facts = {name: round(value, 4) for name, value in bank.facts.items()}
-    return {"bank": str(arguments.out), "hash": bank.hash, "adapters": len(bank.adapters), **facts}
+    return {
+        "bank": str(arguments.out),
+        "hash": bank.hash,
+        "adapters": len(bank.adapters),
+        "cut_answers": bank.cut_answers,
+        **facts,
+    }
 
 
-def _config(arguments: argparse.Namespace) -> Any:
-    from llgbm.teachers.train import SFTConfig, TeacherConfig
+def _config(arguments: argparse.Namespace, suite: Suite) -> Any:
+    from llgbm.teachers.train import SFTConfig, TeacherConfig, fitted
 
     teachers = TeacherConfig(
         rank=arguments.rank,
@@ -123,6 +132,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         trajectories=arguments.trajectories,
+        max_tokens=arguments.max_tokens,
     )
     names = ("method", "checkpoints", "every", "accumulation", "gradient_checkpointing", "at_once")
-    return SFTConfig(teachers, **{name: getattr(arguments, name) for name in names})
+    return SFTConfig(fitted(teachers, suite), **{name: getattr(arguments, name) for name in names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,8 @@ def known_baselines(
     key = content_hash("baselines", VERSION, data.hash, *parts)
 
     def write(folder: Path) -> None:
-        found = {
-            name: dict(result.metrics)
-            for name, result in evaluate_baselines(data, lora_model, part).items()
-        }
+        each = each_baseline(data, lora_model, part)
+        found = {name: dict(result.metrics) for name, result in each}
         (folder / "metrics.json").write_text(json.dumps(found, indent=1))
 
     return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
@@ -80,6 +78,13 @@ def evaluate_baselines(
     data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
 ) -> dict[str, PartResult]:
     """Evaluate every baseline on the tasks of one part; return results by name."""
+    return dict(each_baseline(data, lora_model, part))
+
+
+def each_baseline(
+    data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
+) -> Iterator[tuple[str, PartResult]]:
+    """Evaluate the baselines one after another, so that the adapters of only one are held; yield name and result."""
     rows = list(data.rows[part])
     makers = {
         "base": no_adapter,
@@ -90,13 +95,9 @@ def evaluate_baselines(
         "ridge": ridge,
         "best_single": best_single,
     }
-    flat = {name: make(data, lora_model, rows) for name, make in makers.items()}
-    return {
-        name: evaluate_adapters(
-            LoraBatch.unflatten(lora_model.spec, values), data, lora_model, rows
-        )
-        for name, values in flat.items()
-    }
+    for name, make in makers.items():
+        adapters = LoraBatch.unflatten(lora_model.spec, make(data, lora_model, rows))
+        yield name, evaluate_adapters(adapters, data, lora_model, rows)
 
 
 def no_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
@@ -126,7 +127,8 @@ def nearest_teacher(
     train = list(data.rows["train"])
     known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
     asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
-    return data.values_AV[train][(asked @ known.T).argmax(1)]
+    nearest = (asked @ known.T).argmax(1).tolist()
+    return data.values_AV[[train[index] for index in nearest]]
 
 
 def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:

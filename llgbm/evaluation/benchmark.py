@@ -15,15 +15,14 @@ import torch
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.apply import adapters_applied, chunks
-from llgbm.models.encoding import chat_prompt, encode_pairs
+from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import continue_texts, token_losses
-from llgbm.runtime import UserError, progress
-from llgbm.tasks.extraction import Kind, extract, in_form, rivals
+from llgbm.models.reading import ANSWER_TOKENS, respond
+from llgbm.models.scoring import token_losses
+from llgbm.runtime import UserError
+from llgbm.tasks.extraction import Kind, extract, in_form, is_same, rivals
 from llgbm.tasks.files import FileSuite
 from llgbm.tasks.suite import Example
-
-ANSWER_TOKENS = {"choice": 16, "truth": 16, "number": 320, "text": 320}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def measure(
 def _measure_one(base: Base, system: System, asked: Questions) -> dict[str, Any]:
     kind, examples = asked.kind, asked.examples
     shots = solved_examples(asked.suite, asked.task, system.shots)
-    prompts = [chat_prompt(base.tokenizer, e.prompt, e.system, shots) for e in examples]
+    prompts = [example_prompt(base.tokenizer, e, shots) for e in examples]
     with system.applied(base):
         responses = respond(base, prompts, asked.max_tokens or ANSWER_TOKENS[kind], system.name)
         likeliest = likeliest_rivals(base, kind, prompts, examples)
@@ -100,22 +99,6 @@ def solved_examples(suite: FileSuite, task: str, count: int) -> list[tuple[str, 
             f"{count} solved examples asked for; {task} has {len(suite.datasets[task].rows['train'])}"
         )
     return [(e.prompt, e.answer) for e in suite.examples(task, "train", count, "shots")]
-
-
-def respond(base: Base, prompts: Sequence[str], max_tokens: int, label: str) -> list[str]:
-    """Greedy responses, generated in batches of prompts of about one length, in the order of the prompts."""
-    lengths = [
-        len(ids) for ids in base.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    ]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    responses = [""] * len(prompts)
-    for rows in progress(chunks(len(order), max(lengths) + max_tokens), label):
-        batch = order[rows]
-        for index, text in zip(
-            batch, continue_texts(base, [prompts[i] for i in batch], max_tokens), strict=True
-        ):
-            responses[index] = text
-    return responses
 
 
 def likeliest_rivals(
@@ -149,12 +132,12 @@ def score_responses(
     A response without an answer, or with two, is wrong.
     """
     answers = [extract(kind, e.prompt, text) for e, text in zip(examples, responses, strict=True)]
-    right = [gold(kind, e) == answer for e, answer in zip(examples, answers, strict=True)]
+    right = [is_same(kind, a, gold(kind, e)) for e, a in zip(examples, answers, strict=True)]
     picked = [
         extract(kind, e.prompt, text)
         for e, text in zip(examples, likeliest or responses, strict=True)
     ]
-    best = [gold(kind, e) == answer for e, answer in zip(examples, picked, strict=True)]
+    best = [is_same(kind, a, gold(kind, e)) for e, a in zip(examples, picked, strict=True)]
     return {
         "accuracy": share(right),
         "interval": wilson(sum(right), len(right)),

@@ -5,8 +5,8 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -14,14 +14,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llgbm.dataset import ExperimentData
-from llgbm.delta import DeltaTable, measure_deltas
+from llgbm.delta import DeltaTable, mean_over_probes, measure_deltas
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import LoraGenerator
 from llgbm.lora.adapters import LoraBatch
 from llgbm.lora.geometry import delta_w_error, delta_w_inner
 from llgbm.models import scoring
+from llgbm.models.reading import accuracy_by_reading
 
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
+# Adapters that are generated and measured at once: what evaluation holds does not grow with their number.
+AT_ONCE = 24
 
 
 @dataclass(frozen=True)
@@ -41,57 +44,87 @@ def evaluate_generator(
 ) -> PartResult:
     """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts."""
     rows = list(data.rows[part])
-    conditions = data.conditions.evaluation_ANC[rows]
-    adapters = generator.generate(conditions)
+    adapters = generate_in_chunks(generator, data.conditions.evaluation_ANC, rows)
     result = evaluate_adapters(adapters, data, lora_model, rows)
-    shuffled = generator.generate(data.conditions.evaluation_ANC[other_task(data, rows)])
-    nonsense = generator.generate(data.conditions.nonsense_NC[None].expand(len(rows), -1, -1))
+    others = dict(zip(rows, other_task(data, rows), strict=True))
+
+    def accuracy_from(prompts_of: Callable[[list[int]], Tensor]) -> float:
+        pieces = [
+            accuracy_per_adapter(lora_model, generator.generate(prompts_of(own)), data, own)
+            for own in _chunks(rows)
+        ]
+        return torch.cat(pieces).mean().item()
+
+    def of_another_task(own: list[int]) -> Tensor:
+        return data.conditions.evaluation_ANC[[others[row] for row in own]]
+
+    def nonsense(own: list[int]) -> Tensor:
+        return data.conditions.nonsense_NC[None].expand(len(own), -1, -1)
+
     controls = {
-        "accuracy_shuffled_prompts": accuracy_per_adapter(lora_model, shuffled, data, rows)
-        .mean()
-        .item(),
-        "accuracy_nonsense_prompts": accuracy_per_adapter(lora_model, nonsense, data, rows)
-        .mean()
-        .item(),
+        "accuracy_shuffled_prompts": accuracy_from(of_another_task),
+        "accuracy_nonsense_prompts": accuracy_from(nonsense),
         "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
         .mean()
         .item(),
         "diversity": diversity(adapters),
     }
-    return PartResult(
-        {**result.metrics, **controls},
-        result.accuracy_by_task,
-        result.cosine_by_task,
-        adapters,
-        result.delta_AD,
-        result.teacher_delta_AD,
-    )
+    return replace(result, metrics={**result.metrics, **controls})
+
+
+def generate_in_chunks(
+    generator: LoraGenerator, conditions_ANC: Tensor, rows: list[int]
+) -> LoraBatch:
+    """Adapters for the conditions at some rows. Beside them only what `AT_ONCE` of them need is held."""
+    values_AV = conditions_ANC.new_empty(len(rows), generator.spec.n_values)
+    for start in range(0, len(rows), AT_ONCE):
+        own = rows[start : start + AT_ONCE]
+        batch = generator.generate(conditions_ANC[own])
+        values_AV[start : start + AT_ONCE] = batch.flatten(generator.spec)
+    return LoraBatch.unflatten(generator.spec, values_AV)
+
+
+def _chunks(rows: list[int]) -> list[list[int]]:
+    return [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
 
 
 def evaluate_adapters(
     adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA, rows: list[int]
 ) -> PartResult:
     """Accuracy, deltas and ΔW error of given adapters on the tasks at `rows`; generators and baselines alike."""
-    accuracy_A = accuracy_per_adapter(lora_model, adapters, data, rows)
-    delta_AD = mean_delta(lora_model, adapters, data.shared_deltas, rows)
-    generic_AD = mean_delta(lora_model, adapters, data.generic_deltas, rows)
-    teacher_AD = data.shared_deltas.mean_AD[rows]
+    starts = range(0, len(rows), AT_ONCE)
+    pieces = [
+        _measure(adapters.select(slice(start, start + AT_ONCE)), data, lora_model, own)
+        for start, own in zip(starts, _chunks(rows), strict=True)
+    ]
+    accuracy_A, error_A, delta_AD, generic_AD = map(torch.cat, zip(*pieces, strict=True))
+    teacher_AD = teacher_means(data.shared_deltas, rows)
+    teacher_generic_AD = teacher_means(data.generic_deltas, rows)
     cosine_A = cosine_similarity(delta_AD, teacher_AD, dim=-1)
-    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
+    generic_A = cosine_similarity(generic_AD, teacher_generic_AD, dim=-1)
     metrics = {
         "accuracy": accuracy_A.mean().item(),
         "delta_cosine": cosine_A.mean().item(),
-        "delta_cosine_generic": cosine_similarity(
-            generic_AD, data.generic_deltas.mean_AD[rows], dim=-1
-        )
-        .mean()
-        .item(),
+        "delta_cosine_generic": generic_A.mean().item(),
         "delta_norm_ratio": (delta_AD.norm(dim=-1) / teacher_AD.norm(dim=-1)).mean().item(),
-        "delta_w_error": delta_w_error(adapters, teachers).mean().item(),
+        "delta_w_error": error_A.mean().item(),
     }
     tasks = [data.tasks[i] for i in rows]
     by_task = mean_by_task(tasks, accuracy_A), mean_by_task(tasks, cosine_A)
     return PartResult(metrics, *by_task, adapters, delta_AD, teacher_AD)
+
+
+def _measure(
+    adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA, rows: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Accuracy [A], relative error of ΔW [A], and Δ [A, D] on shared and on generic probes."""
+    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
+    return (
+        accuracy_per_adapter(lora_model, adapters, data, rows),
+        delta_w_error(adapters, teachers),
+        mean_delta(lora_model, adapters, data.shared_deltas, rows),
+        mean_delta(lora_model, adapters, data.generic_deltas, rows),
+    )
 
 
 def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
@@ -127,30 +160,33 @@ def nearest_teacher_distance(
     adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA
 ) -> Tensor:
     """|ΔW - ΔW_teacher| / |ΔW_teacher| to the nearest training teacher, [A]: near 0 means it was copied."""
-    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[list(data.rows["train"])])
-    own, cross, squares = _inner_products(adapters, teachers)
-    distances = (own[:, None] + squares[None] - 2 * cross).clamp_min(0).sqrt() / squares.sqrt()[
-        None
+    own_A = inner_products(adapters, adapters).diagonal()
+    nearest_A = torch.full_like(own_A, torch.inf)
+    for rows in _chunks(list(data.rows["train"])):
+        teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
+        squares = delta_w_inner(teachers, teachers).diagonal()
+        gaps = own_A[:, None] + squares - 2 * inner_products(adapters, teachers)
+        distances = gaps.clamp_min(0).sqrt() / squares.sqrt()
+        nearest_A = torch.minimum(nearest_A, distances.min(1).values)
+    return nearest_A
+
+
+def inner_products(left: LoraBatch, right: LoraBatch) -> Tensor:
+    """<ΔW_i, ΔW_j> of all pairs [A_left, A_right], computed in blocks of `AT_ONCE` adapters."""
+    slices = [
+        [slice(start, start + AT_ONCE) for start in range(0, batch.n_adapters, AT_ONCE)]
+        for batch in (left, right)
     ]
-    return distances.min(1).values
-
-
-def _inner_products(adapters: LoraBatch, teachers: LoraBatch) -> tuple[Tensor, Tensor, Tensor]:
-    own = delta_w_inner(adapters, adapters).diagonal()
-    squares = torch.cat(
-        [
-            delta_w_inner(
-                teachers.select(slice(i, i + 1)), teachers.select(slice(i, i + 1))
-            ).flatten()
-            for i in range(teachers.n_adapters)
-        ]
-    )
-    return own, delta_w_inner(adapters, teachers), squares
+    rows = []
+    for ours in slices[0]:
+        blocks = [delta_w_inner(left.select(ours), right.select(theirs)) for theirs in slices[1]]
+        rows.append(torch.cat(blocks, dim=1))
+    return torch.cat(rows)
 
 
 def diversity(adapters: LoraBatch) -> float:
     """1 - mean cosine of ΔW between different generated adapters: 0 means that all are the same."""
-    inner = delta_w_inner(adapters, adapters)
+    inner = inner_products(adapters, adapters)
     norms = inner.diagonal().sqrt()
     cosines = inner / (norms[:, None] * norms[None])
     n = adapters.n_adapters
@@ -167,11 +203,15 @@ def evaluate(
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
     """
     rows = list(data.rows[part])
-    batch = generator.generate(data.conditions.evaluation_ANC[rows])
-    delta_AD = mean_delta(lora_model, batch, data.shared_deltas, rows)
-    cosine_A = cosine_similarity(delta_AD, data.shared_deltas.mean_AD[rows], dim=-1)
+    accuracies, deltas = [], []
+    for own in _chunks(rows):
+        batch = generator.generate(data.conditions.evaluation_ANC[own])
+        accuracies.append(accuracy_per_adapter(lora_model, batch, data, own))
+        deltas.append(mean_delta(lora_model, batch, data.shared_deltas, own))
+    teacher_AD = teacher_means(data.shared_deltas, rows)
+    cosine_A = cosine_similarity(torch.cat(deltas), teacher_AD, dim=-1)
     return {
-        f"{part}/accuracy": accuracy_per_adapter(lora_model, batch, data, rows).mean().item(),
+        f"{part}/accuracy": torch.cat(accuracies).mean().item(),
         f"{part}/delta_cosine": cosine_A.mean().item(),
     }
 
@@ -184,13 +224,27 @@ def mean_delta(
     return measure_deltas(lora_model.model, lora_model.spec, adapters, probes, shared=True).mean_AD
 
 
+def teacher_means(table: DeltaTable, rows: list[int]) -> Tensor:
+    """Δ [A, D] of the teachers at some rows."""
+    means = [
+        mean_over_probes(table.delta_APQD[own], table.probes.valid_APQ[own])
+        for own in _chunks(rows)
+    ]
+    return torch.cat(means)
+
+
 def accuracy_per_adapter(
     lora_model: FunctionalLoRA,
     batch: LoraBatch,
     data: ExperimentData,
     rows: list[int],
-    chunk: int = 24,
 ) -> Tensor:
-    """Return the exact-match accuracy [A] of adapters on the evaluation examples of the tasks at `rows`."""
+    """Return the accuracy [A] of adapters on the evaluation examples of the tasks at `rows`.
+
+    An answer is right by exact match, or where the suite says how answers are read, if it is read as the right one.
+    """
     texts = data.examples_of(rows)
-    return scoring.accuracy_per_adapter(lora_model.model, lora_model.spec, batch, texts, chunk)
+    if data.questions is not None and any(data.questions.items):
+        questions = data.questions.select(rows, data.n_examples)
+        return accuracy_by_reading(lora_model.model, lora_model.spec, batch, texts, questions)
+    return scoring.accuracy_per_adapter(lora_model.model, lora_model.spec, batch, texts, AT_ONCE)

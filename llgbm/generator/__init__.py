@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from llgbm import plugins
 from llgbm.generator.hyperconv import HyperConvGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
@@ -14,6 +15,7 @@ from llgbm.generator.networks import (
     Standardiser,
 )
 from llgbm.lora.adapters import LoraSpec
+from llgbm.plugins import load_plugin, offered, source_hash
 from llgbm.runtime import UserError, stream_seed
 
 Maker = Callable[[LoraSpec, int, Standardiser, GeneratorConfig], LoraGenerator]
@@ -28,11 +30,24 @@ def make_generator(
     seed: int,
 ) -> LoraGenerator:
     """Create a generator by name; the same seed gives the same weights. Raises UserError for an unknown name."""
-    if config.name not in GENERATORS:
-        raise UserError(f"unknown generator {config.name!r}; there are: {', '.join(GENERATORS)}")
+    maker = find_generator(config.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("generator", seed))
-        return GENERATORS[config.name](spec, condition_width, standardiser, config)
+        return maker(spec, condition_width, standardiser, config)
+
+
+def find_generator(name: str) -> Maker:
+    """Return what makes a generator: of this package, or of another by an entry point. Raises UserError for no such."""
+    found = GENERATORS.get(name) or load_plugin(plugins.GENERATORS, name)
+    if found is None:
+        known = ", ".join([*GENERATORS, *sorted(offered(plugins.GENERATORS))])
+        raise UserError(f"unknown generator {name!r}; there are: {known}")
+    return found
+
+
+def generator_code(name: str) -> str:
+    """Return what a trial's id holds of a generator's code: a hash of its file for one of another package, else ""."""
+    return "" if name in GENERATORS else source_hash(find_generator(name))
 
 
 __all__ = [
@@ -41,5 +56,7 @@ __all__ = [
     "HyperConvGenerator",
     "LoraGenerator",
     "ModuleCodeGenerator",
+    "find_generator",
+    "generator_code",
     "make_generator",
 ]

@@ -26,6 +26,7 @@ from llgbm.lora.adapters import (
 )
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
+from llgbm.tasks.prompts import check_prompts
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,7 @@ class GeneratorBundle:
 
     def generate(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Generate one adapter as a PEFT state dict from prompts of one task. Raises UserError for no prompt."""
-        texts = [p.strip() for p in prompts if p.strip()]
-        if not texts:
-            raise UserError(
-                "there is no prompt: give at least one unlabelled prompt of the task, one a line"
-            )
+        texts = check_prompts(prompts)
         return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
 
     def adapter_config(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from llgbm.generator.minilm import BATCH, MiniLM
 from llgbm.lora.apply import final_hidden
 from llgbm.models.encoding import encode_prompts
 from llgbm.models.load import Base, find_model
+from llgbm.plugins import ENCODERS, load_plugin, source_hash
 from llgbm.runtime import UserError, content_hash, release_device_memory
 from llgbm.teachers.bank import Bank
 
@@ -114,12 +115,16 @@ def encoder_folder(name: str | None) -> Path:
 
 
 def encoder_hash(name: str) -> str:
-    """Hash the files of an encoder: `minilm`, a folder or a hub id. The base's own states are called `base`.
+    """Hash the files of an encoder: `minilm`, a folder or a hub id, or the code of another package's. The base's own
+    states are called `base`.
 
     Raises UserError as `encoder_folder`.
     """
     if name == "base" or name.startswith("base:"):
         return "base"
+    own = load_plugin(ENCODERS, name)
+    if own is not None:
+        return source_hash(own)
     folder = encoder_folder(None if name == "minilm" else name)
     files = sorted({path for kind in ENCODER_FILES for path in folder.rglob(kind)})
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -152,12 +157,14 @@ def _refuse_empty(prompts: Sequence[str]) -> None:
 
 
 def make_encoder(name: str, base: Base) -> TextEncoder:
-    """Load an encoder: `minilm`, `base`, or the folder or hub id of a sentence-transformers model."""
+    """Load an encoder: `minilm`, `base`, one of another package by its entry point, which is called with the base, or
+    the folder or hub id of a sentence-transformers model."""
     if name == "minilm":
         return MiniLMEncoder()
     if name == "base" or name.startswith("base:"):
         return BaseModelEncoder(base)
-    return MiniLMEncoder(name)
+    own = load_plugin(ENCODERS, name)
+    return MiniLMEncoder(name) if own is None else own(base)
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,13 @@ class ModuleCodeGenerator(LoraGenerator):
             state_AH = block(state_AH)
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
         written: dict[int, Tensor] = {}
-        for kind, rows in self._rows_of_kinds().items():  # one product for all modules of a kind
-            tokens = self.heads[kind](codes_AMH[:, rows]).unbind(1)
+        kinds = self._rows_of_kinds()
+        # Sorted by kind in one step: indexing kind by kind costs a pass over all codes each, backward.
+        order = torch.tensor([row for rows in kinds.values() for row in rows])
+        codes = codes_AMH.index_select(1, order.to(codes_AMH.device))
+        sizes = [len(rows) for rows in kinds.values()]
+        for (kind, rows), own in zip(kinds.items(), codes.split(sizes, dim=1), strict=True):
+            tokens = self.heads[kind](own).unbind(1)  # one product for all modules of a kind
             written.update(zip(rows, tokens, strict=True))
         return torch.cat([written[row] for row in range(len(self.spec.modules))], dim=1)
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llgbm.documents import decode, parse_json
 from llgbm.lora.plain import check_plain, check_types
 from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError, content_hash, split_revision
@@ -381,7 +382,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json`; r is an int, lora_alpha a float. Raises UserError for a missing or foreign file."""
     config_file = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8-sig"))
+        config = parse_json(decode(config_file.read_bytes()))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         check_types(config)
     except FileNotFoundError as error:

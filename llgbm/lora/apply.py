@@ -1,14 +1,17 @@
 """The base model under A adapters in one pass: the primitive that teachers, deltas, losses and evaluation share.
 
 Rows of a batch are adapter-major: the first S/A rows belong to adapter 0, and so on. Nothing of ΔW = B A is formed; a
-module costs two `bmm`. The base is left as it was: hooks live only inside the `with` block.
+module costs two `bmm`. There are two ways, equal up to the order of sums: `states_at` runs the models that it knows by
+`llgbm.lora.blocks`; all others, and `generate`, run with hooks on their modules (`adapters_applied`). The base is left
+as it was: hooks live only inside the `with` block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llgbm.lora import blocks
 from llgbm.lora.adapters import LoraBatch
 
 if TYPE_CHECKING:
@@ -25,6 +29,59 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 _BLOCK = re.compile(r".*?\.\d+(?=\.)")
 # What one pass without gradient may hold: tokens through the layers, and logits (tokens times vocabulary).
 PASS_TOKENS, PASS_LOGITS = 2**16, 2**26
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Adapters for a pass. With `checkpointing` it keeps the inputs of blocks and runs each block once more."""
+
+    batch: LoraBatch
+    scaling: float
+    checkpointing: bool = False
+
+
+def states_at(
+    base: PreTrainedModel,
+    ids_ST: Tensor,
+    positions_SQ: Tensor | None = None,
+    applied: Applied | None = None,
+    layers: Sequence[int] | None = None,
+) -> Tensor:
+    """Last-layer states [S, Q, D] of right-padded texts at positions, or [S, T, D] at all; without an LM head.
+
+    With `layers` the states [N, S, Q, D] after so many blocks each; after the last one they are normalised, as in the
+    library's `hidden_states`. Raises ValueError as `adapters_applied`.
+    """
+    if blocks.can_run(base, applied.batch if applied else None):
+        return blocks.run(base, ids_ST, positions_SQ, applied, layers)
+    with _under(base, applied):
+        if layers is None:
+            hidden = final_hidden(base, ids_ST)[None]
+        else:
+            output = base.base_model(input_ids=ids_ST, use_cache=False, output_hidden_states=True)
+            hidden = torch.stack([output.hidden_states[layer] for layer in layers])
+    if positions_SQ is not None:
+        hidden = torch.stack([blocks.at_positions(own, positions_SQ) for own in hidden])
+    return hidden[0] if layers is None else hidden
+
+
+def states_at_marks(
+    base: PreTrainedModel, ids_ST: Tensor, marks_ST: Tensor, applied: Applied | None = None
+) -> Tensor:
+    """Last-layer states [N, D] of right-padded texts at the N marked places, row by row."""
+    if not blocks.can_run(base, applied.batch if applied else None):
+        with _under(base, applied):
+            return final_hidden(base, ids_ST)[marks_ST]
+    counts_S = marks_ST.sum(1)
+    order_ST = marks_ST.int().argsort(dim=1, descending=True, stable=True)
+    valid_SQ = torch.arange(int(counts_S.max()), device=ids_ST.device) < counts_S[:, None]
+    return blocks.run(base, ids_ST, order_ST[:, : valid_SQ.shape[1]], applied)[valid_SQ]
+
+
+def _under(base: PreTrainedModel, applied: Applied | None) -> AbstractContextManager[None]:
+    if applied is None:
+        return nullcontext()
+    return adapters_applied(base, applied.batch, applied.scaling, applied.checkpointing)
 
 
 @contextmanager

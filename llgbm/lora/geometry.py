@@ -17,16 +17,33 @@ def delta_w_error(pred: LoraBatch, teacher: LoraBatch) -> Tensor:
 
     |B A - B' A'|² = tr(BᵀB AAᵀ) + tr(B'ᵀB' A'A'ᵀ) - 2 tr(BᵀB' A'Aᵀ): no ΔW is formed, R² numbers a module. float32.
     """
-    if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
-        raise ValueError(
-            "predicted and teacher adapters differ in modules or in number: they are of different bases"
-        )
+    _check_alike(pred, teacher)
     error = sum(
         _inner(pred, pred, n) + _inner(teacher, teacher, n) - 2 * _inner(pred, teacher, n)
         for n in pred.a
     )
     size = sum(_inner(teacher, teacher, n) for n in pred.a)
     return (torch.as_tensor(error).clamp_min(0) / torch.as_tensor(size).clamp_min(EPSILON)).sqrt()
+
+
+def update_products(pred: LoraBatch, teacher: LoraBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products over all modules, [A] each: <ΔW, ΔW>, <ΔW, ΔW_teacher>, <ΔW_teacher, ΔW_teacher>.
+
+    Raises ValueError where the adapters differ in modules or in number.
+    """
+    _check_alike(pred, teacher)
+    pairs = ((pred, pred), (pred, teacher), (teacher, teacher))
+    own, cross, other = (
+        torch.stack([_inner(left, right, name) for name in pred.a]).sum(0) for left, right in pairs
+    )
+    return own, cross, other
+
+
+def _check_alike(pred: LoraBatch, teacher: LoraBatch) -> None:
+    if pred.a.keys() != teacher.a.keys() or pred.n_adapters != teacher.n_adapters:
+        raise ValueError(
+            "predicted and teacher adapters differ in modules or in number: they are of different bases"
+        )
 
 
 def delta_w_inner(left: LoraBatch, right: LoraBatch) -> Tensor:

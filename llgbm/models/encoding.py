@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llgbm.runtime import UserError
+from llgbm.tasks.suite import Example
 
 IGNORED = -100
 
@@ -58,6 +59,11 @@ def chat_prompt(
         lines = [system, *(text for _, text in turns)] if system else [text for _, text in turns]
         return "".join(f"{text}\n" for text in lines)
     return _by_template(tokenizer, turns, system)
+
+
+def example_prompt(tokenizer: Any, example: Example, shots: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the prompt of an example after its own earlier turns, as `chat_prompt`."""
+    return chat_prompt(tokenizer, example.prompt, example.system, (*shots, *example.before))
 
 
 def _by_template(tokenizer: Any, turns: Sequence[tuple[str, str]], system: str) -> str:

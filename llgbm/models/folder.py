@@ -5,13 +5,14 @@ All functions raise UserError, in one sentence that names the file.
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from llgbm.documents import brief, decode, parse_json
 from llgbm.runtime import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +26,6 @@ POINTER = b"version https://git-lfs"
 
 def refusal(folder: Path | str, reason: str) -> UserError:
     return UserError(NO_BASE.format(folder) + reason)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's message, cut to what a sentence can hold."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -51,10 +46,14 @@ def read_config(folder: Path) -> PretrainedConfig:
             folder, f"it is quantised ({method}); name the unquantised model that it was made from"
         )
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        # The library's own reader stops at a byte-order mark.
+        if (folder / "config.json").read_bytes().startswith(codecs.BOM_UTF8):
+            config = CONFIG_MAPPING[str(kind)].from_dict(stored)
+        else:
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         raise refusal(
-            folder, f"its config.json cannot be used ({first_line(error)}): fetch it again"
+            folder, f"its config.json cannot be used ({brief(error)}): fetch it again"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise refusal(folder, f"a {kind} model does not write text token by token")
@@ -67,7 +66,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         content = path.read_bytes()
         if content.startswith(POINTER):
             raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
-        found = json.loads(content.decode("utf-8"))
+        found = parse_json(decode(content))
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
     except FileNotFoundError as error:
@@ -77,9 +76,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
             "tokenizer's files",
         ) from error
     except (OSError, ValueError) as error:
-        raise refusal(
-            folder, f"{name} cannot be read ({first_line(error)}): fetch it again"
-        ) from error
+        raise refusal(folder, f"{name} cannot be read ({brief(error)}): fetch it again") from error
     return found
 
 
@@ -132,7 +129,7 @@ def read_tokenizer(folder: Path) -> Any:
     except Exception as error:  # a file of another version of tokenizers raises a bare Exception
         raise refusal(
             folder,
-            f"its tokenizer cannot be read by the installed transformers and tokenizers ({first_line(error)}): fetch "
+            f"its tokenizer cannot be read by the installed transformers and tokenizers ({brief(error)}): fetch "
             "tokenizer.json and tokenizer_config.json again",
         ) from error
     if is_empty:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from llgbm.cache import describe_file, hash_files
+from llgbm.documents import brief
 from llgbm.lora.apply import final_hidden, head_logits
 from llgbm.models.folder import (
     NO_BASE,
     check_weights,
-    first_line,
     read_config,
     read_tokenizer,
     refusal,
@@ -133,7 +133,7 @@ def weightless_model(name: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise refusal(
-            name, f"its config.json describes no model ({first_line(error)}): fetch it again"
+            name, f"its config.json describes no model ({brief(error)}): fetch it again"
         ) from error
 
 
@@ -146,7 +146,7 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     config = read_config(folder)
     check_weights(folder)
     tokenizer = read_tokenizer(folder)
-    model = _read_model(folder, dtype)
+    model = _read_model(folder, config, dtype)
     text = config.get_text_config()
     if len(tokenizer) > text.vocab_size:
         raise refusal(
@@ -167,12 +167,13 @@ def pinned_name(name: str, folder: Path) -> str:
     return f"{split_revision(name)[0]}@{folder.name}"
 
 
-def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -181,7 +182,7 @@ def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:
         raise refusal(
             folder,
-            f"its weights do not fit its config.json, or cannot be loaded ({first_line(error)}): fetch both again",
+            f"its weights do not fit its config.json, or cannot be loaded ({brief(error)}): fetch both again",
         ) from error
     model, said = loaded
     if missing := sorted(said["missing_keys"]):
@@ -222,7 +223,7 @@ def _check_reading(model: PreTrainedModel, path: str | Path) -> None:
             others = final_hidden(model, changed)[:, :3]
     except Exception as error:
         raise refusal(
-            path, f"a {model.config.model_type} model cannot be run here ({first_line(error)})"
+            path, f"a {model.config.model_type} model cannot be run here ({brief(error)})"
         ) from error
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not _are_close(got, wanted, tolerance):

@@ -6,18 +6,25 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec
-from llgbm.lora.apply import PASS_LOGITS, adapters_applied, chunks, final_hidden, head_logits
+from llgbm.lora.apply import (
+    PASS_LOGITS,
+    Applied,
+    adapters_applied,
+    chunks,
+    head_logits,
+    states_at_marks,
+)
 from llgbm.models.encoding import (
     EncodedPairs,
-    chat_prompt,
     encode_pairs,
     encode_prompts,
+    example_prompt,
     prompt_tokens,
 )
 from llgbm.models.load import Base
@@ -26,22 +33,26 @@ from llgbm.tasks.suite import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llgbm.models.reading import Writer
+
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
     """Return the mean cross-entropy over the answer tokens and the end token; the prompt is not learnt."""
     return _answer_losses(model, texts, "mean")
 
 
-def _answer_losses(model: PreTrainedModel, texts: EncodedPairs, reduction: str) -> Tensor:
+def _answer_losses(
+    model: PreTrainedModel, texts: EncodedPairs, reduction: str, applied: Applied | None = None
+) -> Tensor:
     marked = texts.targets_ST >= 0
-    logits = head_logits(model, final_hidden(model, texts.input_ids_ST)[marked])
+    logits = head_logits(model, states_at_marks(model, texts.input_ids_ST, marked, applied))
     targets = texts.targets_ST[marked]
     return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def encode_examples(base: Base, examples: Sequence[Example]) -> EncodedPairs:
     """Encode examples for a base, on its device; those that are turns of a chat in the base's own template."""
-    pairs = [(chat_prompt(base.tokenizer, e.prompt, e.system), e.answer) for e in examples]
+    pairs = [(example_prompt(base.tokenizer, e), e.answer) for e in examples]
     return encode_pairs(base.tokenizer, pairs).to(base.model.device)
 
 
@@ -49,17 +60,25 @@ def adapter_losses(
     model: PreTrainedModel, spec: LoraSpec, batch: LoraBatch, texts: EncodedPairs
 ) -> Tensor:
     """Mean answer cross-entropy [A] of each adapter on its own texts (adapter-major)."""
-    with adapters_applied(model, batch, spec.scaling):
-        losses_ST = token_losses(model, texts)
+    losses_ST = token_losses(model, texts, Applied(batch, spec.scaling))
     per_adapter = losses_ST.view(batch.n_adapters, -1).sum(1)
     return per_adapter / (texts.targets_ST >= 0).view(batch.n_adapters, -1).sum(1)
 
 
-def token_losses(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under the adapters that are applied."""
-    losses = _answer_losses(model, texts, "none")
+def token_losses(
+    model: PreTrainedModel, texts: EncodedPairs, applied: Applied | None = None
+) -> Tensor:
+    """Return the cross-entropy [S, T] of every answer token, 0 elsewhere, under adapters given or applied by hooks."""
+    losses = _answer_losses(model, texts, "none", applied)
     marked = texts.targets_ST >= 0
     return torch.zeros(marked.shape, device=losses.device).masked_scatter(marked, losses)
+
+
+class Continuation(NamedTuple):
+    """Text that a model wrote; `is_cut` where it had not ended by its last token allowed."""
+
+    text: str
+    is_cut: bool
 
 
 def greedy_answers(
@@ -69,6 +88,18 @@ def greedy_answers(
     prompts: Sequence[Sequence[str]],
     max_tokens: int = 24,
 ) -> list[list[str]]:
+    """Texts of `greedy_continuations`."""
+    found = greedy_continuations(base, spec, batch, prompts, max_tokens)
+    return [[answer.text for answer in own] for own in found]
+
+
+def greedy_continuations(
+    base: Base,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int,
+) -> list[list[Continuation]]:
     """Greedy continuations of each adapter on its own prompts, up to the end token or `max_tokens`.
 
     Raises ValueError where there are not as many lists of prompts as adapters, all of one length.
@@ -82,16 +113,23 @@ def greedy_answers(
             f"{len(prompts)} lists of prompts for {batch.n_adapters} adapters: each needs one as long"
         )
     longest = max(len(ids) for own in prompts for ids in prompt_tokens(base.tokenizer, own))
-    answers: list[list[str]] = []
+    answers: list[list[Continuation]] = []
     for rows in chunks(batch.n_adapters, len(prompts[0]) * (longest + max_tokens)):
         flat = [prompt for own in prompts[rows] for prompt in own]
         with adapters_applied(base.model, batch.select(rows), spec.scaling):
-            texts = iter(continue_texts(base, flat, max_tokens))
+            texts = iter(continuations(base, flat, max_tokens))
         answers += [[next(texts) for _ in own] for own in prompts[rows]]
     return answers
 
 
-def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def continue_texts(base: Base | Writer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Texts of `continuations`."""
+    return [answer.text for answer in continuations(base, prompts, max_tokens)]
+
+
+def continuations(
+    base: Base | Writer, prompts: Sequence[str], max_tokens: int
+) -> list[Continuation]:
     """Return greedy continuations under whatever adapters are applied, one pass of the library's `generate`."""
     ids, mask = encode_prompts(base.tokenizer, prompts, padding="left")
     with torch.no_grad():
@@ -101,7 +139,11 @@ def continue_texts(base: Base, prompts: Sequence[str], max_tokens: int) -> list[
             max_new_tokens=max_tokens,
             do_sample=False,
         )
-    return base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    new = written[:, ids.shape[1] :]
+    texts = base.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ends = torch.tensor(end_tokens(base.model), device=new.device)
+    is_cut = ~torch.isin(new, ends).any(1)
+    return [Continuation(*pair) for pair in zip(texts, is_cut.tolist(), strict=True)]
 
 
 def exact_match(
@@ -136,19 +178,33 @@ def accuracy_per_adapter(
     at_most: int = 48,
 ) -> Tensor:
     """Return the exact-match accuracy [A] of each adapter on its own texts (adapter-major), `at_most` in one pass."""
+    return right_per_adapter(model, spec, batch, texts, at_most).float().mean(1)
+
+
+def right_per_adapter(
+    model: PreTrainedModel,
+    spec: LoraSpec,
+    batch: LoraBatch,
+    texts: EncodedPairs,
+    at_most: int = 48,
+) -> Tensor:
+    """Return whether each adapter gives the answers of its own texts (adapter-major), [A, N]."""
     n = len(texts) // batch.n_adapters
     pieces = []
     for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
         own = texts.select(slice(rows.start * n, rows.stop * n))
-        with torch.no_grad(), adapters_applied(model, batch.select(rows), spec.scaling):
-            pieces.append(right_answers(model, own).view(-1, n).float().mean(1))
+        applied = Applied(batch.select(rows), spec.scaling)
+        with torch.no_grad():
+            pieces.append(right_answers(model, own, applied).view(-1, n))
     return torch.cat(pieces)
 
 
-def right_answers(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
-    """Return whether greedy decoding would give the answer, [S], under whatever adapters are applied."""
+def right_answers(
+    model: PreTrainedModel, texts: EncodedPairs, applied: Applied | None = None
+) -> Tensor:
+    """Return whether greedy decoding would give the answer, [S], under adapters given or applied by hooks."""
     marked = texts.targets_ST >= 0
-    states = final_hidden(model, texts.input_ids_ST)[marked]
+    states = states_at_marks(model, texts.input_ids_ST, marked, applied)
     pieces = states.split(max(1, PASS_LOGITS // model.config.get_text_config().vocab_size))
     likeliest = torch.cat([head_logits(model, piece).argmax(-1) for piece in pieces])
     targets = texts.targets_ST[marked]
@@ -169,10 +225,14 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
     """Exact-match accuracy of the base without any adapter."""
-    texts = encode_examples(base, examples)
+    return base_right(base, encode_examples(base, examples)).float().mean().item()
+
+
+def base_right(base: Base, texts: EncodedPairs) -> Tensor:
+    """Return whether the base without any adapter gives the answers of texts, [S]."""
     with torch.no_grad():
         pieces = [
             right_answers(base.model, texts.select(rows))
             for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
         ]
-    return torch.cat(pieces).float().mean().item()
+    return torch.cat(pieces)

@@ -1,47 +1,32 @@
-"""Datasets in files: DnD's JSON, a list of rows with `prompt`, `response` and maybe `system`. One dataset is one task.
+"""Datasets in files, whose rows `rows` and `forms` read. One dataset is one task.
 
-A dataset `X` lies in `X_train.json` (or `X.json`) and `X_test.json` or `X_validation.json`; where there is one file
-only, half of its rows, at most 640, are kept from training. What is kept from training is parted in two: rows whose
-prompts condition a generator at evaluation, and rows to score on.
+A dataset `X` lies in `X_train.json` (or `X.json`) and `X_test.json` or `X_validation.json`, or the same with `.jsonl`.
+Where there is one file only, half of its rows, at most 640, are kept from training. What is kept from training is
+parted in two: rows whose prompts condition a generator at evaluation, and rows to score on.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llgbm.cache import hash_files
 from llgbm.runtime import UserError, content_hash, say, stream_seed
-from llgbm.tasks.extraction import Kind, answer_kind, question_key
+from llgbm.tasks.extraction import READING_VERSION, Kind, answer_kind
+from llgbm.tasks.forms import RowRules
+from llgbm.tasks.rows import NEEDED, SUFFIXES, Row, read_rows
 from llgbm.tasks.suite import WHOLE, Example, Purpose, Split, Suite, Task
 
 VERSION = 1
+# Raised when the same files give other rows than before; what is drawn of them stays.
+KEYS_VERSION = 2
 MOST_KEPT, MOST_PROMPTS, FEWEST_ROWS = 640, 128, 8
 PARTS = ("train", "test", "validation")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a file, and where it stands; rows are counted from 1."""
-
-    example: Example
-    file: str
-    number: int
-
-    @property
-    def place(self) -> str:
-        return f"row {self.number} of {self.file}"
-
-    @cached_property
-    def key(self) -> tuple[str, tuple[str, ...]]:
-        """Key of the question that the row asks, whatever its spelling and the order of its choices."""
-        return question_key(self.example.prompt)
 
 
 @dataclass(frozen=True)
@@ -54,66 +39,12 @@ class Dataset:
     notes: tuple[str, ...]
 
 
-def read_rows(path: Path, skip_bad: bool = False) -> tuple[list[Row], list[str]]:
-    """Rows of a file and what is wrong with the others.
-
-    Raises UserError for a file that is no JSON list and, unless `skip_bad`, for a row that is no example.
-    """
-    try:
-        stat = path.stat()
-        rows, faults = _parsed(path, stat.st_mtime_ns, stat.st_size)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}): name a folder with whole files"
-        ) from error
-    if faults and not skip_bad:
-        first = ", ".join(f"row {number} {fault}" for number, fault in list(faults.items())[:3])
-        raise UserError(
-            f"{path.name} has {len(faults)} bad rows: {first}{', …' if len(faults) > 3 else ''}; "
-            "mend them, or leave them out with --skip-bad-rows"
-        )
-    return list(rows), [
-        f"row {number} of {path.name} {fault}: left out" for number, fault in faults.items()
-    ]
-
-
-@lru_cache(maxsize=64)
-def _parsed(path: Path, changed: int, size: int) -> tuple[tuple[Row, ...], dict[int, str]]:
-    """Rows of a file that are good, and what is wrong with the others; kept until the file changes."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, list):
-        raise UserError(
-            f"{path} holds no list: a dataset is a JSON list of rows with `prompt` and `response`"
-        )
-    faults = {number: fault for number, row in enumerate(found, 1) if (fault := _fault(row))}
-    rows = (
-        Row(Example(row["prompt"], row["response"], row.get("system") or ""), path.name, number)
-        for number, row in enumerate(found, 1)
-        if number not in faults
-    )
-    return tuple(rows), faults
-
-
-def _fault(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return f"is a {type(row).__name__} and no object"
-    for name in ("prompt", "response"):
-        if name not in row:
-            return f"has no {name!r}"
-        if not isinstance(row[name], str) or not row[name].strip():
-            return (
-                f"has an empty {name!r}"
-                if isinstance(row[name], str)
-                else f"has a {name!r} that is no text"
-            )
-    return None if isinstance(row.get("system") or "", str) else "has a 'system' that is no text"
-
-
 def datasets_in(folder: Path) -> list[str]:
     """Names of the datasets that lie in a folder. Raises UserError where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one that the dataset files lie in")
-    stems = [path.stem for path in sorted(folder.glob("*.json")) if path.stem != "dataset_info"]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    stems = [p.stem for p in files if p.suffix in SUFFIXES and p.stem != "dataset_info"]
     endings = tuple(f"_{part}" for part in PARTS)
     return list(dict.fromkeys(s.rsplit("_", 1)[0] if s.endswith(endings) else s for s in stems))
 
@@ -121,19 +52,28 @@ def datasets_in(folder: Path) -> list[str]:
 def dataset_files(folder: Path, name: str) -> tuple[Path, Path | None]:
     """File to train on and the file to evaluate on, None where the first serves for both.
 
-    Raises UserError for a dataset that is not there, naming those near it.
+    Raises UserError for a dataset that is not there, naming those near it, and for a file in two formats.
     """
     known = datasets_in(folder)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
         raise UserError(f"no dataset {name!r} in {folder}; there are: {', '.join(near) or 'none'}")
-    by_part = {part: folder / f"{name}_{part}.json" for part in PARTS}
-    whole = [path for path in (by_part["train"], folder / f"{name}.json") if path.is_file()][:1]
-    others = [by_part[part] for part in ("test", "validation") if by_part[part].is_file()]
+    by_part = {part: _file(folder, f"{name}_{part}") for part in PARTS}
+    whole = [path for path in (by_part["train"], _file(folder, name)) if path][:1]
+    others = [path for part in ("test", "validation") if (path := by_part[part])]
     if len(others) == 2:
-        _refuse_equal(*(read_rows(path, skip_bad=True)[0] for path in others))
+        _refuse_equal(*(read_rows(path, RowRules(skip_bad=True))[0] for path in others))
     files = [*whole, *(others if whole else reversed(others))]
     return files[0], files[1] if len(files) > 1 else None
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    """Return the file of this name, whatever its format. Raises UserError for two."""
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{folder} holds {names}: {NEEDED}; take one of them away")
+    return found[0] if found else None
 
 
 def _refuse_equal(first: Sequence[Row], second: Sequence[Row]) -> None:
@@ -147,7 +87,7 @@ def _refuse_equal(first: Sequence[Row], second: Sequence[Row]) -> None:
 
 
 def read_dataset(
-    folder: Path, name: str, limit: int | None = None, skip_bad: bool = False
+    folder: Path, name: str, limit: int | None = None, rules: RowRules | None = None
 ) -> Dataset:
     """Read one dataset and part its rows by purpose, with at most `limit` rows in all.
 
@@ -155,11 +95,11 @@ def read_dataset(
     questions and for too few rows.
     """
     train_file, evaluation_file = dataset_files(folder, name)
-    train, notes = read_rows(train_file, skip_bad)
+    train, notes = read_rows(train_file, rules)
     kind = answer_kind(row.example.answer for row in train)
     kept: list[Row] = []
     if evaluation_file is not None:
-        kept, more = read_rows(evaluation_file, skip_bad)
+        kept, more = read_rows(evaluation_file, rules)
         _refuse_equal(train, kept)
         notes += more
     seen: set[Any] = set()
@@ -232,7 +172,7 @@ class FileSuite(Suite):
     digest: str
     folder: Path = field(compare=False)
     limit: int | None = None
-    skip_bad: bool = False
+    rules: RowRules = RowRules()
     name: str = "files"
 
     @classmethod
@@ -243,7 +183,7 @@ class FileSuite(Suite):
         val: Sequence[str] = (),
         test: Sequence[str] = (),
         limit: int | None = None,
-        skip_bad: bool = False,
+        rules: RowRules | None = None,
     ) -> FileSuite:
         """Read and check the datasets of a folder; say what was left out of them.
 
@@ -257,9 +197,8 @@ class FileSuite(Suite):
                 f"dataset {twice} is named twice: it is trained on, chosen on or held out, one of these"
             )
         digest = _digest(folder, names)
-        suite = cls(
-            tuple(train), tuple(val), tuple(test), digest, folder.resolve(), limit, skip_bad
-        )
+        parts = (tuple(train), tuple(val), tuple(test))
+        suite = cls(*parts, digest, folder.resolve(), limit, rules or RowRules())
         for note in (note for dataset in suite.datasets.values() for note in dataset.notes):
             say(note)
         suite.refuse_leaks()
@@ -273,19 +212,14 @@ class FileSuite(Suite):
             raise UserError(
                 f"the dataset files in {self.folder} changed since this run was planned: start it again"
             )
-        return {name: read_dataset(self.folder, name, self.limit, self.skip_bad) for name in names}
+        return {name: read_dataset(self.folder, name, self.limit, self.rules) for name in names}
 
     def refuse_leaks(self) -> None:
         """Raise UserError where a question stands in two parts of the split; all rows of the files are looked at."""
         seen: dict[Any, tuple[str, Row]] = {}
         for part in ("train", "val", "test"):
             for name in getattr(self, part):
-                for row in (
-                    row
-                    for path in dataset_files(self.folder, name)
-                    if path
-                    for row in read_rows(path, True)[0]
-                ):
+                for row in _all_rows(self.folder, name, self.rules):
                     other, first = seen.setdefault(row.key, (part, row))
                     if other != part:
                         raise UserError(
@@ -300,6 +234,9 @@ class FileSuite(Suite):
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         return tuple(Task(name, self.datasets[name].kind) for name in self.split.tasks)
+
+    def answer_kind(self, task: str) -> Kind:
+        return self.datasets[self.task(task).name].kind
 
     @property
     def split(self) -> Split:
@@ -324,13 +261,10 @@ class FileSuite(Suite):
     def available(self, purpose: Purpose) -> int:
         return min(len(dataset.rows[purpose]) for dataset in self.datasets.values())
 
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
-
     @cached_property
     def fingerprint(self) -> str:
-        return content_hash("files", VERSION, self.split, self.digest, self.limit, self.skip_bad)
+        versions = (KEYS_VERSION, READING_VERSION)
+        return content_hash("files", versions, self.split, self.digest, self.limit, self.rules)
 
     @cached_property
     def probe_examples(self) -> tuple[Example, ...]:
@@ -360,6 +294,14 @@ class FileSuite(Suite):
         return tuple(" ".join(rng.choices(words, k=16)) for _ in range(32))
 
 
+def _all_rows(folder: Path, name: str, rules: RowRules) -> list[Row]:
+    """Return the good rows of all files of a dataset."""
+    skipping = replace(rules, skip_bad=True)
+    return [
+        row for path in dataset_files(folder, name) if path for row in read_rows(path, skipping)[0]
+    ]
+
+
 def _digest(folder: Path, names: Sequence[str]) -> str:
     """Hash of what stands in the files of the datasets, by name."""
     files = {name: [path for path in dataset_files(folder, name) if path] for name in names}
@@ -371,7 +313,7 @@ def plan_split(
     tasks: Sequence[str],
     held_out: Sequence[str],
     validation: Sequence[str] | None,
-    skip_bad: bool = False,
+    rules: RowRules | None = None,
 ) -> Split:
     """Split datasets into those to train on, the one that chooses, and those to report.
 
@@ -382,8 +324,7 @@ def plan_split(
         raise UserError("no dataset is held out: name at least one with --held-out")
     if validation is None:
         kinds = {
-            name: read_dataset(folder, name, skip_bad=skip_bad).kind
-            for name in [*tasks, held_out[0]]
+            name: read_dataset(folder, name, rules=rules).kind for name in [*tasks, held_out[0]]
         }
         alike = [name for name in tasks if kinds[name] == kinds[held_out[0]]]
         validation = [(alike or list(tasks))[-1]] if tasks else []

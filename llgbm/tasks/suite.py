@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llgbm.runtime import UserError
+from llgbm.tasks.extraction import Kind
 
 # What examples are for: to train on, to condition a generator at evaluation (prompts only), to score on.
 Purpose = Literal["train", "prompts", "evaluation"]
@@ -20,12 +21,14 @@ class Example:
     """Prompt and the answer that the task wants.
 
     Without a `system` text the two follow each other with nothing between. With one, an empty one too, they are turns
-    of a chat, put into the chat template of whatever model reads them.
+    of a chat, put into the chat template of whatever model reads them. `before` are (prompt, answer) pairs that were
+    said earlier.
     """
 
     prompt: str
     answer: str
     system: str | None = None
+    before: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Suite(ABC):
     @abstractmethod
     def available(self, purpose: Purpose) -> int:
         """Return the least number of different examples that every task has for a purpose."""
+
+    def answer_kind(self, task: str) -> Kind:
+        """Return how answers of a task are read; `text` counts by exact match of the whole response."""
+        return "text"
 
     @property
     @abstractmethod

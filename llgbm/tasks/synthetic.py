@@ -180,8 +180,10 @@ class SyntheticSuite(Suite):
     def examples(
         self, task: str, purpose: Purpose, count: int, stream: str, share: tuple[int, int] = WHOLE
     ) -> list[Example]:
-        """Examples are drawn without end, so every stream is a share of its own."""
+        """Examples are drawn without end; every share is a stream of its own."""
         self.task(task)
+        if share[0] > 0:
+            stream = f"{stream} {share[0]} of {share[1]}"
         drawn: Purpose = "train" if purpose == "train" else "evaluation"
         rng = random.Random(stream_seed("examples", task, drawn, stream, VERSION))
         return [self._example(task, draw_words(rng, drawn), rng) for _ in range(count)]

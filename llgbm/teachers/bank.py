@@ -127,6 +127,7 @@ def show_bank(folder: Path) -> dict[str, Any]:
         "sources": {i: entry["source"] for i, entry in adapters.items() if "source" in entry},
         "torn": [i for i, entry in adapters.items() if not is_whole(folder, i, entry)],
         "finished": manifest["measured"] is not None,
+        "cut_answers": (manifest["measured"] or {}).get("cut_answers"),
     }
 
 
@@ -186,6 +187,11 @@ class Bank:
     def facts(self) -> dict[str, float]:
         """Return what was measured when the bank was made, such as `teacher_accuracy`."""
         return _read_cached(self.folder)["measured"]["facts"]
+
+    @property
+    def cut_answers(self) -> int | None:
+        """Count the teachers' answers that were cut at their limit; None in banks that were made without counting."""
+        return _read_cached(self.folder)["measured"].get("cut_answers")
 
     def trajectories(self) -> ProbeSet:
         """Return each task's prompts, continued by its first teacher's own greedy answers."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry
+from llgbm.cache import build_entry, entry_is_whole
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -21,12 +21,14 @@ from llgbm.lora.adapters import (
     write_adapter_files,
 )
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
-from llgbm.models.encoding import EncodedPairs, chat_prompt
+from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
-from llgbm.models.scoring import base_accuracy, encode_examples, exact_match
+from llgbm.models.reading import suite_accuracy
+from llgbm.models.scoring import encode_examples
 from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
+from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
@@ -39,13 +41,13 @@ from llgbm.teachers.train import (
 )
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
-# Longest answer in a trajectory.
-TRAJECTORY_TOKENS = 24
-
 
 def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     """Name of a bank in the cache."""
-    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config)
+    parts: list[str] = []
+    if config.per_task > 1 and isinstance(suite, SyntheticSuite):
+        parts.append("own prompts")  # Teachers of one of its tasks had the same prompts before.
+    return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config, *parts)
 
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
@@ -58,9 +60,12 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
         target.start()
         tasks = [task for task in suite.split.tasks for _ in range(config.per_task)]
         numbers = [index % config.per_task for index in range(len(tasks))]
-        streams = [f"teacher {config.seed} {number}" for number in numbers]
-        source = example_source(suite, base, tasks, streams, config)
-        states = train_teachers(base, spec, config, source).to_state_dicts()
+        found = _with_default_trajectories(root, base, suite, config, spec)
+        if found is None:
+            streams = [f"teacher {config.seed} {number}" for number in numbers]
+            source = example_source(suite, base, tasks, streams, config)
+            found = train_teachers(base, spec, config, source)
+        states = found.to_state_dicts()
         trained = []
         for task, number, state in zip(tasks, numbers, states, strict=True):
             prompts = condition_prompts(suite, task, config, (number, config.per_task))
@@ -71,6 +76,22 @@ def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> B
     return Bank.cached(build_entry(root, "banks", key, write), spec)
 
 
+def _with_default_trajectories(
+    root: Path, base: Base, suite: Suite, config: TeacherConfig, spec: LoraSpec
+) -> LoraBatch | None:
+    """Load the same teachers from the cached bank with trajectories by default, if there is one."""
+    plain = replace(
+        config,
+        trajectories=TeacherConfig.trajectories,
+        max_tokens=TeacherConfig.max_tokens,
+    )
+    folder = root / "banks" / bank_key(base.hash, suite, plain)
+    if plain == config or not entry_is_whole(folder):
+        return None
+    say("its teachers are those of a cached bank: they only answer other prompts")
+    return Bank.cached(folder, spec).load()
+
+
 def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     """Finish the bank of a suite (`per_task` adapters a task) with the accuracy and the answers of its teachers."""
     base, tasks = target.base, suite.split.tasks
@@ -78,18 +99,19 @@ def _measure(target: BankWriter, suite: Suite, config: TeacherConfig) -> None:
     n_examples = min(32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = [own for own in by_task for _ in range(config.per_task)]
-    accuracy_A = exact_match(base, target.spec, target.load(ids), examples)
+    owners = [task for task in tasks for _ in range(config.per_task)]
+    accuracy_A = suite_accuracy(base, suite, owners, examples, (target.spec, target.load(ids)))
     facts = {
         "teacher_accuracy": accuracy_A.mean().item(),
         "worst_teacher_accuracy": accuracy_A.min().item(),
-        "base_accuracy": base_accuracy(base, [e for own in by_task for e in own]),
+        "base_accuracy": suite_accuracy(base, suite, tasks, by_task).mean().item(),
     }
     accuracy = dict(zip(ids, accuracy_A.tolist(), strict=True))
     asked = {}
     for task in tasks:
         own = suite.examples(task, "train", config.trajectories, "trajectory", (0, config.per_task))
-        asked[task] = [chat_prompt(base.tokenizer, e.prompt, e.system) for e in own]
-    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, TRAJECTORY_TOKENS)
+        asked[task] = [example_prompt(base.tokenizer, e) for e in own]
+    target.finish(ids, asked, {"facts": facts, "accuracy": accuracy}, config.max_tokens)
 
 
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
@@ -106,8 +128,8 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
     runs = []
     for task in suite.split.tasks:
         runs += [Run(task, subset, config, suite, base) for subset in range(config.subsets)]
-    for adapter_id in (i for run in runs for i in run.adapter_ids):
-        check_name(adapter_id, "the adapter")
+    for run in runs:
+        _check_run(run)
     with target.opened():
         open_runs = [run for run in runs if target.missing(run.adapter_ids)]
         if open_runs:
@@ -119,6 +141,19 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
         if not target.is_finished:
             _measure(target, suite, teachers)
     return Bank.open(out, base)
+
+
+def _check_run(run: Run) -> None:
+    """Raise UserError, before anything is trained, for a run whose dataset has too few rows or no fit name."""
+    for adapter_id in run.adapter_ids:
+        check_name(adapter_id, "the adapter")
+    rows = run.suite.available("train")
+    if run.config.subsets > rows:
+        raise UserError(
+            f"{run.config.subsets} runs a dataset read rows that do not overlap, and the smallest dataset has {rows} "
+            "rows to train on: use fewer subsets or more rows"
+        )
+    _ = run.prompts
 
 
 def _train_batched(target: BankWriter, runs: Sequence[Run]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.cache import describe_file
+from llgbm.documents import read_json
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -23,13 +23,15 @@ from llgbm.lora.adapters import (
 from llgbm.lora.external import AdapterReader, PlainAdapter
 from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
-from llgbm.models.load import Base
+from llgbm.models.load import COMMIT, Base
 from llgbm.output import STAGE, check_name
 from llgbm.runtime import UserError, content_hash, progress, say, split_revision
+from llgbm.tasks.prompts import check_prompts, read_prompts
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
 PURPOSES = ("train", "evaluation")
+PROMPT_FILES = (PROMPTS, "prompts.jsonl", "prompts.txt")
 # Fields of an adapter's config that decide how its weights are read.
 DECIDING = ("use_rslora", "rank_pattern", "alpha_pattern")
 # Folders that hold a state of a training, and say nothing of its task.
@@ -90,7 +92,11 @@ def import_bank(
     found: list[ExternalAdapter] = []
     for source in sources:
         found += find_adapters(source, options.task, besides=out)
-    given = read_json(prompts_file) if prompts_file else {}
+    given = read_given(prompts_file) if prompts_file else {}
+    if "" in given and len(tasks := {external.task for external in found}) > 1:
+        raise UserError(
+            f"{prompts_file} holds the prompts of one task, and there are {', '.join(sorted(tasks))}: name them by task"
+        )
     names = {base.path, *options.accept_bases}
     reader = AdapterReader(base.model)
     checked = []
@@ -283,8 +289,10 @@ def _place(folder: Path, root: Path, source: str) -> str:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    hub_id, revision = split_revision(name)
+    files = ["*.safetensors", "*.json", "adapter_model.bin"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} is no folder here, and the hub cannot be asked or has no adapter of that name: "
@@ -294,38 +302,59 @@ def _from_hub(name: str) -> Path:
 
 def _check_base(external: ExternalAdapter, names: set[str]) -> None:
     """Raise UserError for an adapter that names another base."""
-    named = read_adapter_config(external.folder)["base_model_name_or_path"]
-    if named and _short(named) not in {_short(name) for name in names}:
+    config = read_adapter_config(external.folder)
+    named, revision = config["base_model_name_or_path"], config["revision"]
+    if revision and re.fullmatch(COMMIT, str(revision)):
+        named = f"{named}@{revision}"
+    if named and not any(_are_one(named, name) for name in names):
         raise UserError(
             f"the adapter in {external.folder} was made for {named}, the bank is of {', '.join(sorted(names))}: leave "
             f"it out, or say with --accept-base {named} that the two are one model"
         )
 
 
+def _are_one(named: str, name: str) -> bool:
+    """Say if two names are of one base: the last part is the same, and no two commits are named."""
+    commits = {split_revision(one)[1] for one in (named, name) if "@" in one}
+    pinned = {commit for commit in commits if commit and re.fullmatch(COMMIT, commit)}
+    return _short(named) == _short(name) and len(pinned) < 2
+
+
 def _short(name: str) -> str:
     return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of JSON, past a byte-order mark. Raises UserError for one that is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}): name a file of prompts"
-        ) from error
+def read_given(path: Path) -> dict[str, Any]:
+    """Read a file of prompts: by task, or those of one task, which stand under "". Raises UserError for none."""
+    if path.suffix == ".json":
+        found = read_json(path, "name a file of prompts")
+        if isinstance(found, dict) and not set(found) & {*PURPOSES, "prompts", "prompt"}:
+            return found
+    return {"": _read_pool(path)}
 
 
-def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
+def _read_pool(path: Path) -> Any:
+    """Return the prompts of a file: a list, or a list for each purpose. Raises UserError for a file of none."""
+    if path.suffix == ".json":
+        found = read_json(path, "name a file of prompts")
+        if isinstance(found, dict) and "prompts" not in found:
+            return found
+        if isinstance(found, list) and all(isinstance(prompt, str) for prompt in found):
+            return found
+    return read_prompts(path)
+
+
+def _prompts_of(external: ExternalAdapter, given: Mapping[str, Any]) -> Prompts:
     """Return an adapter's prompts: those given for its task, or in the file beside it or above it.
 
     A plain list is parted in two. Raises UserError for none.
     """
-    found = given.get(external.task) if isinstance(given, dict) else None
+    found, source = given.get(external.task, given.get("")), "--prompts"
     if found is None:
-        places = [folder / PROMPTS for folder in (external.folder, *_above(external))]
+        folders = (external.folder, *_above(external))
+        places = [folder / name for folder in folders for name in PROMPT_FILES]
         beside = [place for place in places if place.is_file()]
-        found = read_json(beside[0]) if beside else None
+        found, source = (_read_pool(beside[0]), str(beside[0])) if beside else (None, "")
     if isinstance(found, list):
         known = len(found) - len(found) // 3
         found = {"train": found[:known], "evaluation": found[known:]}
@@ -334,6 +363,8 @@ def _prompts_of(external: ExternalAdapter, given: Any) -> Prompts:
             f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name task "
             f'{external.task!r} in --prompts, as {{"train": [...], "evaluation": [...]}} or one list of at least three'
         )
+    for purpose in PURPOSES:
+        check_prompts(found[purpose], source)
     if both := set(found["train"]) & set(found["evaluation"]):
         raise UserError(
             f"a prompt of the adapter in {external.folder} is for training and evaluation both ({min(both)[:60]!r}): "

@@ -18,6 +18,7 @@ from peft import (
 )
 from torch import Tensor
 
+from llgbm.accumulation import make_accelerator
 from llgbm.lora.adapters import PEFT_PREFIX, LoraSpec
 from llgbm.lora.apply import blocks_checkpointed
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
@@ -61,14 +62,12 @@ class PeftRun:
     """Run's state: the adapter inside `model`, its optimiser, and the step."""
 
     def __init__(self, run: Run, model: PeftModel, spec: LoraSpec, shape: BaseShape) -> None:
-        from accelerate import Accelerator
-
         base, config = run.base, run.config
         self.run, self.model, self.shape, self.examples_at = run, model, shape, run.examples_at()
-        self.accelerator = Accelerator(
-            cpu=base.model.device.type == "cpu",
-            mixed_precision="bf16" if base.model.dtype == torch.bfloat16 else "no",
-            gradient_accumulation_steps=config.accumulation,
+        self.accelerator = make_accelerator(
+            "bf16" if base.model.dtype == torch.bfloat16 else "no",
+            config.accumulation,
+            on_cpu=base.model.device.type == "cpu",
         )
         set_peft_model_state_dict(model, initial_state(spec, config.teachers.seed))
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from llgbm.lora.adapters import LoraBatch, LoraSpec, StateDict
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples
-from llgbm.runtime import UserError, progress, release_device_memory, stream_seed
+from llgbm.runtime import UserError, progress, release_device_memory, say, stream_seed
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.writer import NewAdapter
 
@@ -26,7 +26,10 @@ TEACHERS_VERSION = 1
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A."""
+    """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
+
+    A trajectory is an answer of up to `max_tokens` tokens.
+    """
 
     rank: int = 4
     alpha: float = 8.0
@@ -38,11 +41,13 @@ class TeacherConfig:
     condition_train: int = 32
     condition_evaluation: int = 16
     trajectories: int = 16
+    max_tokens: int = 24
 
     def __post_init__(self) -> None:
-        if min(self.per_task, self.steps, self.examples, self.trajectories) < 1:
+        counts = (self.per_task, self.steps, self.examples, self.trajectories, self.max_tokens)
+        if min(counts) < 1:
             raise UserError(
-                "a bank needs at least one teacher a task, one step, one example and one trajectory"
+                "a bank needs at least one teacher a task, one step, one example and one trajectory of one token"
             )
 
 
@@ -110,6 +115,17 @@ def adam_with_decay(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, steps, eta_min=learning_rate / 20
     )
+
+
+def fitted(config: TeacherConfig, suite: Suite) -> TeacherConfig:
+    """Return a configuration that conditions on no more prompts than every dataset has; say where that lowers it."""
+    prompts = suite.available("prompts")
+    if prompts >= config.condition_evaluation:
+        return config
+    say(
+        f"the smallest dataset has {prompts} prompts to condition on, not {config.condition_evaluation}: all are used"
+    )
+    return replace(config, condition_evaluation=prompts)
 
 
 def condition_prompts(
@@ -186,7 +202,11 @@ class SFTConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
-        return {name: value for name, value in asdict(self).items() if name not in savers}
+        found = {name: value for name, value in asdict(self).items() if name not in savers}
+        # Banks that were made before there was this setting have its default.
+        if self.teachers.max_tokens == TeacherConfig.max_tokens:
+            del found["teachers"]["max_tokens"]
+        return found
 
 
 @dataclass(frozen=True)

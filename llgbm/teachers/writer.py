@@ -25,9 +25,9 @@ from llgbm.lora.adapters import (
     write_adapter_files,
 )
 from llgbm.models.load import Base
-from llgbm.models.scoring import greedy_answers
+from llgbm.models.scoring import greedy_continuations
 from llgbm.output import STAGE, Output, check_name, disk_errors, flush, flush_tree, make_folders
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, say
 from llgbm.teachers.bank import (
     CHECKPOINTS,
     FORMAT_VERSION,
@@ -228,18 +228,24 @@ class BankWriter:
     ) -> None:
         """Finish the bank: write each task's first adapter's greedy answers to `asked`, then the results.
 
-        The manifest lists the adapters in the order of `adapter_ids` from then on.
+        The manifest lists the adapters in the order of `adapter_ids` from then on, and how many answers were cut at
+        `max_tokens`.
         """
         manifest = read_manifest(self.folder)
         entries = {i: manifest["adapters"][i] for i in adapter_ids}
         firsts = {entries[i]["task"]: i for i in reversed(adapter_ids)}
         batch = self.load([firsts[task] for task in asked])
-        answers = greedy_answers(self.base, self.spec, batch, list(asked.values()), max_tokens)
-        told = {}
+        lists = list(asked.values())
+        answers = greedy_continuations(self.base, self.spec, batch, lists, max_tokens)
+        told, cut = {}, {}
         for (task, prompts), own in zip(asked.items(), answers, strict=True):
-            told[task] = list(zip(prompts, own, strict=True))
+            told[task] = list(zip(prompts, (answer.text for answer in own), strict=True))
+            cut[task] = sum(answer.is_cut for answer in own)
+        n_cut = _say_what_was_cut(cut, sum(map(len, lists)), max_tokens)
         write_json(self.folder / TRAJECTORIES, told)
-        self._write({**manifest, "adapters": entries, "measured": dict(measured)})
+        self._write(
+            {**manifest, "adapters": entries, "measured": {**measured, "cut_answers": n_cut}}
+        )
 
     def _remove(self) -> None:
         """Remove what was written since the bank was started; files of others stay."""
@@ -255,3 +261,16 @@ class BankWriter:
         for folder in (*places, *tasks, self.folder / CHECKPOINTS):
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _say_what_was_cut(cut: Mapping[str, int], n_answers: int, max_tokens: int) -> int:
+    """Say how many answers of which tasks had not ended at `max_tokens`; return their number."""
+    n_cut = sum(cut.values())
+    if n_cut:
+        tasks = [task for task, count in cut.items() if count]
+        named = ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
+        say(
+            f"{n_cut} of {n_answers} answers of teachers are cut at {max_tokens} tokens ({named}): their behaviour is "
+            "matched up to there; more max-tokens keep them whole"
+        )
+    return n_cut

@@ -153,6 +153,21 @@ def test_a_resumed_training_ends_as_an_unbroken_one(
         train(replace(settings, learning_rate=2e-3), bank, tmp_path / "broken", resume=True)
 
 
+def test_the_environment_of_accelerate_changes_no_loss(
+    tmp_path: Path,
+    bank_folder: Path,
+    settings: TrainSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, bank = replace(settings, steps=2), AdapterBank.open(bank_folder)
+    plain = train(short, bank, tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(short, bank, tmp_path / "other").losses == plain.losses
+    for key, value in train(short, bank, tmp_path / "third").model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[key]), key
+
+
 def test_generated_adapters_are_what_plain_peft_loads(
     tmp_path: Path, bank_folder: Path, settings: TrainSettings, world: World
 ) -> None:

@@ -11,7 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llgbm.dataset import batch_deltas
-from llgbm.estimate import TrialEstimate, WorldSketch, estimate_trial, human, weightless_generator
+from llgbm.estimate import (
+    ProbeSize,
+    TrialEstimate,
+    WorldSketch,
+    estimate_trial,
+    human,
+    weightless_generator,
+)
 from llgbm.generator import GENERATORS
 from llgbm.lora import LoraSpec
 from llgbm.models.load import PublishedSize, model_size, weightless_model
@@ -26,6 +33,8 @@ SAVERS = (
     {"activation_checkpointing": True},
     {"probe_chunk": 1, "activation_checkpointing": True},
     {"lambda_delta": 0.0},
+    {"terms": {"delta": 0, "kl": 1}},
+    {"lambda_delta": 0.0, "terms": {"answers": 1, "kl": 1}},
 )
 
 
@@ -35,13 +44,15 @@ def one_step(
     """A trial, its first batch, and the estimate for probes as long as that batch's."""
     trial = Trial(config, world.data, world.lora_model)
     batch = next(iter(trial.batches()))
-    tokens = batch_deltas(batch).probes.ids_APT.shape[-1]
+    probes = batch_deltas(batch).probes
+    marked = probes.valid_APQ.float().sum(-1).mean().item()
+    size = ProbeSize(probes.ids_APT.shape[-1], marked)
     width = world.data.conditions.train_ANC.shape[-1]
     n_teachers = len(world.data.rows["train"])
     return (
         trial,
         batch,
-        estimate_trial(config, world.base.model, world.bank.spec, n_teachers, width, tokens),
+        estimate_trial(config, world.base.model, world.bank.spec, n_teachers, width, size),
     )
 
 
@@ -92,12 +103,12 @@ def test_published_sizes_fit_a_gpu_of_80_gigabytes(
     base = weightless_model(name)
     spec = LoraSpec.from_model(base, size.rank, size.alpha)
     config = TrainingConfig(model_size=name, batch_size=adapters, n_probes=5)
-    estimate = estimate_trial(config, base, spec, 100, 384, 64)
+    estimate = estimate_trial(config, base, spec, 100, 384, ProbeSize(64))
     assert estimate.adapter_values == values
     assert estimate.generator_parameters == pytest.approx(generator, rel=0.02)
     assert estimate.peak_bytes < 0.8 * 80e9
     saving = replace(config, activation_checkpointing=True, probe_chunk=1)
-    saved = estimate_trial(saving, base, spec, 100, 384, 64)
+    saved = estimate_trial(saving, base, spec, 100, 384, ProbeSize(64))
     assert saved.memory["activations"] < estimate.memory["activations"] / 10
     assert saved.step_flops == pytest.approx(2 * estimate.step_flops, rel=0.05)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import string
+from fractions import Fraction
 
+import base_answers
 import pytest
 from answer_cases import CHOICE, DIALOGUE, DIGITS, METALS, NUMBER, NUMBERED, PAIR, TRUTH
 from helpers import SHARED
@@ -21,19 +23,23 @@ from llgbm.tasks.extraction import (
     rivals,
 )
 
+KINDS = ("truth", "number", "text")
 TABLE = [
-    *(
-        ("choice", prompt, response, wanted)
-        for prompt, cases in CHOICE.items()
-        for response, wanted in cases
-    ),
-    *(("truth", "is snow cold?", response, wanted) for response, wanted in TRUTH),
-    *(("number", "How many eggs are there?", response, wanted) for response, wanted in NUMBER),
+    ("choice", prompt, response, wanted)
+    for table in (CHOICE, base_answers.CHOICE)
+    for prompt, cases in table.items()
+    for response, wanted in cases
 ]
+for kind, cases in zip(
+    KINDS,
+    (TRUTH + base_answers.TRUTH, NUMBER + base_answers.NUMBER, base_answers.TEXT),
+    strict=True,
+):
+    TABLE += [(kind, "is snow cold?", response, wanted) for response, wanted in cases]
 
 
 def test_the_table_is_large_and_names_no_case_twice() -> None:
-    assert len(TABLE) >= 200
+    assert len(TABLE) >= 450
     assert len({case[:3] for case in TABLE}) == len(TABLE)
 
 
@@ -54,11 +60,23 @@ def test_choices_are_those_of_the_question_and_not_of_its_story() -> None:
 def test_a_question_is_the_same_in_another_order_and_spelling_and_another_with_other_choices() -> (
     None
 ):
-    shuffled = "Which material CONDUCTS electricity best\n1: Glass\n2: rubber.\n3: copper  wire\n4: dry wood"
-    closed = f"{METALS}.\nPlease answer the question choosing from A/B/C/D."
+    shuffled = "Which material conducts\u00a0electricity best? \n1: glass\n2: rubber\n3: copper  wire\n4: dry wood"
+    closed = f"\ufeff{METALS}\nPlease answer the question choosing from A/B/C/D."
     assert question_key(METALS) == question_key(shuffled) == question_key(closed)
+    assert question_key("caf\u00e9?") == question_key("cafe\u0301?")
     assert question_key(METALS) != question_key(METALS.replace("glass", "gold"))
     assert question_key("What is 3 + 4?") != question_key("What is 3 - 4?")
+    for one, other in (
+        ("(1+2)*3", "1+(2*3)"),
+        ("5! = ?", "5 = ?"),
+        ("[()]", "([])"),
+        ("is US", "is us"),
+    ):
+        assert question_key(one) != question_key(other)
+    brackets = {
+        question_key(f"close: {bits:06b}".translate({48: "(", 49: "["})) for bits in range(60)
+    }
+    assert len(brackets) == 60
     assert question_key("\u4f60\u597d") != question_key("\u518d\u89c1")
 
 
@@ -107,7 +125,7 @@ def test_any_text_has_at_most_one_answer_of_those_allowed(response: str) -> None
     assert extract("choice", METALS, response) in {None, *"ABCD"}
     assert extract("truth", "is it?", response) in {None, "True", "False"}
     number = extract("number", "how many?", response)
-    assert number is None or float(number) == float(number)
+    assert number is None or str(Fraction(number)) == str(Fraction(number))
 
 
 @given(

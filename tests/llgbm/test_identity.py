@@ -6,7 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llgbm.tasks.suite import Example
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource, bank_hash
 from llgbm.teachers.train import TeacherConfig
+from llgbm.terms.registry import built_in_terms, make_term
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World, WorldConfig
 from tuning.studies.spec import TrialSpec
@@ -109,6 +110,49 @@ def test_a_suite_with_another_fingerprint_is_another(monkeypatch: pytest.MonkeyP
     assert trial(suite=changed).id != before
 
 
+# Words and names that a field may hold beside its default.
+NAMES = {"name": "hyperconv", "dtype": "bfloat16", "measure": "relative"}
+
+
+def changed(name: str, value: Any) -> Any:
+    """Another value of a field."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 0.125
+    if isinstance(value, tuple):
+        return (*value, "more")
+    if isinstance(value, str):
+        return NAMES.get(name, f"{value}9")
+    return 7  # where there was none
+
+
+def changes_of(whole: Any) -> dict[str, Any]:
+    """A dataclass with one field changed, by the name of the field; of dataclasses inside it, one of theirs."""
+    found: dict[str, Any] = {}
+    for one in fields(whole):
+        own = getattr(whole, one.name)
+        if not one.compare:
+            continue
+        if not is_dataclass(own):
+            found[one.name] = replace(whole, **{one.name: changed(one.name, own)})
+            continue
+        for inner, value in changes_of(own).items():
+            found[f"{one.name}.{inner}"] = replace(whole, **{one.name: value})
+    return found
+
+
+FILES = FileSuite(("river",), ("stone",), ("cloud",), "0" * 16, Path("here"))
+GENERATORS = changes_of(GeneratorConfig())
+SUITES = {**changes_of(SyntheticSuite()), "files": FILES}
+SUITES |= {f"files.{name}": suite for name, suite in changes_of(FILES).items()}
+PRETRAINED, TAUGHT = changes_of(PretrainConfig()), changes_of(TeacherConfig())
+BASES, BANKS = changes_of(BASE), changes_of(BANK)
+
+OTHER_TERMS = [name for name in built_in_terms() if name not in ("weight", "delta")]
+
 # For every input of a trial, values that it may take beside its default.
 CONFIGS: dict[str, list[Any]] = {
     "lambda_weight": [0.0, 0.31, 1.0],
@@ -130,29 +174,53 @@ CONFIGS: dict[str, list[Any]] = {
     "probe_chunk": [1, 2],
     "eval_every": [50, 200],
     "patience": [1, 3],
-    "generator": [
-        GeneratorConfig("hyperconv"),
-        GeneratorConfig(hidden=8),
-        GeneratorConfig(blocks=2),
-    ],
+    "generator": list(GENERATORS.values()),
+    "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }
+# What a term is given alone has no effect without it, and its code follows from its name.
+OF_TERMS = {"term_options", "term_code"}
 WORLDS: dict[str, list[Any]] = {
     "size": ["micro"],
-    "suite": [SyntheticSuite(n_test=12), SyntheticSuite(split_seed=1), Mine()],
-    "pretrain": [PretrainConfig(steps=1999), PretrainConfig(seed=1)],
-    "teachers": [TeacherConfig(rank=2), TeacherConfig(alpha=4.0), TeacherConfig(trajectories=8)],
+    "suite": [*SUITES.values(), Mine(), Theirs()],
+    "pretrain": list(PRETRAINED.values()),
+    "teachers": list(TAUGHT.values()),
     "encoder_hash": ["base"],
     "delta_probes": ["generic", "domain"],
     "eval_examples": [4, 25],
     "smoke": [True],
-    "base": [BASE, replace(BASE, hash="2" * 16), replace(BASE, dtype="bfloat16")],
-    "bank": [BANK, replace(BANK, hash="2" * 16)],
+    "base": [BASE, *BASES.values()],
+    "bank": [BANK, *BANKS.values()],
 }
 
 
 def test_the_changes_below_are_to_every_input() -> None:
-    assert set(CONFIGS) == {f.name for f in fields(TrainingConfig) if f.compare}
+    assert set(CONFIGS) | OF_TERMS == {f.name for f in fields(TrainingConfig) if f.compare}
     assert set(WORLDS) == {f.name for f in fields(WorldConfig) if f.compare}
+
+
+def options_of_terms() -> list[TrainingConfig]:
+    """A configuration for each option of each term, that option changed."""
+    found = []
+    for name in OTHER_TERMS:
+        for option, term in changes_of(make_term(name, {})).items():
+            given = {f"{name}.{option}": getattr(term, option)}
+            found.append(TrainingConfig(terms={name: 0.5}, term_options=given))
+    return found
+
+
+def test_every_field_of_every_part_has_an_id_of_its_own() -> None:
+    """Whatever dataclass a trial holds, and whatever new field it gets: a change to any one of them is seen."""
+    specs = [trial(TrainingConfig(generator=generator)) for generator in GENERATORS.values()]
+    specs += [trial(pretrain=one) for one in PRETRAINED.values()]
+    specs += [trial(teachers=one) for one in TAUGHT.values()]
+    specs += [trial(suite=one, base=BASE) for one in SUITES.values()]
+    specs += [trial(base=one) for one in (BASE, *BASES.values())]
+    specs += [trial(base=BASE, bank=one) for one in (BANK, *BANKS.values())]
+    specs += [trial(one) for one in options_of_terms()]
+    assert len({spec.id for spec in (trial(), *specs)}) == len(specs) + 1
+    assert len(TAUGHT) == len(fields(TeacherConfig)) and "rules.longest" in changes_of(FILES)
+    moved = replace(FILES, folder=Path("elsewhere"))
+    assert trial(suite=moved, base=BASE).id == trial(suite=FILES, base=BASE).id
 
 
 def drawn(changes: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:

@@ -65,6 +65,17 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def test_answers_that_are_cut_are_counted(foreign: Path, tiny_base: Base, capsys: Any) -> None:
+    for limit in ("1", "2"):
+        assert take(foreign, tiny_base, foreign.parent / limit, f"--max-tokens={limit}") == 0
+        captured = capsys.readouterr()
+        cut = json.loads(captured.out)["cut_answers"]
+        assert f"{cut} of 2 answers of teachers are cut at {limit} tokens (" in captured.err
+        bank = Bank.open(foreign.parent / limit, tiny_base)
+        told = bank.trajectories()
+        assert bank.cut_answers == cut > 0 and len(told.of("one")) == len(told.of("two")) == 1
+
+
 def test_what_is_taken_over_is_a_bank(
     foreign: Path,
     tiny_base: Base,

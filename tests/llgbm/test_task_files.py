@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 
 from llgbm.models.encoding import chat_prompt, encode_pairs
 from llgbm.runtime import UserError
-from llgbm.tasks.files import (
-    FileSuite,
-    dataset_files,
-    datasets_in,
-    plan_split,
-    read_dataset,
-    read_rows,
-)
+from llgbm.tasks.files import FileSuite, dataset_files, datasets_in, plan_split, read_dataset
+from llgbm.tasks.forms import RowRules
+from llgbm.tasks.rows import read_rows
 
 
 @pytest.fixture
@@ -192,7 +187,7 @@ def test_bad_rows_are_named_with_file_and_number_or_left_out_on_demand(
     write_rows(folder, "river_train", [*rows("river", 20), row, *rows("river", 20, start=20)])
     with pytest.raises(UserError, match=f"river_train.json has 1 bad rows: row 21 {message}"):
         read_dataset(folder, "river")
-    found, notes = read_rows(folder / "river_train.json", skip_bad=True)
+    found, notes = read_rows(folder / "river_train.json", RowRules(skip_bad=True))
     assert len(found) == 40 and notes == [f"row 21 of river_train.json {message}: left out"]
     assert found[20].number == 22
 
@@ -216,10 +211,11 @@ def test_what_is_not_there_is_named_with_what_is_near(folder: Path) -> None:
 
 
 def reworded(row: dict[str, str]) -> dict[str, str]:
-    """The same question, its choices in another order and its words in capitals."""
+    """The same question, its choices in another order, with other blanks and other labels."""
     stem, *offered = row["prompt"].splitlines()
     turned = [f"{label}: {line[3:]}" for label, line in zip("1234", reversed(offered), strict=True)]
-    return {**row, "prompt": "\n".join([stem.upper(), *turned]), "response": "[1]"}
+    spaced = stem.replace(" ", "\u00a0\t ")
+    return {**row, "prompt": "\n".join([f"\ufeff{spaced}", *turned]), "response": "[1]"}
 
 
 @pytest.mark.parametrize("change", [dict, reworded])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from llgbm.models.scoring import (
     encode_examples,
     exact_match,
     greedy_answers,
+    greedy_continuations,
     right_answers,
 )
 from llgbm.runtime import UserError
@@ -98,6 +100,17 @@ def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> N
     for example, right in zip(examples[1], wanted[1], strict=True):
         assert exact_match(base, bank.spec, batch.select([1]), [[example]]).item() == right
     assert greedy_answers(base, bank.spec, batch, prompts) == answers
+    # An answer is cut where `generate` had not come to an end token.
+    short = greedy_continuations(base, bank.spec, batch, prompts, 3)
+    for adapter_id, own, asked in zip(adapter_ids, short, prompts, strict=True):
+        model = PeftModel.from_pretrained(
+            fresh(base), str(bank.adapter_folder(adapter_id))
+        ).merge_and_unload()
+        ended = [end in generated(model, base, prompt, 3) for prompt in asked]
+        assert [answer.is_cut for answer in own] == [not one for one in ended]
+    assert 0 < sum(answer.is_cut for own in short for answer in own)
+    whole = greedy_continuations(base, bank.spec, batch, prompts, 24)
+    assert not any(answer.is_cut for own in whole for answer in own)
     with_base = [
         Example(p, base.tokenizer.decode(generated(base.model, base, p)[:-1])) for p in prompts[0]
     ]
@@ -247,3 +260,38 @@ def test_a_bank_of_nothing_is_refused() -> None:
     for name in ("per_task", "steps", "examples", "trajectories"):
         with pytest.raises(UserError, match="at least one"):
             TeacherConfig(**{name: 0})
+
+
+def test_other_trajectories_are_answered_by_the_same_teachers(
+    tmp_path: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, steps=2, examples=1, condition_train=2, condition_evaluation=2)
+    suite = SyntheticSuite(n_operations=2, n_formats=2, n_val=1, n_test=1)
+    first = build_bank(tmp_path, tiny_base, suite, config)
+    monkeypatch.setattr("llgbm.teachers.build.train_teachers", None)
+    more = replace(config, trajectories=18, max_tokens=3)
+    second = build_bank(tmp_path, tiny_base, suite, more)
+    assert second.hash != first.hash and second.adapters == first.adapters
+    for adapter_id in first.adapters:
+        assert second.prompts(adapter_id) == first.prompts(adapter_id)
+    same = second.load().flatten(second.spec), first.load().flatten(first.spec)
+    assert torch.equal(*same)
+    short, long = (bank.trajectories() for bank in (second, first))
+    for task in suite.tasks:
+        assert len(short.of(task.name)) == 18 and len(long.of(task.name)) == 16
+        for cut, whole in zip(short.of(task.name), long.of(task.name), strict=False):
+            assert cut.prompt == whole.prompt
+            # A token may end within a letter.
+            assert str(whole.continuation).startswith(str(cut.continuation).rstrip("\ufffd"))
+
+
+def test_answers_that_are_cut_are_counted(world: World, capsys: pytest.CaptureFixture) -> None:
+    batch = world.bank.load().select([0])
+    prompts = [[probe.prompt for probe in next(iter(world.bank.trajectories().probes.values()))]]
+    whole = greedy_continuations(world.base, world.bank.spec, batch, prompts, 60)[0]
+    tokens = [len(world.base.tokenizer(text)["input_ids"]) for text, _ in whole]
+    for limit in (1, 3, 5):
+        cut = greedy_continuations(world.base, world.bank.spec, batch, prompts, limit)[0]
+        # The end token counts, too.
+        wanted = [is_cut or n + 1 > limit for (_, is_cut), n in zip(whole, tokens, strict=True)]
+        assert [is_cut for _, is_cut in cut] == wanted

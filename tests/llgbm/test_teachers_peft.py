@@ -111,8 +111,16 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
         files = {"adapter_model.safetensors", "adapter_config.json", "prompts.json"}
         assert {p.name for p in folder.iterdir()} == files
         assert [len(bank.prompts(adapter_id)[p]) for p in ("train", "evaluation")] == [4, 3]
+    first, second = (bank.prompts(f"copy-plain_{i}") for i in range(2))
+    assert not set(first["train"]) & set(second["train"])  # each is given prompts of its own
+    assert first["evaluation"] == second["evaluation"]
     assert len(bank.trajectories().of("copy-plain")) == 2
-    assert set(bank.facts) == {"teacher_accuracy", "worst_teacher_accuracy", "base_accuracy"}
+    assert set(bank.facts) == {
+        "teacher_accuracy",
+        "worst_teacher_accuracy",
+        "base_accuracy",
+        "cut_trajectories",
+    }
     assert show_bank(bank.folder)["torn"] == [] and show_bank(bank.folder)["finished"]
     assert Bank.open(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash
 
@@ -140,6 +148,14 @@ def test_saving_memory_changes_no_adapter(
     saved = values(bank_of(tiny_base, tmp_path / "bank", replace(TWO_EACH, **change)))  # type: ignore[arg-type]
     difference = (saved - values(banks["two"])).abs()
     assert (difference < 1e-5).float().mean() > 0.999 and difference.max() < 1e-3
+
+
+def test_the_environment_of_accelerate_changes_no_teacher(
+    banks: dict[str, Bank], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert torch.equal(values(bank_of(tiny_base, tmp_path, ONE_EACH)), values(banks["peft"]))
 
 
 class Killed(BaseException):

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from llgbm.accumulation import weighted_pieces
 from llgbm.dataset import create_dataloader
 from llgbm.generator import GeneratorConfig
 from llgbm.runtime import UserError
+from llgbm.terms.registry import built_in_terms
 from llgbm.training import TrainingConfig, Trial, train
 from llgbm.world import World
 
@@ -40,25 +42,55 @@ def test_a_resumed_run_with_dropout_equals_an_unbroken_one(
     assert losses_of(dropping, world, state=state) == unbroken[10:]
 
 
-def gradients(config: TrainingConfig, world: World, pieces: list[slice]) -> list[torch.Tensor]:
-    """Return the clipped gradients of one step over rows of a batch of 8."""
-    trial = Trial(config, world.data, world.lora_model)
+def gradients(config: TrainingConfig, world: World, n_pieces: int) -> list[torch.Tensor]:
+    """Return the gradients, before clipping, of one step over 8 rows in equal pieces."""
+    per_piece = 8 // n_pieces
+    own = replace(config, batch_size=per_piece, gradient_accumulation=n_pieces)
+    trial = Trial(own, world.data, world.lora_model)
     trial.optimizer.zero_grad = lambda **_: None
+    trial.accelerator.clip_grad_norm_ = lambda *_: None
     loader = create_dataloader(trial.dataset, 8, 1, config.seed)
     batch = next(iter(loader))
-    for rows in pieces:
-        trial.advance({name: value[rows] for name, value in batch.items()})
+    # Texts of one mark in the first half: the pieces average over unequal numbers of marked positions.
+    batch["valid"][:4, :, 1:] = False
+    rows = [slice(at, at + per_piece) for at in range(0, 8, per_piece)]
+    trial.batches = lambda: [{k: v[own] for k, v in batch.items()} for own in rows]
+    steps = trial.remaining()
+    for _ in rows:
+        next(steps)
     return [p.grad for p in trial.generator.parameters()]
 
 
-def test_two_pieces_are_the_large_batch(world: World, config: TrainingConfig) -> None:
-    """For the weight loss to the bit of rounding; the delta loss is a mean over a piece's own marked positions."""
-    config = replace(config, lambda_weight=1.0, lambda_delta=0.0)
-    whole = gradients(replace(config, batch_size=8), world, [slice(0, 8)])
-    halved = replace(config, batch_size=4, gradient_accumulation=2)
-    pieces = gradients(halved, world, [slice(0, 4), slice(4, 8)])
-    for one, other in zip(whole, pieces, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("reading", ["per_probe", "mean"])
+@pytest.mark.parametrize("lambdas", [(1.0, 0.0), (0.0, 1.0), (0.3, 1.0)])
+def test_pieces_are_the_large_batch(
+    world: World, config: TrainingConfig, lambdas: tuple[float, float], reading: str
+) -> None:
+    weight, delta = lambdas
+    config = replace(config, lambda_weight=weight, lambda_delta=delta, delta_reading=reading)
+    whole = gradients(config, world, 1)
+    for n_pieces in (2, 4):
+        for one, other in zip(whole, gradients(config, world, n_pieces), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_are_the_large_batch_for_every_term(world: World, config: TrainingConfig) -> None:
+    config = replace(config, terms=dict.fromkeys(built_in_terms(), 1.0))
+    pairs = zip(gradients(config, world, 1), gradients(config, world, 2), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_piece_counts_for_as_much_as_it_holds() -> None:
+    rows = [[1.0, 5.0], [3.0], [2.0], [4.0, 6.0, 9.0]]
+    found = [
+        factors["mean"] * sum(row) / len(row) / 2
+        for row, factors in weighted_pieces(rows, 2, lambda row: {"mean": len(row)})
+        if factors
+    ]
+    assert found[0] + found[1] == pytest.approx(3) and found[2] + found[3] == pytest.approx(5.25)
+    with pytest.raises(ValueError, match="no piece holds a value of mean"):
+        next(weighted_pieces([[]], 2, lambda row: {"mean": len(row)}))
 
 
 def test_rate_and_weights_change_at_whole_steps_only(world: World, config: TrainingConfig) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 import llgbm.__main__ as command_line
 import tuning.report.__main__ as report
-from llgbm.estimate import estimate_trial, human
+from llgbm.estimate import ProbeSize, estimate_trial, human
 from llgbm.lora import LoraSpec
 from llgbm.models.load import SIZES, Base, PublishedSize, weightless_model
 from llgbm.training import TrainingConfig
@@ -137,7 +137,9 @@ def table_row(size: str, adapters: int, tokens: int) -> str:
     spec = LoraSpec.from_model(base, published.rank, published.alpha)
     config = TrainingConfig(model_size=size, batch_size=adapters, n_probes=5)
     plain, saving = (
-        estimate_trial(replace(config, activation_checkpointing=on), base, spec, 20, 384, tokens)
+        estimate_trial(
+            replace(config, activation_checkpointing=on), base, spec, 20, 384, ProbeSize(tokens)
+        )
         for on in (False, True)
     )
     counts = [

@@ -37,7 +37,7 @@ from llgbm.lora import LoraBatch
 from llgbm.models.load import load_base
 from llgbm.runtime import UserError
 from llgbm.teachers.bank import Bank, BankSource, read_manifest
-from llgbm.teachers.build import TRAJECTORY_TOKENS, build_bank
+from llgbm.teachers.build import build_bank
 from llgbm.teachers.writer import BankWriter
 from llgbm.world import gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
@@ -121,7 +121,7 @@ def test_a_bank_of_version_1_is_written_on_under_its_hash() -> None:
             Bank.open(folder, base)
         told = before.trajectories()
         asked = {topic: [probe.prompt for probe in told.of(topic)] for topic in TOPICS[:3]}
-        writer.finish(list(before.adapters), asked, {"facts": facts}, TRAJECTORY_TOKENS)
+        writer.finish(list(before.adapters), asked, {"facts": facts}, 24)
     after = Bank.open(folder, base)
     assert (after.hash, after.adapters) == (before.hash, before.adapters)
     assert read_manifest(folder)["version"] == 2 and not (folder / "bank.json").exists()

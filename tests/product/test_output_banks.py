@@ -140,7 +140,7 @@ def test_a_refused_command_leaves_no_half_bank(
         raise UserError("the chat template has no system turn: leave --chat out")
 
     # Stands for whatever is found out late; today a template that refuses the prompts.
-    monkeypatch.setattr("llgbm.teachers.writer.greedy_answers", refuse)
+    monkeypatch.setattr("llgbm.teachers.writer.greedy_continuations", refuse)
     assert main(command) == 2
     assert tree(user) == {}
     (user / "new").mkdir()

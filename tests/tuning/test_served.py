@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load
 
 
@@ -45,5 +47,83 @@ def test_each_row_becomes_one_adapter() -> None:
 
 @pytest.mark.parametrize("bad", ["give the first word", "[]", '["a", 3]', '{"a": 1}', '["  "]'])
 def test_rows_that_are_no_prompts_are_named(bad: str) -> None:
-    with pytest.raises(ValueError, match="row 1: `prompts` must be a JSON list"):
+    with pytest.raises(MlflowException, match="row 1: `prompts` must be a JSON list"):
         predict('["fine"]', bad)
+
+
+def payload(cell: object, column: str = "prompts") -> dict[str, object]:
+    return {"dataframe_split": {"columns": [column], "data": [[cell]]}}
+
+
+# What a client may send, and what the message of the answer says of it.
+WRONG = [
+    (payload("give the first word"), "must be a JSON list of one or more texts"),
+    (payload("[]"), "must be a JSON list of one or more texts, got '[]'"),
+    (payload('[""]'), "must be a JSON list of one or more texts"),
+    (payload("[1, 2]"), "must be a JSON list of one or more texts, got '[1, 2]'"),
+    (payload('[["a"], ["b"]]'), "must be a JSON list of one or more texts"),
+    (payload('{"a": 1}'), "must be a JSON list of one or more texts"),
+    (payload("[" * 100_000), "must be a JSON list of one or more texts"),
+    (payload(json.dumps(["word"] * 10_000)), "10000 prompts, at most 1000 are read"),
+    (payload(["a", "b"]), "prompts"),
+    (payload([["a"], ["b"]]), "prompts"),
+    (payload([]), "prompts"),
+    (payload(7), "prompts"),
+    (payload(None), "prompts"),
+    (payload('["a"]', "prompt"), "missing inputs ['prompts']"),
+    ({"prompts": ["a"]}, "exactly one of the input fields"),
+    ({"inputs": {"prompts": "text"}}, "must be a JSON list of one or more texts"),
+    ({"inputs": ["a", "b"]}, "prompts"),
+    ({"dataframe_records": [{"prompts": "text"}]}, "must be a JSON list of one or more texts"),
+    ({"dataframe_records": "text"}, "Dataframe records format must be a list"),
+    ([], "JSON"),
+    ("text", "JSON"),
+]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object], tuple[int, str]]:
+    """What MLflow's scoring server answers: status and message."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc.scoring_server import invocations
+    from mlflow.types.schema import ColSpec, Schema
+
+    from tuning.registry.served import GeneratorModel
+
+    class Small(GeneratorModel):
+        def load_context(self, context: object) -> None:
+            self.bundle = WordBundle()  # type: ignore[assignment]
+
+    folder = tmp_path_factory.mktemp("served") / "model"
+    schema = Schema([ColSpec("string", "prompts")])
+    mlflow.pyfunc.save_model(
+        folder, python_model=Small(), signature=ModelSignature(schema), pip_requirements=[]
+    )
+    model = mlflow.pyfunc.load_model(str(folder))
+
+    def score(body: object) -> tuple[int, str]:
+        try:
+            answer = invocations(json.dumps(body), "application/json", model, schema)
+        except MlflowException as error:
+            return error.get_http_status_code(), str(
+                json.loads(error.serialize_as_json())["message"]
+            )
+        return answer.status, answer.response
+
+    return score
+
+
+@pytest.mark.parametrize(("body", "reason"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_request_gets_its_reason_in_the_message(
+    scored: Callable[[object], tuple[int, str]], body: object, reason: str
+) -> None:
+    status, message = scored(body)
+    assert status == 400 and reason in message and "Traceback" not in message
+    assert "unexpected error" not in message
+
+
+def test_a_right_request_is_answered(scored: Callable[[object], tuple[int, str]]) -> None:
+    status, answer = scored(payload('["one two", "three"]'))
+    (row,) = json.loads(answer)["predictions"]
+    assert status == 200 and json.loads(row["adapter_config"])["r"] == 2

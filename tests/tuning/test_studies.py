@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from llgbm.generator import GENERATORS
 from llgbm.losses import DELTA_LOSSES
 from llgbm.runtime import UserError
-from llgbm.training import DELTA_PROBES, DELTA_READINGS, TrainingConfig
+from llgbm.training import TrainingConfig
+from llgbm.training_config import DELTA_PROBES, DELTA_READINGS
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.run_ablation import main
 from tuning.studies import (

@@ -10,6 +10,7 @@ is a tag of the model, for `rollback`; the alias is authoritative, and entries t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from tuning.registry.versions import (
     existing_versions,
     resolve,
 )
+from tuning.tracking.runs import finite
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,7 +66,7 @@ class Measured:
             float(tags.get(SCORE_TAG, "nan")),
             tags.get(METRIC_TAG, ""),
             tags.get(DATA_TAG, ""),
-            json.loads(tags.get(PER_TASK_TAG, "{}")),
+            finite(json.loads(tags.get(PER_TASK_TAG, "{}"))),
         )
 
 
@@ -89,7 +91,12 @@ class Decision:
 
 
 def decide_alias(champion: Measured | None, new: Measured, rivals: Rivals = Rivals()) -> Decision:
-    """Return `champion` for a version that is above the best baseline and better than the champion, if there is one."""
+    """Return `champion` for a version that is above the best baseline and better than the champion, if there is one.
+
+    A score that is not finite makes no champion.
+    """
+    if not math.isfinite(new.score):
+        return Decision(CHALLENGER, f"Its {new.metric} is {new.score}.")
     if rivals.baseline is not None and not new.score > rivals.baseline[1]:
         name, score = rivals.baseline
         return Decision(

@@ -33,6 +33,7 @@ from tuning.registry.versions import (
     resolve,
     versions_of,
 )
+from tuning.tracking.runs import finite
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -292,7 +293,8 @@ def register_best(
     specs = {trial.id: trial for trial in study.trials}
     registered = []
     for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        done = [r for r in results if r.is_complete and specs[r.trial_id].world.size == size]
+        own = [r for r in results if r.is_complete and specs[r.trial_id].world.size == size]
+        done = [r for r in own if study.metric in r.metrics]
         done.sort(key=lambda r: -r.metrics[study.metric])
         candidates = read_candidates(tracker, done, study.metric)
         if candidates:
@@ -327,6 +329,9 @@ def read_candidates(
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(tracker.download_artifacts(trial.run_id, "per_task.json", folder))
                 figures = json.loads(path.read_text())["val"][metric.removeprefix("val/")]
+                per_task = {str(task): float(value) for task, value in figures.items()}
+                if finite(per_task) != per_task:
+                    raise ValueError(f"its {metric} by task is not finite")
                 # Only the best is registered: its generator must be there.
                 if not found:
                     tracker.download_artifacts(trial.run_id, f"generator/{BUNDLE_FILE}", folder)
@@ -336,12 +341,12 @@ def read_candidates(
                 f"is not registered: {str(error).partition(chr(10))[0][:200]}"
             )
         else:
-            found.append((trial, {str(task): float(value) for task, value in figures.items()}))
+            found.append((trial, per_task))
     return found
 
 
 def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] | None:
-    """Return name and validation score of the best baseline of a world, None for a smoke world."""
+    """Return name and validation score of the best baseline of a world, None for a smoke world or without a score."""
     from llgbm.evaluation.baselines import UPPER_BOUND, known_baselines
 
     if world.config.smoke:
@@ -350,8 +355,10 @@ def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] |
     scores = {
         name: values[key]
         for name, values in known_baselines(cache, world.data, world.lora_model, "val").items()
-        if name != UPPER_BOUND
+        if name != UPPER_BOUND and math.isfinite(values[key])
     }
+    if not scores:
+        return None
     name = max(scores, key=lambda name: scores[name])
     return name, scores[name]
 

@@ -10,11 +10,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 if TYPE_CHECKING:
     from llgbm.generator.bundle import GeneratorBundle
+
+
+# Of one request; a task is described by far fewer.
+MOST_PROMPTS = 1000
 
 
 class GeneratorModel(PythonModel):
@@ -38,7 +43,8 @@ class GeneratorModel(PythonModel):
         """Return `adapter_safetensors_base64` and `adapter_config` (JSON), row by row.
 
         Write the decoded first as `adapter_model.safetensors` and the second as `adapter_config.json` into a folder,
-        and PEFT loads it. Raises ValueError naming the row whose prompts cannot be used.
+        and PEFT loads it. Raises MlflowException naming the row whose prompts cannot be used: of other errors the
+        server keeps the reason to itself.
         """
         config = json.dumps(self.bundle.adapter_config())
         rows = [_prompts(index, text) for index, text in enumerate(model_input["prompts"])]
@@ -50,17 +56,18 @@ class GeneratorModel(PythonModel):
     def _adapter(self, prompts: list[str]) -> str:
         from safetensors.torch import save
 
-        state = {
-            key: tensor.detach().cpu().contiguous()
-            for key, tensor in self.bundle.generate(prompts).items()
-        }
+        try:
+            generated = self.bundle.generate(prompts)
+        except ValueError as error:  # what a user can mend, such as an encoder that is another
+            raise _refusal(str(error)) from error
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in generated.items()}
         return base64.b64encode(save(state, metadata={"format": "pt"})).decode("ascii")
 
 
-def _prompts(index: int, text: str) -> list[str]:
+def _prompts(index: int, text: Any) -> list[str]:
     try:
         prompts = json.loads(text)
-    except (TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         prompts = None
     usable = (
         isinstance(prompts, list)
@@ -68,10 +75,16 @@ def _prompts(index: int, text: str) -> list[str]:
         and all(isinstance(p, str) and p.strip() for p in prompts)
     )
     if not usable:
-        raise ValueError(
+        raise _refusal(
             f"row {index}: `prompts` must be a JSON list of one or more texts, got {str(text)[:80]!r}"
         )
+    if len(prompts) > MOST_PROMPTS:
+        raise _refusal(f"row {index}: {len(prompts)} prompts, at most {MOST_PROMPTS} are read")
     return prompts
+
+
+def _refusal(reason: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(reason)
 
 
 set_model(GeneratorModel())

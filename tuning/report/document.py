@@ -13,6 +13,7 @@ from typing import Any
 
 from llgbm.output import Output
 from llgbm.runtime import UserError, say
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.report import plots, tables
 from tuning.report.delta_map import plot_delta_map
 from tuning.report.groups import CHOOSING, MAIN, Group, size_of
@@ -201,10 +202,11 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, record: StudyRecord) -> None:
-    """Write a row per trial: what it is, if it counts, its λ and all its final metrics."""
+    """Write a row per trial: what it is, if it counts, its weights of terms and all its final metrics."""
     metrics = sorted(set(chain.from_iterable(trial.metrics for trial in record.trials)))
     head = ["trial", "configuration", "model_size", "seed", "status", "counted", "run_id"]
-    params = ["lambda_weight", "lambda_delta"]
+    others = {key for trial in record.trials for key in trial.params if key.startswith(PREFIX)}
+    params = [*NAMED.values(), *sorted(others)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*head, *params, *metrics])
         writer.writeheader()

@@ -12,13 +12,16 @@ from itertools import chain, combinations, starmap
 import numpy as np
 from scipy import stats
 
+from llgbm.terms.names import NAMED
 from tuning.significance import SIGNIFICANCE, crossed_test, effect_size, holm, student_interval
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import TrialResult, finite
 
 MAIN = "heldout/accuracy"
 CHOOSING = "val/accuracy"
 REFERENCE = "weight-only"
 SEEDS_FOR_SPREAD = 3
+# What the terms with a field of their own match; runs name that of other terms.
+MATCHED_BY_NAMED = {"weight": "weights", "delta": "behaviour"}
 ALL_PAIRS = 5  # up to so many configurations of a size, every pair is compared; above, each with the reference
 AccuracyByTask = Mapping[str, float]
 Baselines = Mapping[
@@ -83,16 +86,28 @@ class Group:
         """Return held-out accuracy by seed and task; empty for a seed without numbers by task."""
         found: dict[str, dict[str, list[float]]] = {seed: {} for seed in self.seeds}
         for trial in self.trials:
-            for task, value in self.by_task.get(trial.run_id, {}).items():
+            for task, value in finite(self.by_task.get(trial.run_id, {})).items():
                 found[seed_of(trial)].setdefault(task, []).append(value)
         return {seed: _means(tasks) for seed, tasks in found.items()}
 
     @property
+    def matches(self) -> frozenset[str]:
+        """Return what it is supervised by; told by name if it names no weight of a term."""
+        trial = self.trials[0]
+        if not trial.weights:
+            return frozenset(("weights" if self.config.startswith(REFERENCE) else "behaviour",))
+        named = {MATCHED_BY_NAMED[name] for name in trial.weights if name in NAMED}
+        return frozenset((*named, *trial.params.get("matches", "").split()))
+
+    @property
     def is_supervised(self) -> bool:
-        """True if it is trained with behavioural supervision (λ_d > 0); told by name if it names no λ."""
-        if self.lambdas is None:
-            return not self.config.startswith(REFERENCE)
-        return self.lambdas[1] > 0
+        """True if it is trained with behavioural supervision (λ_d > 0, KL and such) and no labels."""
+        return "behaviour" in self.matches and not self.uses_labels
+
+    @property
+    def uses_labels(self) -> bool:
+        """True if it is trained on true labels, which makes it a reference and no method."""
+        return "labels" in self.matches
 
     def curves(self, key: str) -> list[dict[int, float]]:
         """Return the curve of every trial that has one, as value by step, up to its last training step.
@@ -109,8 +124,10 @@ class Group:
 
     @property
     def lambdas(self) -> tuple[float, float] | None:
-        """Return λ_w and λ_d, None if the trials do not name them."""
+        """Return λ_w and λ_d, None if the trials do not name them or have other terms too."""
         params = self.trials[0].params
+        if set(self.trials[0].weights) - set(NAMED):
+            return None
         try:
             return float(params["lambda_weight"]), float(params["lambda_delta"])
         except (KeyError, ValueError):
@@ -198,10 +215,10 @@ def reference_of(groups: Sequence[Group], size: str) -> Group | None:
     Of several weight-only ones the best on validation tasks is taken: held-out numbers select nothing.
     """
     own = [group for group in groups if group.size == size and group.cell(MAIN)]
-    plain = [group for group in own if not group.is_supervised]
+    plain = [group for group in own if not (group.is_supervised or group.uses_labels)]
     if plain:
         return max(plain, key=_validation)
-    return next(iter(own), None)
+    return next((group for group in own if not group.uses_labels), None)
 
 
 def _validation(group: Group) -> float:

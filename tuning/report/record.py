@@ -30,7 +30,7 @@ from tuning.report.groups import (
 )
 from tuning.report.names import Renaming
 from tuning.report.plots import CURVES
-from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, read_trials
+from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, measured, read_trials
 from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
 
@@ -127,7 +127,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
     return StudyRecord(
         study=parent.data.tags.get(STUDY_TAG, parent.info.run_name),
         trials=trials,
-        baselines=collect_baselines(parent.data.metrics, sizes),
+        baselines=collect_baselines(measured(parent), sizes),
         by_task=by_task,
         deltas=tuple(filter(None, maps)),
         study_id=parent.data.tags.get(STUDY_ID_TAG, ""),

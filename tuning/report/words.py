@@ -211,6 +211,10 @@ def caveats(record: StudyRecord) -> list[str]:
         found.append(
             f"{min(counts)} seeds give a coarse spread: of training seeds, for one world and one bank."
         )
+    if labelled := [group.label for group in groups if group.uses_labels]:
+        found.append(
+            f"{_listed(labelled, NAMED)} {_is(labelled)} trained on true labels: a reference, not a method."
+        )
     found += _numbers_by_task_missing(record)
     if doubled := repeated_seeds(record.trials):
         found.append(f"Several trials share a seed and are averaged as one: {', '.join(doubled)}.")

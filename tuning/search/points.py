@@ -7,6 +7,7 @@ storage only: a restarted driver finds the open points there and finishes them.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -291,6 +292,9 @@ class PointQueue:
             logger.warning("a trial ended without %s: its point counts as failed", missing[0])
             return Outcome(None, 0, False)
         values = tuple(float(result[name]) for name in self.space.objectives)
+        if not all(map(math.isfinite, values)):
+            logger.warning("a trial ended with %s: its point counts as failed", values)
+            return Outcome(None, 0, False)
         return Outcome(values, int(result.get("step", 0)), not result.get("finished", False))
 
     def _points(self, *states: TrialState) -> list[FrozenTrial]:

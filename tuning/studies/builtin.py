@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from llgbm.generator import GENERATORS
+from llgbm.generator import GENERATORS, find_generator
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.models.load import FAMILIES
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, smoke_world
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
+from tuning.studies.terms import changes_of, weight_grid, weights_name, why_of
 
 SEEDS = (0, 1, 2)
 SMALL_SIZES = tuple(small for small, _ in FAMILIES.values())
@@ -42,6 +43,11 @@ class StudyOptions:
     encoder: str = "minilm"
     smoke: bool = False
     own_worlds: tuple[WorldConfig, ...] = ()
+    n_probes: int | None = None
+    trajectories: int | None = None
+    trajectory_tokens: int | None = None
+    terms: Mapping[str, tuple[float, ...]] | None = None
+    term_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,22 @@ class Variant:
         )
 
 
-def _lambdas(name: str, weight: float, delta: float) -> Variant:
-    if weight and delta:
-        why = "Weights and behaviour are matched together: is that better than either alone?"
-    elif weight:
-        why = "Only weights are matched, as Drag-and-Drop LLMs does: the reference that behaviour must beat."
-    else:
-        why = "Only behaviour is matched; no weight of a teacher is ever looked at."
-    return Variant(name, {"lambda_weight": weight, "lambda_delta": delta}, why)
+def of_weights(name: str, **weights: float) -> Variant:
+    """Return the variant whose loss is the sum of these terms, with the reason for it."""
+    return Variant(name, changes_of(weights), why_of(weights))
 
 
-MULTITASK = _lambdas("multitask", 0.3, 1.0)
-DELTA_ONLY = _lambdas("delta-only", 0.0, 1.0)
-WEIGHT_ONLY = _lambdas("weight-only", 1.0, 0.0)
+MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
+DELTA_ONLY = of_weights("delta-only", delta=1.0)
+WEIGHT_ONLY = of_weights("weight-only", weight=1.0)
 CONFIGURATIONS = (MULTITASK, DELTA_ONLY, WEIGHT_ONLY)
+TERMS = (
+    DELTA_ONLY,
+    of_weights("kl", kl=1.0),
+    of_weights("delta + kl", delta=1.0, kl=1.0),
+    WEIGHT_ONLY,
+)
+LABELS = of_weights("true labels", labels=1.0)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -148,7 +156,7 @@ def objectives(options: StudyOptions) -> Study:
 
     With `delta_probes` among the changes, a trial has the world in which those probes are read.
     """
-    chosen = _lambda_options(options) or [DELTA_ONLY]
+    chosen = _weight_options(options) or [DELTA_ONLY]
     if any(variant.changes["lambda_delta"] == 0 for variant in chosen):
         raise UserError(
             "study objectives compares delta losses: give --lambda-delta values above 0"
@@ -162,8 +170,31 @@ def objectives(options: StudyOptions) -> Study:
     )
 
 
+def terms(options: StudyOptions) -> Study:
+    """Delta, KL, both, and weights, each on every seed: what is worth matching?"""
+    chosen = _weight_options(options) or list(TERMS)
+    axes = (generator_variants(options), rate_variants(options))
+    return Study(
+        "terms",
+        make_trials(options, crossed(chosen, *axes)),
+        note="Which terms of the loss carry over to tasks never seen: deltas, the teachers' distributions, weights?",
+    )
+
+
+def labels(options: StudyOptions) -> Study:
+    """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
+    axes = (generator_variants(options), rate_variants(options))
+    behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
+    chosen = _weight_options(options) or behaviour
+    return Study(
+        "labels",
+        make_trials(options, crossed([*chosen, LABELS], *axes)),
+        note="How much of what true labels reach does behaviour reach without any?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
-    """Search λ_w, λ_d and the learning rate; two numbers of an option are a range, one fixes the value."""
+    """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
@@ -179,6 +210,8 @@ def optuna_lambda(options: StudyOptions) -> Study:
     given: dict[str, Any] = {
         name: _range(name, ends) for name, ends in ranges.items() if ends is not None
     }
+    if options.terms:
+        given["terms"] = {name: _range(name, ends) for name, ends in options.terms.items()}
     space = SearchSpace(base, _seeds(options), **given)
     return Study(
         "optuna_lambda", space=space, note="Which λ_w, λ_d and learning rate are best together?"
@@ -195,7 +228,16 @@ def _range(name: str, values: tuple[float, ...]) -> tuple[float, float]:
 
 STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
     function.__name__: function
-    for function in (phase_4_5, lambda_grid, model_size, generators, objectives, optuna_lambda)
+    for function in (
+        phase_4_5,
+        terms,
+        lambda_grid,
+        model_size,
+        generators,
+        objectives,
+        labels,
+        optuna_lambda,
+    )
 }
 
 
@@ -210,33 +252,29 @@ def crossed(*axes: Iterable[Variant]) -> list[Variant]:
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
-    """Return the three configurations, or the grid of the given λ."""
-    return _lambda_options(options) or list(CONFIGURATIONS)
+    """Return the three configurations, or the grid of the given λ and terms."""
+    return _weight_options(options) or list(CONFIGURATIONS)
 
 
-def _lambda_options(options: StudyOptions) -> list[Variant]:
-    """Return the grid of the given λ, if any; the pair (0, 0) of a larger grid is left out."""
-    if options.lambda_weight is None and options.lambda_delta is None:
+def _weight_options(options: StudyOptions) -> list[Variant]:
+    """Return the grid of the given λ and terms, if any; a combination that is 0 throughout is left out of others."""
+    if options.lambda_weight is None and options.lambda_delta is None and options.terms is None:
         return []
-    weights, deltas = options.lambda_weight or (1.0,), options.lambda_delta or (0.0,)
-    pairs = list(itertools.product(weights, deltas))
-    if len(pairs) > 1:
-        pairs = [pair for pair in pairs if pair != (0, 0)]
-    return [_lambdas(_pair_name(*pair), *pair) for pair in pairs]
-
-
-def _pair_name(weight: float, delta: float) -> str:
-    kinds = {(True, True): "multitask", (True, False): "weight-only"}
-    kind = kinds.get((bool(weight), bool(delta)), "delta-only")
-    return f"{kind} w={weight:g} d={delta:g}"
+    # Terms are the whole loss; without them the weight loss stands beside a λ_d.
+    weight = (1.0,) if options.terms is None else (0.0,)
+    axes = {
+        "weight": options.lambda_weight or weight,
+        "delta": options.lambda_delta or (0.0,),
+        **(options.terms or {}),
+    }
+    return [of_weights(weights_name(weights), **weights) for weights in weight_grid(axes)]
 
 
 def generator_variants(options: StudyOptions) -> list[Variant]:
     """Return the generators asked for; a single one is not named. Raises UserError for an unknown one."""
     names = options.generators or ("default",)
     for name in names:
-        if name not in GENERATORS:
-            raise UserError(f"unknown generator {name!r}; there are: {', '.join(GENERATORS)}")
+        find_generator(name)
     if names == ("default",):
         return [Variant()]
     variants = [
@@ -279,6 +317,7 @@ def _trial(options: StudyOptions, size: str, variant: Variant, seed: int) -> Tri
             f"variant {variant.name!r} changes {unknown[0]}, which is no field of TrainingConfig"
         )
     config = replace(_config(options, size, seed), **variant.changes)
+    config = _with_term_options(config, options.term_options)
     return TrialSpec(variant.name, config, _world(options, size, config.delta_probes), variant.why)
 
 
@@ -291,9 +330,15 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
     )
     if options.smoke:
         config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
-    names = ("steps", "batch_size", "activation_checkpointing", "probe_chunk")
+    names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _with_term_options(config: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
+    """Give a configuration the options of the terms that it has; its variant's own are kept."""
+    own = {key: value for key, value in given.items() if key.rpartition(".")[0] in config.weights}
+    return replace(config, term_options={**own, **config.term_options})
 
 
 def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
@@ -301,5 +346,7 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     world = own[size] if own else WorldConfig(size=size)
     world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
     if options.smoke:
-        return smoke_world(world)
-    return world
+        world = smoke_world(world)
+    given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return replace(world, teachers=replace(world.teachers, **changed))

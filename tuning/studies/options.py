@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llgbm.models.load import SIZES
+from llgbm.terms.registry import built_in_terms
 from tuning.studies.builtin import STUDIES
 from tuning.studies.spec import SAMPLERS, VAL_METRICS
 
@@ -66,6 +67,15 @@ class StudyArguments:
     )
     lambda_weight: tuple[float, ...] | None = _option(COMPARED, "weights of the weight loss", "λ")
     lambda_delta: tuple[float, ...] | None = _option(COMPARED, "weights of the delta loss", "λ")
+    term: tuple[str, ...] | None = _option(
+        COMPARED,
+        "weights of loss terms, kl=1 delta=0.3,1 say, which are the whole loss then: "
+        f"{', '.join(built_in_terms())}, or your own as package.module:Class (docs/terms.md)",
+        "TERM=λ[,λ]",
+    )
+    term_option: tuple[str, ...] | None = _option(
+        COMPARED, "options of loss terms, kl.temperature=2 say", "TERM.OPTION=X"
+    )
     learning_rate: tuple[float, ...] | None = _option(
         COMPARED, "learning rates (default: 0.002)", "X"
     )
@@ -82,6 +92,15 @@ class StudyArguments:
 
     steps: int | None = _option(TRAINING, "training steps of each trial (default: 600)", "N")
     batch_size: int | None = _option(TRAINING, "tasks in a training step (default: 16)", "N")
+    n_probes: int | None = _option(
+        TRAINING, "probes of each task in a training step (default: 2)", "N"
+    )
+    trajectories: int | None = _option(
+        TRAINING, "prompts of each task that its teacher answers, to be probes (default: 16)", "N"
+    )
+    trajectory_tokens: int | None = _option(
+        TRAINING, "tokens at which such an answer is cut (default: 24)", "N"
+    )
     delta_probes: str = _option(
         TRAINING, "trajectory (default), generic or domain", "KIND", "trajectory"
     )
@@ -98,7 +117,7 @@ class StudyArguments:
     search: str | None = _option(
         SEARCH,
         "grid: the study's own list of trials; random or optuna (TPE): points drawn from its space, of which two "
-        "numbers after --lambda-weight, --lambda-delta or --learning-rate are a range and one fixes the value "
+        "numbers after --lambda-weight, --lambda-delta, --learning-rate or in --term are a range, one fixes the value "
         "(default: what the study is made for)",
         "HOW",
     )
@@ -139,6 +158,9 @@ class StudyArguments:
     )
     rows: int | None = _option(DATA, "rows used of each dataset (default: all)", "N")
     skip_bad_rows: bool = _flag(DATA, "leave bad rows out, and say so, instead of ending")
+    longest_row: int | None = _option(
+        DATA, "characters that a row may have; longer ones are bad rows (default: 20000)", "N"
+    )
 
     @property
     def n_points(self) -> int:

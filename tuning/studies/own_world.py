@@ -11,15 +11,16 @@ from llgbm.lora.adapters import LoraSpec
 from llgbm.models.load import OWN_PREFIX, SIZES, BaseSource, PublishedSize, check_size, find_model
 from llgbm.runtime import UserError, say
 from llgbm.tasks.files import FileSuite, plan_split
+from llgbm.tasks.forms import RowRules
 from llgbm.tasks.suite import Suite
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
-from llgbm.teachers.train import TeacherConfig
+from llgbm.teachers.train import TeacherConfig, fitted
 from llgbm.world import WorldConfig
 from tuning.studies.options import StudyArguments
 
 ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task")
-NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows")
+NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows", "longest_row")
 
 
 def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[WorldConfig, ...]:
@@ -77,10 +78,11 @@ def _suite(arguments: StudyArguments) -> Suite:
         raise UserError(f"--rows is {arguments.rows}; it must be at least 1")
     tasks, held_out = arguments.tasks or (), arguments.held_out or ()
     folder = Path(arguments.data).expanduser()
-    split = plan_split(folder, tasks, held_out, arguments.validation, arguments.skip_bad_rows)
-    return FileSuite.open(
-        folder, split.train, split.val, split.test, arguments.rows, arguments.skip_bad_rows
-    )
+    rules = RowRules(arguments.skip_bad_rows)
+    if arguments.longest_row is not None:
+        rules = replace(rules, longest=arguments.longest_row)
+    split = plan_split(folder, tasks, held_out, arguments.validation, rules)
+    return FileSuite.open(folder, split.train, split.val, split.test, arguments.rows, rules)
 
 
 def _world(
@@ -122,15 +124,11 @@ def _teachers(arguments: StudyArguments, published: Any) -> TeacherConfig:
 
 def clamp_examples(world: WorldConfig) -> WorldConfig:
     """World with no more prompts and evaluation examples a task than every dataset has; says what was lowered."""
-    prompts, examples = world.suite.available("prompts"), world.suite.available("evaluation")
-    if prompts < world.teachers.condition_evaluation or examples < world.eval_examples:
-        say(
-            f"the smallest dataset has {prompts} prompts to condition on and {examples} examples to score on"
-        )
+    examples = world.suite.available("evaluation")
+    if examples < world.eval_examples:
+        say(f"the smallest dataset has {examples} examples to score on, not {world.eval_examples}")
     return replace(
         world,
-        teachers=replace(
-            world.teachers, condition_evaluation=min(prompts, world.teachers.condition_evaluation)
-        ),
+        teachers=fitted(world.teachers, world.suite),
         eval_examples=min(examples, world.eval_examples),
     )

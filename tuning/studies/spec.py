@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llgbm.runtime import UserError, content_hash
+from llgbm.terms.names import NAMED, PREFIX
 from llgbm.training import VERSION as TRAINING_VERSION
 from llgbm.training import TrainingConfig
 from llgbm.world import VERSIONS as WORLD_VERSIONS
 from llgbm.world import WorldConfig
+from tuning.studies.terms import short_name
 
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 SAMPLERS = ("optuna", "random")
@@ -42,7 +44,7 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Log-uniform ranges of three fields around a base trial; equal ends fix a field. A point is run on every seed.
+    """Log-uniform ranges of λ_w, λ_d, the rate and weights of terms; equal ends fix one. A point is run on every seed.
 
     A point's value is its mean over the seeds, of each of the objectives. Raises UserError for an unknown sampler or
     objective, a range that is none, and a space with nothing to search.
@@ -53,6 +55,7 @@ class SearchSpace:
     lambda_weight: Range = (0.03, 3.0)
     lambda_delta: Range = (0.03, 3.0)
     learning_rate: Range = (5e-4, 8e-3)
+    terms: Mapping[str, Range] = field(default_factory=dict)
     sampler: str = SAMPLERS[0]
     objectives: tuple[str, ...] = ("val/accuracy",)
 
@@ -75,9 +78,15 @@ class SearchSpace:
 
     @property
     def _fields(self) -> dict[str, Range]:
-        return {
+        named = {
             name: getattr(self, name) for name in ("lambda_weight", "lambda_delta", "learning_rate")
         }
+        return named | {f"{PREFIX}{name}": ends for name, ends in self.terms.items()}
+
+    @property
+    def weights(self) -> dict[str, Range]:
+        """Return the ranges of the loss terms' weights by name."""
+        return {name: getattr(self, own) for name, own in NAMED.items()} | dict(self.terms)
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -104,9 +113,11 @@ class SearchSpace:
         values: dict[str, Any] = {
             name: float(f"{point.get(name, ends[0]):.6g}") for name, ends in self._fields.items()
         }
+        terms = {name: values.pop(f"{PREFIX}{name}") for name in sorted(self.terms)}
         name = "w={lambda_weight:g} d={lambda_delta:g} lr={learning_rate:g}".format(**values)
+        name += "".join(f" {short_name(term)}={value:g}" for term, value in terms.items())
         note = f"a point of the {self.describe()} {self.base.note}".strip()
-        config = replace(self.base.config, **values)
+        config = replace(self.base.config, **values, terms={**self.base.config.terms, **terms})
         return tuple(
             replace(self.base, name=name, config=replace(config, seed=s), note=note)
             for s in self.seeds

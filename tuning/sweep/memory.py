@@ -59,7 +59,7 @@ def _peaks(study: Study) -> Iterator[float]:
     for trial in trials:
         config = trial.config
         sizes = (config.batch_size, config.n_probes, config.probe_chunk, config.n_prompts)
-        saving = (config.activation_checkpointing, config.lambda_delta > 0)
+        saving = (config.activation_checkpointing, *sorted(config.weights))
         kinds[(trial.world.hash, config.generator, *sizes, *saving)] = trial
     for trial in kinds.values():
         with suppress(UserError):

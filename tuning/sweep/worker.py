@@ -197,7 +197,18 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         DEVICE_TAG: world.data.values_AV.device.type,
     }
     tags |= note_tags(trial_note(trial, trial.note))
-    return TrialTracker.open(setting.target, trial.id, trial.name, trial.config.as_dict(), tags)
+    return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
+
+
+def trial_params(trial: TrialSpec) -> dict[str, Any]:
+    """Return the parameters of a run: the configuration and, of terms without a field, what they supervise by.
+
+    A report may be made where the package of a term is not installed.
+    """
+    params = trial.config.as_dict()
+    if trial.config.terms:
+        params["matches"] = " ".join(trial.config.objective.matches)
+    return params
 
 
 def run_tracked(
@@ -241,7 +252,7 @@ def run_in_memory(
 def savers(config: TrainingConfig, retry_oom: bool) -> Iterator[TrainingConfig]:
     """Yield a configuration as it is and, if asked for, in forms that need less memory for the same gradients."""
     yield config
-    if not retry_oom or config.lambda_delta == 0:
+    if not retry_oom or not set(config.weights) - {"weight"}:
         return
     saving = replace(config, activation_checkpointing=True)
     if saving != config:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llgbm.terms.names import NAMED
 from llgbm.training import TrainingConfig
 from tuning.tracking.runs import TRIAL_TAG, TrialResult, find_runs
 from tuning.tracking.store import (
@@ -25,17 +26,21 @@ KIND_PARAMS = ("model_size", "generator.name", "batch_size", "n_probes", "n_prom
 
 def kind_of(config: TrainingConfig) -> Kind:
     """Return the settings that a step's time depends on: sizes, generator, and which losses are computed."""
-    probes = config.delta_probes if config.lambda_delta > 0 else None
     numbers = (str(n) for n in (config.batch_size, config.n_probes, config.n_prompts))
-    return (config.model_size, config.generator.name, *numbers, config.lambda_weight > 0, probes)
+    named = (config.model_size, config.generator.name, *numbers)
+    return (*named, *_losses(config.weights, config.delta_probes))
 
 
 def kind_of_result(result: TrialResult) -> Kind:
     """Return the same as `kind_of`, from a run's parameters (texts)."""
     params = result.params
-    weight, delta = (float(params.get(key, 0)) > 0 for key in ("lambda_weight", "lambda_delta"))
-    probes = params.get("delta_probes") if delta else None
-    return (*map(params.get, KIND_PARAMS), weight, probes)
+    return (*map(params.get, KIND_PARAMS), *_losses(result.weights, params.get("delta_probes")))
+
+
+def _losses(weights: Mapping[str, float], probes: str | None) -> tuple[bool, str | None, str]:
+    """Return what of the losses a step's time depends on: which are computed, and on which probes."""
+    others = " ".join(sorted(set(weights) - set(NAMED)))
+    return "weight" in weights, probes if set(weights) - {"weight"} else None, others
 
 
 def past_runs(tracking_uri: str | None, root: Path, experiment: str) -> list[TrialResult]:

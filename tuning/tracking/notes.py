@@ -62,6 +62,8 @@ def note_tags(text: str) -> dict[str, str]:
 
 def _meaning(config: TrainingConfig) -> str:
     weight, delta = config.lambda_weight, config.lambda_delta
+    if config.terms:
+        return _sum_of_terms(config)
     terms = f"λ_w = {weight:g}, λ_d = {delta:g}, "
     if not delta:
         return terms + "matches the teachers' weights alone."
@@ -72,6 +74,15 @@ def _meaning(config: TrainingConfig) -> str:
             + f"matches the teachers' behaviour alone, {probes}; no teacher weight is looked at."
         )
     return terms + f"matches the teachers' weights and their behaviour {probes}."
+
+
+def _sum_of_terms(config: TrainingConfig) -> str:
+    """Return the loss as a list of its terms, with a warning where labels are used."""
+    parts = [f"{term.name} = {weight:g} ({term.title})" for weight, term in config.objective.parts]
+    text = f"the loss is {' + '.join(parts)}, on {config.delta_probes} probes."
+    if "labels" in config.objective.matches:
+        text += " **True labels are used: this is a reference.**"
+    return text
 
 
 def _changes(
@@ -165,9 +176,12 @@ def describe_facts(world: World) -> str:
         "base_accuracy" in facts
         and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
     )
+    cut = ""
+    if facts.get("cut_trajectories"):
+        cut = f"; {facts['cut_trajectories']:.0f} answers of trajectories were cut"
     return (
         f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
-        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}"
+        f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}{cut}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llgbm.redaction import redact_forms
 from llgbm.runtime import UserError
+from llgbm.terms.names import NAMED, PREFIX
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors
 
@@ -46,7 +47,7 @@ STUDIES_NAMED = 10
 
 @dataclass(frozen=True)
 class TrialResult:
-    """Trial as read from its run: last values in `metrics`, (step, value) pairs in `curves`."""
+    """Trial as read from its run: last values in `metrics`, if finite, and (step, value) pairs in `curves`."""
 
     trial_id: str
     config: str
@@ -61,6 +62,9 @@ class TrialResult:
     superseded: bool = False
     cause: str = ""  # of its failure, or of its worker's last death
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", finite(self.metrics))
+
     @classmethod
     def of(
         cls, run: Run, config: str | None = None, curves: Mapping[str, Curve] | None = None
@@ -72,7 +76,7 @@ class TrialResult:
             config=config or tags.get(CONFIG_TAG, run.info.run_name),
             seed=_whole_number(params.get("seed")),
             status=run.info.status,
-            metrics={**measured(run), **_last_values(curves)},
+            metrics={**run.data.metrics, **_last_values(curves)},
             curves=curves,
             params=dict(params),
             run_id=run.info.run_id,
@@ -106,6 +110,18 @@ class TrialResult:
         return self
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights above 0 of its loss terms by name; none if the trial names none."""
+        named = {name: self.params[own] for name, own in NAMED.items() if own in self.params}
+        others = {
+            key.removeprefix(PREFIX): value
+            for key, value in self.params.items()
+            if key.startswith(PREFIX)
+        }
+        found = {name: _weight(value) for name, value in {**named, **others}.items()}
+        return {name: value for name, value in found.items() if value > 0}
+
+    @property
     def last_result(self) -> dict[str, Any]:
         """The trial's last report: metrics, `step`, and `finished` (False if a scheduler stopped it)."""
         step = self.stopped_at
@@ -121,13 +137,27 @@ def _whole_number(text: str | None) -> int | None:
     return int(text)
 
 
+def _weight(text: str) -> float:
+    """Read a weight; 0 for what is no number, since a store may hold anything."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
 def _last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
     return {key: curve[-1][1] for key, curve in curves.items() if curve}
 
 
 def measured(run: Run) -> dict[str, float]:
-    """Return a run's last metrics without NaN placeholders (see `TrialTracker.show_first`)."""
-    return {key: value for key, value in run.data.metrics.items() if not math.isnan(value)}
+    """Return a run's last metrics that are finite. NaN is a placeholder, see `TrialTracker.show_first`."""
+    return finite(run.data.metrics)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite: what is compared is among these, so that NaN never wins."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def read_trials(

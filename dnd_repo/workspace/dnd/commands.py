@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from dnd.bank import AdapterBank, task_texts
+from dnd.bank import PROMPTS, AdapterBank, task_texts
 from dnd.embedded import embedded_bank
 from dnd.errors import DndError
 from dnd.generation import AdapterWriter, adapter_output
+from dnd.names import DATA, in_place
 from dnd.output import check_name
 from dnd.training import Trained, TrainSettings, check_training_folder, train
 
@@ -47,7 +48,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
         "--cache", type=Path, default=Path(".llgbm"), help="where the embedded bank is kept"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="TASK_train.json and TASK.json in DnD's format"
+        "--data", type=Path, metavar="DIR", help="texts in DnD's format (default: prepare/data)"
     )
     parser.add_argument("--encoder", help="folder or hub id of the frozen encoder of prompts")
     parser.add_argument(
@@ -103,20 +104,26 @@ def train_command(
     defaults: TrainSettings,
     bank: str,
     out: str,
-    tasks: Sequence[str] = (),
+    held_out: Sequence[str] = (),
     arguments: Sequence[str] | None = None,
 ) -> Trained | None:
-    """Training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake."""
-    parsed = training_parser(bank, out).parse_args(arguments)
-    chosen = parsed.tasks or (() if parsed.bank != Path(bank) else tasks)
+    """Training script: returns what was trained, None after a dry run. Raises DndError for a user's mistake.
+
+    Tasks held out are left out of any bank.
+    """
+    parsed = training_parser(str(in_place(bank)), out).parse_args(arguments)
+    chosen = tuple(parsed.tasks or ())
     check_training_folder(parsed.out, parsed.resume)
     if parsed.smoke:
         say("asking LLGBM for its smallest bank: it is built once, in about a minute")
         parsed.bank, encoder, chosen = embedded_bank(parsed.cache)
         defaults = replace(SMOKE, encoder=str(encoder))
     settings = replace(defaults, **given_settings(parsed))
-    found = AdapterBank.open(parsed.bank, chosen, parsed.data, settings.part)
-    say(f"{len(found.adapters)} adapters of {len(found.texts)} tasks in {parsed.bank}")
+    data = parsed.data
+    if data is None and not any(parsed.bank.rglob(PROMPTS)):
+        data = public_data()
+    found = AdapterBank.open(parsed.bank, chosen, data, settings.part, held_out)
+    say_of(found, held_out)
     if parsed.dry_run:
         return None
     trained = train(
@@ -138,6 +145,23 @@ def train_command(
             )
         )
     return trained
+
+
+def public_data() -> Path | None:
+    """Return the folder of texts of the public code, where there is one."""
+    found = in_place(DATA)
+    return found if found.is_dir() else None
+
+
+def say_of(bank: AdapterBank, held_out: Sequence[str]) -> None:
+    """Say what a training reads of a bank, and what it does not."""
+    say(f"{len(bank.adapters)} adapters of {len(bank.texts)} tasks in {bank.folder}")
+    if held_out:
+        say(f"held out: {', '.join(held_out)}")
+    if others := sum(factor != 1 for factor in bank.factors):
+        say(
+            f"{others} adapters have another scaling than the first; their B is multiplied to the same products"
+        )
 
 
 def generation_parser(checkpoint: str, out: str, task: str) -> argparse.ArgumentParser:
@@ -186,6 +210,8 @@ def generate_command(
         adapter_output(target)
     if parsed.smoke:
         parsed.prompts = next(embedded_bank(parsed.cache)[0].glob("*/*/prompts.json")).parent
+    if parsed.data is None and parsed.prompts is None:
+        parsed.data = public_data()
     if (parsed.data is None) == (parsed.prompts is None):
         raise DndError(
             "prompts come from one place: --data (DnD files), --prompts (a prompts.json) or --smoke"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dnd.training import TrainSettings
 
-COMMON_SENSE_TASKS = ("ARC-e", "OBQA", "ARC-c", "WinoGrande", "PIQA", "HellaSwag", "BoolQ")
+# Tasks that the public evaluations read, by the names that folders give them.
+ARC_C, MATH_TASKS = ("ARC-c", "ARC-Challenge"), ("GSM8K", "MATH")
+CODING_TASKS = ("HumanEval", "Live-Code-Bench")
 
 # Qwen2.5-0.5B at rank 8: 4296 tokens.
 COMMON_SENSE = TrainSettings(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import GradientAccumulationPlugin, broadcast, broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,6 +28,7 @@ from dnd.files import read_plain_pickle
 from dnd.importance import importance_weights, load_importance
 from dnd.model import HyperConvDecoderModel, HyperConvDecoderModel_SuperLarge, load_checkpoint
 from dnd.model.decoderonly import trained_state
+from dnd.names import model_in_place
 from dnd.output import Output
 from dnd.tokenizer import LoraTokenizer2D, default_token_size
 
@@ -115,7 +116,13 @@ def train(
 def make_accelerator() -> Accelerator:
     """All GPUs there are, in bfloat16; the CPU in float32 where there is none."""
     on_gpu = torch.cuda.is_available()
-    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    # Without the plugin an environment variable would divide the loss.
+    whole_steps = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if on_gpu else "no",
+        gradient_accumulation_plugin=whole_steps,
+    )
 
 
 @dataclass
@@ -134,7 +141,11 @@ class Run:
         like = next(self.bank.states())
         self.tokenizer = LoraTokenizer2D(settings.token_size or default_token_size(like))
         text_tokenizer, encoder = load_encoder(settings.encoder)
-        self.described = describe(settings, like, self.bank.config)
+        digest = [self.bank.digest if self.accelerator.is_main_process else ""]
+        self.described = {
+            **describe(settings, like, self.bank.config),
+            "bank": broadcast_object_list(digest)[0],
+        }
         weight_T = self._importance(self.tokenizer.n_tokens(like))
         self.plain = make_model(settings, self.tokenizer, like, encoder, weight_T)
         self.samples = Samples(
@@ -214,7 +225,9 @@ class Run:
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from what `save` wrote. Raises DndError where settings or adapters are others."""
-        if read_json(checkpoint / SETTINGS_FILE) != json.loads(json.dumps(self.described)):
+        # Checkpoints of an older version do not name their bank.
+        stored = {"bank": self.described["bank"], **read_json(checkpoint / SETTINGS_FILE)}
+        if stored != json.loads(json.dumps(self.described)):
             raise DndError(
                 f"{checkpoint} is of other settings or another bank: resume with the same, or name another --out"
             )
@@ -278,7 +291,8 @@ def load_encoder(name: str) -> tuple[Any, nn.Module]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+        source = model_in_place(name)
+        tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DndError(
             f"no encoder can be loaded from {name!r}: name a folder or a hub id with --encoder"

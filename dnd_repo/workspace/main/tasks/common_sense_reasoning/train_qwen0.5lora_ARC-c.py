@@ -3,9 +3,8 @@
 import sys
 
 from dnd.commands import exit_status, train_command
-from dnd.recipes import COMMON_SENSE, COMMON_SENSE_TASKS
+from dnd.recipes import ARC_C, COMMON_SENSE
 
 if __name__ == "__main__":
     bank, out = "data/common_sense_reasoning", "checkpoints/qwen0.5lora__ARC-c"
-    tasks = [task for task in COMMON_SENSE_TASKS if task != "ARC-c"]
-    sys.exit(exit_status(lambda: train_command(COMMON_SENSE, bank, out, tasks)))
+    sys.exit(exit_status(lambda: train_command(COMMON_SENSE, bank, out, ARC_C)))

@@ -1,0 +1,74 @@
+"""Read files of text and JSON that users bring: past byte-order marks, never with a traceback."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+from llgbm.runtime import UserError
+
+# The marks of UTF-16 begin those of UTF-32.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# What may stand around a line of JSON: files are joined with their marks.
+AROUND = "\ufeff \t\r\n"
+
+
+def decode(content: bytes, errors: str = "strict") -> str:
+    """Decode the content of a file: UTF-8, or what its byte-order mark says. Raises ValueError for other bytes.
+
+    With `errors` "surrogateescape", bytes that are no UTF-8 become lone surrogates, which `is_text` finds.
+    """
+    for mark, encoding in MARKS:
+        if content.startswith(mark):
+            strict = "strict" if encoding != "utf-8-sig" else errors
+            return content.decode(encoding, strict)
+    return content.decode("utf-8", errors)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError for a text that is none, or that is nested too deeply to be read."""
+    try:
+        return json.loads(text.strip(AROUND))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: Path, needed: str, errors: str = "strict") -> str:
+    """Read a text file. Raises UserError for one that is missing or no text; `needed` says what to name."""
+    try:
+        return decode(path.read_bytes(), errors)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; {needed}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no UTF-8 text ({brief(error)}): {needed}") from error
+
+
+def read_json(path: Path, needed: str) -> Any:
+    """Read a file of JSON. Raises UserError for one that is missing or none; `needed` says what to name."""
+    try:
+        return parse_json(decode(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({brief(error)}): {needed}") from error
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of an error's message, cut to what a sentence can hold."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def is_text(text: str) -> bool:
+    """Say if a text can be written, and so be read by a tokenizer: it holds no lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,226 @@
+"""Differentiable pieces of a decoder block under A adapters, written to read and keep few tensors.
+
+Letters beyond those of `llgbm`: M rows of one adapter, I inputs, O outputs, G ranks of several layers side by side, S
+texts, Q positions read, H heads, K heads of keys and values, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Texts up to this long attend by two products, which is quicker on a CPU and holds all scores [T, T].
+SHORT_TEXT = 64
+
+
+@dataclass(frozen=True)
+class JoinedLinears:
+    """Frozen Linear layers that read one input, as a single product; `norm_I` is the weight of the norm before them.
+
+    Their weights are put together anew in each pass, forward and backward: a copy is cheap beside the products, needs
+    no memory meanwhile and is never out of date. `adapted` are the indices of the layers that have an adapter.
+    """
+
+    layers: tuple[nn.Linear, ...]
+    norm_I: Tensor | None
+    adapted: tuple[int, ...]
+
+    def weight_OI(self) -> Tensor:
+        weights = [layer.weight for layer in self.layers]
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return joined if self.norm_I is None else joined * self.norm_I
+
+    def bias_O(self) -> Tensor | None:
+        if all(layer.bias is None for layer in self.layers):
+            return None
+        return torch.cat(
+            [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                for layer in self.layers
+            ]
+        )
+
+    def columns(self) -> list[slice]:
+        """Outputs of each adapted layer."""
+        ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
+        return [slice(ends[i] - self.layers[i].out_features, ends[i]) for i in self.adapted]
+
+    def stack(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """All A [A, G, I] one below the other, and all B [A, G, O] transposed, on a diagonal of blocks."""
+        dtype = self.layers[0].weight.dtype
+        a_AGI = a[0] if len(a) == 1 else torch.cat(list(a), dim=1)
+        if self.norm_I is not None:
+            a_AGI = a_AGI * self.norm_I
+        if len(self.layers) == 1:
+            return a_AGI.to(dtype), b[0].transpose(1, 2).to(dtype).contiguous()
+        n_out = sum(layer.out_features for layer in self.layers)
+        b_AGO = a_AGI.new_zeros(*a_AGI.shape[:2], n_out, dtype=dtype)
+        rank = b[0].shape[2]
+        for index, (own, columns) in enumerate(zip(b, self.columns(), strict=True)):
+            b_AGO[:, index * rank : (index + 1) * rank, columns] = own.transpose(1, 2)
+        return a_AGI.to(dtype), b_AGO
+
+    def split(self, a_AGI: Tensor, b_AGO: Tensor) -> list[Tensor]:
+        """Gradients of each A, then of each B, from those of `stack`."""
+        if self.norm_I is not None:
+            a_AGI = a_AGI * self.norm_I
+        n = len(self.adapted)
+        rows = b_AGO.chunk(n, dim=1)
+        own = [row[..., c].transpose(1, 2) for row, c in zip(rows, self.columns(), strict=True)]
+        return [*a_AGI.chunk(n, dim=1), *own]
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_AMI: Tensor, joined: JoinedLinears, scaling: float, *adapters: Tensor
+    ) -> Tensor:
+        y_AMO = F.linear(x_AMI, joined.weight_OI(), joined.bias_O())
+        ctx.joined, ctx.scaling, ctx.n_adapted = joined, scaling, len(adapters) // 2
+        if adapters:
+            a_AGI, b_AGO = joined.stack(adapters[: ctx.n_adapted], adapters[ctx.n_adapted :])
+            # Skinny products are quicker on a CPU with the long side last.
+            low_AGM = torch.bmm(a_AGI, x_AMI.transpose(1, 2))
+            y_AMO.baddbmm_(low_AGM.transpose(1, 2), b_AGO, alpha=scaling)
+            ctx.save_for_backward(x_AMI, low_AGM, a_AGI, b_AGO)
+        return y_AMO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_AMO: Tensor) -> tuple[Tensor | None, ...]:
+        joined, x_grad, found = ctx.joined, None, []
+        g_AMO = g_AMO.contiguous()
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.matmul(g_AMO, joined.weight_OI())
+        if ctx.n_adapted:
+            x_AMI, low_AGM, a_AGI, b_AGO = ctx.saved_tensors
+            low_grad = torch.bmm(b_AGO, g_AMO.transpose(1, 2)).mul_(ctx.scaling)
+            found = joined.split(
+                torch.bmm(low_grad, x_AMI), torch.bmm(low_AGM, g_AMO).mul_(ctx.scaling)
+            )
+            if x_grad is not None:
+                x_grad.baddbmm_(low_grad.transpose(1, 2), a_AGI)
+        return x_grad, None, None, *found
+
+
+def project(
+    x_AMI: Tensor, joined: JoinedLinears, scaling: float, a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Tensor:
+    """x Wᵀ + bias + scaling x Aᵀ Bᵀ of layers side by side, [A, M, O]; W and bias get no gradient."""
+    return _Project.apply(x_AMI, joined, scaling, *a, *b)
+
+
+class _Normalise(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        unit = (x * scale).to(x.dtype)
+        ctx.save_for_backward(unit, scale)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        unit, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(g, unit).unsqueeze(-1).div_(-unit.shape[-1])
+        return torch.addcmul(g, unit, along).mul_(scale.to(g.dtype)), None
+
+
+def normalise(x: Tensor, epsilon: float) -> Tensor:
+    """x over its root mean square, in float32: RMSNorm without its weight."""
+    return _Normalise.apply(x, epsilon)
+
+
+class _Gate(Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        active = F.silu(gate)
+        ctx.save_for_backward(both, active)
+        return active * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        both, active = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        found = torch.empty_like(both)
+        gate_grad, up_grad = found.chunk(2, dim=-1)
+        torch.mul(g, active, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=gate_grad)
+        return found
+
+
+def gate(both: Tensor) -> Tensor:
+    """silu(left half) * right half over the last axis."""
+    return _Gate.apply(both)
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(g, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Rows as long as all heads, and halves of heads swapped in one copy: short rows take a CPU twice as long.
+    n_heads, width = x.shape[-2:]
+    cos, sin = (t.expand(*t.shape[:-2], n_heads, width).flatten(-2) for t in (cos, sin))
+    other = torch.arange(2 * n_heads, device=x.device) ^ 1
+    swapped = x.reshape(-1, 2 * n_heads, width // 2).index_select(1, other)
+    turned = (x.flatten(-2) * cos).addcmul_(swapped.view(*x.shape[:-2], -1), sin)
+    return turned.unflatten(-1, (n_heads, width))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [S, T, H, E]; `sin` has its left half negated. Both broadcast to x."""
+    return _Rotate.apply(x, cos, sin)
+
+
+def attend(
+    q_SQHE: Tensor, k_STKE: Tensor, v_STKE: Tensor, positions_SQ: Tensor | None = None
+) -> Tensor:
+    """Causal attention of queries at `positions_SQ` (default: everywhere), [S, Q, H * E]. H is a multiple of K."""
+    n_tokens = k_STKE.shape[1]
+    steps = torch.arange(n_tokens, device=k_STKE.device)
+    at = steps[None] if positions_SQ is None else positions_SQ
+    seen_SQT = steps <= at[..., None]
+    if n_tokens > SHORT_TEXT or q_SQHE.is_cuda:
+        mask = None if positions_SQ is None else seen_SQT[:, None]
+        q, k, v = (t.transpose(1, 2) for t in (q_SQHE, k_STKE, v_STKE))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2)
+    return _attend_short(q_SQHE, k_STKE, v_STKE, seen_SQT)
+
+
+def _attend_short(q_SQHE: Tensor, k_STKE: Tensor, v_STKE: Tensor, seen_SQT: Tensor) -> Tensor:
+    n_texts, n_read, n_heads, width = q_SQHE.shape
+    n_kv = k_STKE.shape[2]
+    shared = n_heads // n_kv
+    q = q_SQHE.unflatten(2, (n_kv, shared)).permute(0, 2, 3, 1, 4)
+    q = q.reshape(n_texts * n_kv, shared * n_read, width)
+    k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k_STKE, v_STKE))
+    unseen = torch.zeros(seen_SQT.shape, dtype=q.dtype, device=q.device)
+    unseen = unseen.masked_fill_(~seen_SQT, -torch.inf).repeat(1, shared, 1)
+    if len(unseen) > 1:
+        unseen = unseen.repeat_interleave(n_kv, 0)
+    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=width**-0.5)
+    out = torch.bmm(scores.softmax(-1), v).view(n_texts, n_kv, shared, n_read, width)
+    return out.permute(0, 3, 1, 2, 4).reshape(n_texts, n_read, n_heads * width)

@@ -1,0 +1,1 @@
+"""Loss terms: one file a term. `docs/terms.md` says how to add one."""

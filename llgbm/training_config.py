@@ -1,0 +1,149 @@
+"""Configuration of a trial.
+
+Axis letters: see `llgbm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
+
+from llgbm.generator import generator_code
+from llgbm.generator.networks import GeneratorConfig
+from llgbm.losses import DELTA_LOSSES, check_lambdas
+from llgbm.models.load import OWN_PREFIX, SIZES, family_size
+from llgbm.runtime import UserError, content_hash
+from llgbm.terms.names import NAMED
+from llgbm.terms.registry import Objective, make_term, split_weights, used_options
+
+DELTA_PROBES = ("trajectory", "generic", "domain")
+PRECISIONS = ("no", "fp16", "bf16")
+# Counts of a configuration, and the least that each may be.
+COUNTS = {
+    "steps": 1,
+    "batch_size": 1,
+    "n_prompts": 1,
+    "n_probes": 1,
+    "gradient_accumulation": 1,
+    "eval_every": 1,
+    "probe_chunk": 0,
+    "patience": 0,
+}
+DELTA_READINGS = ("per_probe", "mean")
+# Options of terms that a configuration has fields for.
+OPTION_FIELDS = {"delta.loss": "delta_loss", "delta.reading": "delta_reading"}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Configuration of a trial: everything that its numbers depend on, apart from the data.
+
+    `use_small_model` picks the smaller or the larger size of `model_family` (`embedded`: nano, micro; `qwen2.5`: 0.5B,
+    1.5B) where no `model_size` is given. A user's own base is a size called `base-…`.
+
+    `activation_checkpointing` and `probe_chunk` (probes per pass, 0 for all) trade time for memory and change no
+    gradient.
+
+    `terms` holds the weights of loss terms by name, `term_options` their options as `<term>.<option>`. The weights of
+    the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `plugin_code` follows from terms and
+    generator: what they are of other packages.
+    """
+
+    lambda_weight: float = 0.3
+    lambda_delta: float = 1.0
+    seed: int = 0
+    use_small_model: bool = field(default=True, compare=False)
+    model_family: str = field(default="embedded", compare=False)
+    model_size: str | None = None
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    n_prompts: int = 16
+    n_probes: int = 2
+    delta_probes: str = "trajectory"
+    delta_loss: str = "cosine_norm"
+    delta_reading: str = "per_probe"
+    gradient_accumulation: int = 1
+    mixed_precision: str = "no"
+    activation_checkpointing: bool = False
+    probe_chunk: int = 0
+    eval_every: int = 100
+    patience: int = 0
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    terms: Mapping[str, float] = field(default_factory=dict, hash=False)
+    term_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    plugin_code: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        self._settle_terms()
+        if self.model_size is None:
+            object.__setattr__(
+                self, "model_size", family_size(self.model_family, self.use_small_model)
+            )
+        if not str(self.model_size).startswith(OWN_PREFIX):
+            _one_of("model size", str(self.model_size), tuple(SIZES))
+        _one_of("delta probes", self.delta_probes, DELTA_PROBES)
+        _one_of("delta reading", self.delta_reading, DELTA_READINGS)
+        _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
+        _one_of("mixed precision", self.mixed_precision, PRECISIONS)
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (is_number and float(value).is_integer() and value >= least):
+                raise UserError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                )
+            object.__setattr__(self, name, int(value))  # 600.0 is 600
+        if self.steps % self.gradient_accumulation:
+            raise UserError(
+                f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "
+                "make steps a multiple of it"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay:g}; it must be at least 0")
+
+    def _settle_terms(self) -> None:
+        """Bring weights and options of terms into the one form that equal trainings have."""
+        named, others = split_weights(self.terms)
+        options = dict(self.term_options)
+        for name, value in named.items():
+            object.__setattr__(self, NAMED[name], value)
+        for key in OPTION_FIELDS.keys() & options.keys():
+            object.__setattr__(self, OPTION_FIELDS[key], options.pop(key))
+        check_lambdas(self.lambda_weight, self.lambda_delta, alone=not others)
+        object.__setattr__(self, "terms", others)
+        object.__setattr__(self, "term_options", used_options(self.weights, options))
+        code = {name: make_term(name, options).identity for name in self.weights}
+        code["generator"] = generator_code(self.generator.name)
+        object.__setattr__(self, "plugin_code", {name: own for name, own in code.items() if own})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weight of every loss term that has one above 0."""
+        named = {name: getattr(self, own) for name, own in NAMED.items()}
+        return {name: value for name, value in {**named, **self.terms}.items() if value > 0}
+
+    @property
+    def objective(self) -> Objective:
+        """Return the loss: the sum of weight x term."""
+        fields_of_terms = {key: getattr(self, name) for key, name in OPTION_FIELDS.items()}
+        return Objective.of(self.weights, {**fields_of_terms, **self.term_options})
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to a dictionary, nested configurations too."""
+        return asdict(self)
+
+
+def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
