@@ -14,7 +14,7 @@ from typing import Any
 from llgbm.commands import bank, evaluate, teachers
 from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.output import output_path
-from llgbm.runtime import exit_status, quiet_libraries
+from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
 
@@ -73,4 +73,5 @@ def print_result(result: Any) -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import gc
 import hashlib
+import io
 import json
+import locale
 import logging
 import math
 import os
@@ -227,6 +230,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+def speak_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding.
+
+    Files are UTF-8 everywhere then. A letter that the terminal lacks, such as λ, is printed as a question mark.
+    """
+    encoding = codecs.lookup(locale.getpreferredencoding(False)).name
+    if not sys.flags.utf8_mode and encoding != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:replace")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:

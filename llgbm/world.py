@@ -263,14 +263,14 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         store = DeltaCache.build(cache, base, bank, probe_set, batch)
         return store.table(base, probe_set)
 
-    rows = rows_by_part(suite, bank)
+    rows, families = rows_by_part(suite, bank), tuple(suite.task(task).family for task in tasks)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
-    examples = evaluation_examples(suite, tasks, config.eval_examples)
+    asked = evaluation_examples(suite, tasks, config.eval_examples)
     data = ExperimentData(
         adapter_ids=tuple(bank.adapters),
         tasks=tasks,
-        families=tuple(suite.task(task).family for task in tasks),
+        families=families,
         rows=rows,
         values_AV=batch.flatten(bank.spec),
         multitask_V=multitask_V,
@@ -278,7 +278,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
         generic_deltas=tables["generic"],
-        examples=encode_examples(base, examples),
+        examples=encode_examples(base, asked),
         n_examples=config.eval_examples,
         levels=tuple(build_levels(cache, config, base, encoder)),
         encoder=encoder.name,
@@ -289,7 +289,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
             {name: deltas_key(base, bank, sets[name]) for name in tables},
             hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
         ),
-        questions=Questions.of(base.tokenizer, suite, tasks, examples),
+        questions=Questions.of(base.tokenizer, suite, tasks, asked),
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,

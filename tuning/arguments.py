@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from types import NoneType
@@ -56,7 +57,8 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None = N
 
 def _add_option(group: Any, one: Field, hint: Any) -> None:
     """Add an option as its field's type says: a flag, one value, or several."""
-    how: dict[str, Any] = {"help": one.metadata["help"], "default": one.default}
+    set_there = os.environ.get(one.metadata["variable"] or "")
+    how: dict[str, Any] = {"help": one.metadata["help"], "default": set_there or one.default}
     if hint is bool:
         how["action"] = "store_true"
     else:
@@ -214,6 +216,11 @@ def check_used(options: Options, study: Study) -> None:
     if arguments.scheduler != "none" and len(study.trials) == 1:
         raise UserError(
             f"{arguments.scheduler} compares trials, and this study has one: leave --scheduler out"
+        )
+    if options.run.retry_oom and not _reads_base(study):
+        raise UserError(
+            "--retry-oom saves memory in the delta loss, or in another term that reads probes, which no trial of this "
+            "study has: leave it out"
         )
     if options.stores.optuna_storage is not None and study.space is None:
         raise UserError("--optuna-storage is for a search: add --search random or optuna")

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from llgbm.runtime import exit_status, quiet_libraries, say
+from llgbm.runtime import exit_status, quiet_libraries, say, speak_utf8
 from llgbm.world import World, build_world
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.dry_run import show_preview
@@ -24,6 +24,7 @@ from tuning.sweep.artifacts import best_trials, keep_best_adapters
 from tuning.sweep.asha import rungs
 from tuning.sweep.checkpoints import check_storage
 from tuning.sweep.cluster import choose_resources, terminate_as_interrupt
+from tuning.sweep.memory import fit_memory, free_bytes
 from tuning.sweep.resume import (
     ARGUMENTS_TAG,
     begin_anew,
@@ -52,7 +53,8 @@ def run(options: Options) -> int:
     if options.run.is_preview:
         show_preview(study, options, resources)
         return 0
-    check_storage(options.stores.storage)
+    check_storage(options.stores.storage, [trial.id for trial in study.trials])
+    resources = fit_memory(resources, study, options.run.max_concurrent, free_bytes())
     tracker = open_store(options)
     reap(tracker.tracking_uri, tracker.experiment_id)
     check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
@@ -122,4 +124,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

@@ -2,13 +2,14 @@
 
 python -m tuning.runs export STUDY_ID --out study.zip [--tracking-uri URI] [--experiment NAME]
 python -m tuning.runs import study.zip [--tracking-uri URI] [--experiment NAME]
+python -m tuning.runs reap [--undriven] [--tracking-uri URI]
+python -m tuning.runs rerun TRIAL_ID [--cache DIR] [--tracking-uri URI] [--experiment NAME]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.output import output_path
-from llgbm.runtime import exit_status
-from tuning.tracking.store import local_tracking_uri
+from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
+from tuning.tracking.address import (
+    add_store_options,
+    chosen_experiment,
+    chosen_uri,
+    open_past,
+    reap_all,
+)
+from tuning.tracking.store import existing_uri
 from tuning.tracking.transfer import export_study, import_study
 
 
@@ -40,7 +48,10 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    return export_study(_store(arguments), arguments.study, arguments.out, arguments.experiment)
+    experiment = chosen_experiment(arguments.experiment)
+    return export_study(
+        open_past(arguments.tracking_uri), arguments.study, arguments.out, experiment
+    )
 
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +59,37 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> dict[str, Any]:
-    return import_study(_store(arguments), arguments.file, Path.cwd(), arguments.experiment)
+    experiment = chosen_experiment(arguments.experiment)
+    return import_study(chosen_uri(arguments.tracking_uri), arguments.file, Path.cwd(), experiment)
+
+
+def _reap_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--undriven",
+        action="store_true",
+        help="also studies that name no driver, as older versions left them: only if none of them runs",
+    )
+
+
+def _reap(arguments: argparse.Namespace) -> dict[str, Any]:
+    uri = existing_uri(chosen_uri(arguments.tracking_uri))
+    return {"killed": reap_all(uri, arguments.undriven)}
+
+
+def _rerun_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trial", metavar="TRIAL_ID", help="the id of a finished trial")
+    parser.add_argument(
+        "--cache", metavar="DIR", default=".llgbm", help="folder of worlds (default: ./.llgbm)"
+    )
+
+
+def _rerun(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tuning.rerun import rerun_trial
+
+    quiet_libraries()
+    experiment = chosen_experiment(arguments.experiment)
+    cache = Path(arguments.cache).expanduser().resolve()
+    return rerun_trial(open_past(arguments.tracking_uri), arguments.trial, cache, experiment)
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -58,12 +99,16 @@ COMMANDS: Mapping[str, Command] = {
         _export,
     ),
     "import": Command("bring an exported study into a store", _import_options, _import),
+    "reap": Command(
+        "mark what killed drivers left running as KILLED, in all experiments", _reap_options, _reap
+    ),
+    "rerun": Command(
+        "run one trial again in this process, without Ray, and compare its numbers with the store's, bit for bit; "
+        "exit status 1 if one differs",
+        _rerun_options,
+        _rerun,
+    ),
 }
-
-
-def _store(arguments: argparse.Namespace) -> str:
-    named = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return named or local_tracking_uri(Path.cwd())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,22 +120,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.help, description=command.help)
         command.add_options(own)
-        own.add_argument(
-            "--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)"
-        )
-        own.add_argument(
-            "--experiment", metavar="NAME", help="the experiment (default: the study's own)"
-        )
+        add_store_options(own, "the study's own")
         own.add_argument("--debug", action="store_true", help="show tracebacks")
         own.set_defaults(do=command.do)
     parsed = parser.parse_args(arguments)
 
     def run() -> int:
-        print(json.dumps(parsed.do(parsed), sort_keys=True))
-        return 0
+        answer = parsed.do(parsed)
+        print(json.dumps(answer, sort_keys=True))
+        return int(bool(answer.get("different")))
 
     return exit_status(run, parsed.debug)
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

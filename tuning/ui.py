@@ -2,8 +2,9 @@
 
 Every experiment with a study gets two saved views (in the menu "Views" of its runs): its studies with their trials
 below them and the columns that matter first; and its trials, the best first, with a chart of parallel coordinates over
-λ_w, λ_d, seed and held-out accuracy. MLflow keeps such a view as a tag of the experiment. The server listens on this
-machine only.
+λ_w, λ_d, seed and held-out accuracy. Beside it lies an experiment with a run per configuration
+(`tuning.report.summaries`), whose view lists mean, standard deviation and number of seeds. MLflow keeps a view as a
+tag of the experiment. The server listens on this machine only.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import UserError, exit_status, say
+from llgbm.runtime import UserError, exit_status, say, speak_utf8
 from tuning.report.groups import CHOOSING, MAIN
+from tuning.report.summaries import SUFFIX, SUMMARY_TAG
+from tuning.tracking.address import STORE_VARIABLE, open_past
 from tuning.tracking.runs import TRIAL_TAG, parent_runs
 from tuning.tracking.store import (
     connect,
-    existing_uri,
-    local_tracking_uri,
     redact,
     store_errors,
     with_login,
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
-STUDIES_VIEW, CHARTS_VIEW = "llgbm-studies", "llgbm-charts"
+STUDIES_VIEW, CHARTS_VIEW, SUMMARY_VIEW = "llgbm-studies", "llgbm-charts", "llgbm-configurations"
 VIEWS = {
     STUDIES_VIEW: ("LLGBM studies", False, ""),
     CHARTS_VIEW: ("LLGBM charts", True, "&compareRunsMode=CHART"),
+    SUMMARY_VIEW: ("LLGBM configurations", True, ""),
 }
 VIEW_TAG = "mlflow.sharedViewState."
 METRICS = (MAIN, "heldout/delta_cosine", CHOOSING, "train/accuracy")
@@ -84,22 +86,35 @@ def view_state(flat: bool) -> dict[str, Any]:
     }
 
 
-def keep_views(client: MlflowClient, experiment_id: str, created: int) -> None:
-    """Save the views with an experiment where they are not there in this form. `created` is in ms."""
+def summary_state() -> dict[str, Any]:
+    """Return the state of the runs page of the configurations: mean, sd and number of seeds, the best first."""
+    columns = [MAIN, f"{MAIN}/sd", f"{MAIN}/n", *METRICS[1:]]
+    return {
+        **view_state(flat=True),
+        "searchFilter": f"tags.`{SUMMARY_TAG}` LIKE '%'",
+        "selectedColumns": [f"metrics.`{key}`" for key in columns]
+        + [f"params.`{key}`" for key in PARAMS if key != "seed"],
+    }
+
+
+def keep_views(
+    client: MlflowClient, experiment_id: str, created: int, states: Mapping[str, dict[str, Any]]
+) -> None:
+    """Save views with an experiment where they are not there in this form. `created` is in ms."""
     tags = client.get_experiment(experiment_id).tags
-    for key, (name, flat, _) in VIEWS.items():
+    for key, state in states.items():
         view = {
-            "name": name,
+            "name": VIEWS[key][0],
             "createdAt": created,
             "updatedAt": created,
-            "state": json.dumps(view_state(flat)),
+            "state": json.dumps(state),
         }
         if tags.get(VIEW_TAG + key) != json.dumps(view):
             client.set_experiment_tag(experiment_id, VIEW_TAG + key, json.dumps(view))
 
 
-def prepare(tracking_uri: str) -> list[tuple[str, str]]:
-    """Save the views with every experiment that holds a study; return their names and ids.
+def prepare(tracking_uri: str) -> list[tuple[str, str, list[str]]]:
+    """Save the views with every experiment of studies or of their configurations; return name, id and views of each.
 
     Raises UserError if the store fails.
     """
@@ -107,22 +122,44 @@ def prepare(tracking_uri: str) -> list[tuple[str, str]]:
         client = connect(tracking_uri)
         found = []
         for experiment in client.search_experiments():
-            if parent_runs(client, [experiment.experiment_id]):
-                keep_views(client, experiment.experiment_id, experiment.creation_time or 0)
-                found.append((experiment.name, experiment.experiment_id))
+            states = {}
+            if experiment.name.endswith(SUFFIX):
+                states = {SUMMARY_VIEW: summary_state()}
+            elif parent_runs(client, [experiment.experiment_id]):
+                states = {key: view_state(VIEWS[key][1]) for key in (STUDIES_VIEW, CHARTS_VIEW)}
+            if states:
+                created = experiment.creation_time or 0
+                keep_views(client, experiment.experiment_id, created, states)
+                found.append((experiment.name, experiment.experiment_id, list(states)))
     return found
+
+
+def check_free(port: int) -> None:
+    """Raise UserError unless a server can listen at this port of this machine."""
+    if not 0 < port < 2**16:
+        raise UserError(f"--port is {port}: give one from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} cannot be used ({error.strerror}): give another one with --port"
+            ) from error
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the store, prepare the views, print their addresses and become the server."""
-    uri = existing_uri(arguments.tracking_uri or local_tracking_uri(Path.cwd()))
+    check_free(arguments.port)
+    uri = open_past(arguments.tracking_uri)
     if uri.startswith("http"):
         raise UserError(
             f"{redact(uri)} is a server that shows its pages itself: open it in a browser."
         )
     experiments = prepare(uri)
-    for name, experiment_id in experiments:
-        for key, (view, _, mode) in VIEWS.items():
+    for name, experiment_id, keys in experiments:
+        for key in keys:
+            view, _, mode = VIEWS[key]
             page = f"http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs"
             say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")
@@ -138,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tuning.ui", description="Serve MLflow's pages on this machine."
     )
     parser.add_argument(
-        "--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)"
+        "--tracking-uri",
+        metavar="URI",
+        help=f"the MLflow store (default: ${STORE_VARIABLE}, else ./mlruns/mlflow.db)",
     )
     parser.add_argument("--port", type=int, default=5000, metavar="N", help="default: 5000")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -147,4 +186,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

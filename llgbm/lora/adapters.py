@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class LoraSpec:
         wanted = set(target_modules)
         found = tuple(
             LinearShape(name, module.in_features, module.out_features)
-            for name, module in text_layers(model).items()
+            for name, module in _text_layers(model)
             if name.rsplit(".", 1)[-1] in wanted
         )
         missing = wanted - {shape.kind for shape in found}
@@ -129,16 +129,14 @@ class LoraSpec:
         return content_hash(self)
 
 
-def text_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the Linear layers of a model's text decoder by name, without its head and its towers for images."""
+def _text_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the Linear layers of a model's text decoder; its head and its towers for images are no part of that."""
     find: Any = getattr(model, "get_decoder", None)
     inside = set((find() if find else model).modules())
-    found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         is_text = module in inside and not OTHER_TOWERS & set(name.split("."))
         if is_text and isinstance(module, nn.Linear):
-            found[name] = module
-    return found
+            yield name, module
 
 
 @dataclass(frozen=True)
@@ -387,8 +385,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json(decode(config_file.read_bytes()))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        if not math.isfinite(alpha):
-            raise ValueError(f"its lora_alpha is {alpha}")
         check_types(config)
     except FileNotFoundError as error:
         raise UserError(

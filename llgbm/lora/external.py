@@ -27,7 +27,6 @@ from llgbm.lora.adapters import (
     StateDict,
     read_adapter_config,
     read_adapter_weights,
-    text_layers,
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
 from llgbm.runtime import UserError
@@ -235,13 +234,13 @@ class AdapterReader:
         scaling = max(sorted(set(scalings)), key=scalings.count)
         if len({part.rank for part in parts.values()}) > 1 or len(set(scalings)) > 1:
             converted.append(f"ranks and alphas by module, as rank {rank}")
-        outside = sorted(parts.keys() - set(text_layers(self.model)))
-        if outside:
-            raise UserError(
-                f"the adapter in {folder} adapts {outside[0]}, which is no part of the text model: make it without"
-            )
         kinds = sorted({name.rsplit(".", 1)[-1] for name in parts})
         spec = LoraSpec.from_model(self.model, rank, _plain_number(scaling * rank), kinds)
+        unknown = sorted(parts.keys() - {m.name for m in spec.modules})
+        if unknown:
+            raise UserError(
+                f"the adapter in {folder} adapts {unknown[0]}, which is no part of the text model: make it without"
+            )
         if len(parts) < len(spec.modules):
             converted.append(f"{len(spec.modules) - len(parts)} layers without an adapter, as 0")
         state = {}

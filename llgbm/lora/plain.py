@@ -3,6 +3,7 @@ W + alpha / rank * B A on Linear layers, or can be converted to that exactly."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -85,6 +86,8 @@ def _defaults() -> dict[str, Any]:
 
 def check_types(config: Mapping[str, Any]) -> None:
     """Raise ValueError for fields of types that PEFT would not write."""
+    if not math.isfinite(float(config["lora_alpha"])):
+        raise ValueError(f"its lora_alpha is {config['lora_alpha']}")
     base = config.get("base_model_name_or_path")
     if not (base is None or isinstance(base, str)):
         raise ValueError("its base_model_name_or_path is no text")

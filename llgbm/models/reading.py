@@ -72,8 +72,10 @@ class Questions:
 
     def select(self, rows: Sequence[int], share: int) -> Questions:
         """Return the questions of some tasks, of which each has `share`."""
-        chosen = [self.items[row * share : (row + 1) * share] for row in rows]
-        return Questions(self.tokenizer, tuple(item for own in chosen for item in own))
+        chosen: list[Question | None] = []
+        for row in rows:
+            chosen += self.items[row * share : (row + 1) * share]
+        return Questions(self.tokenizer, tuple(chosen))
 
 
 def _question(tokenizer: Any, kind: Kind, example: Example) -> Question | None:

@@ -298,10 +298,10 @@ class FileSuite(Suite):
 def _all_rows(folder: Path, name: str, rules: RowRules) -> list[Row]:
     """Return the good rows of all files of a dataset."""
     skipping = replace(rules, skip_bad=True)
-    rows: list[Row] = []
+    found: list[Row] = []
     for path in filter(None, dataset_files(folder, name)):
-        rows += read_rows(path, skipping)[0]
-    return rows
+        found += read_rows(path, skipping)[0]
+    return found
 
 
 def _digest(folder: Path, names: Sequence[str]) -> str:

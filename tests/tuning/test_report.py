@@ -27,7 +27,7 @@ from tuning.report.__main__ import main
 from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import group_trials
 from tuning.report.plots import plot_heat_map
-from tuning.tracking.runs import TrialResult
+from tuning.tracking.runs import TrialResult, read_trials
 from tuning.tracking.study import StudyTracker
 
 VALUES = {
@@ -259,3 +259,34 @@ def test_a_damaged_artifact_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
     assert "per_task.json" in line and run_id in line
     assert line in (out / "report.md").read_text()
+
+
+def test_a_study_shows_its_best_trial_and_each_configuration_has_a_summary(tmp_path: Path) -> None:
+    from tuning.report.document import publish_report
+    from tuning.report.summaries import SUFFIX
+    from tuning.ui import SUMMARY_VIEW, prepare
+
+    tracker = make_study(tmp_path, {"multitask": 0.1, "weight-only": 0.0})
+    for _ in range(2):
+        publish_report(tracker)
+    client = tracker.client
+    results = [
+        one for one in read_trials(tracker.tracking_uri, tracker.parent_run_id) if one.is_complete
+    ]
+    parent = client.get_run(tracker.parent_run_id).data.metrics
+    best = max(results, key=lambda one: one.metrics["val/accuracy"])
+    assert parent["heldout/accuracy"] == best.metrics["heldout/accuracy"]
+    beside = client.get_experiment_by_name("llgbm" + SUFFIX)
+    assert beside is not None
+    summaries = client.search_runs([beside.experiment_id])
+    found = {run.data.tags["llgbm.config"]: run.data.metrics for run in summaries}
+    assert len(summaries) == 2 and found.keys() == {"multitask", "weight-only"}
+    for config, metrics in found.items():
+        values = [one.metrics["heldout/accuracy"] for one in results if one.config == config]
+        assert metrics["heldout/accuracy"] == pytest.approx(np.mean(values))
+        assert metrics["heldout/accuracy/sd"] == pytest.approx(np.std(values, ddof=1))
+        assert metrics["heldout/accuracy/n"] == 3
+        assert metrics["mean/loss/total"] > 0
+    views = {name: keys for name, _, keys in prepare(tracker.tracking_uri)}
+    assert views["llgbm" + SUFFIX] == [SUMMARY_VIEW] and len(views["llgbm"]) == 2
+    assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llgbm.runtime import UserError
+from tuning.tracking.address import chosen_uri, reap_all
 from tuning.tracking.store import (
     all_pages,
     connect,
-    local_tracking_uri,
     quiet_mlflow,
     redact,
     sqlite_path,
@@ -51,13 +50,14 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
 
     Raises UserError if there is no such store, and for any error of the store within the block.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(Path.cwd())
+    uri = chosen_uri(tracking_uri)
     quiet_mlflow()
     if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
         raise UserError(
             f"there is no MLflow store at {uri}: give the address of the one you registered in."
         )
     uri = usable_uri(uri)
+    reap_all(uri)
     with store_errors(uri):
         yield connect(uri)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llgbm.output import Output, output_path
-from llgbm.runtime import exit_status, say
+from llgbm.runtime import exit_status, say, speak_utf8
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
 from tuning.report.names import file_name
+from tuning.tracking.address import add_store_options, chosen_experiment, open_past
 from tuning.tracking.runs import STUDY_ID_TAG
-from tuning.tracking.store import existing_uri, local_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -35,12 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`"
     )
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", help="the MLflow store (default: ./mlruns/mlflow.db)"
-    )
-    parser.add_argument(
-        "--experiment", metavar="NAME", help="look in this experiment only (default: in all)"
-    )
+    add_store_options(parser, "all")
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -66,13 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the study, write its report, print the summary; return the exit status."""
     if arguments.out:
         Output(arguments.out, REPORT_PATTERNS)
-    uri = (
-        arguments.tracking_uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or local_tracking_uri(Path.cwd())
-    )
-    uri = existing_uri(uri)
-    parent = find_study(uri, arguments.study, arguments.experiment)
+    uri = open_past(arguments.tracking_uri)
+    parent = find_study(uri, arguments.study, chosen_experiment(arguments.experiment))
     if arguments.open_sealed:
         _open_sealed(arguments, uri, parent)
     record = read_study(uri, parent.info.run_id)
@@ -103,4 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

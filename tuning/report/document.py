@@ -16,13 +16,16 @@ from llgbm.runtime import UserError, say
 from llgbm.terms.names import NAMED, PREFIX
 from tuning.report import plots, tables
 from tuning.report.delta_map import plot_delta_map
-from tuning.report.groups import MAIN, Group, size_of
+from tuning.report.groups import CHOOSING, MAIN, Group, size_of
 from tuning.report.names import escaped, file_name, label
 from tuning.report.page import html_page
 from tuning.report.record import StudyRecord, read_study
+from tuning.report.summaries import keep_summaries
 from tuning.report.words import caveats, count, headlines
 from tuning.tracking.study import StudyTracker
 
+# Final metrics of the best trial that its study shows, too.
+NUMBERS = ("heldout/", "val/", "train/")
 PICTURES = (
     "outcomes.png",
     "learning_curves.png",
@@ -255,6 +258,17 @@ def publish_report(tracker: StudyTracker) -> dict[str, Any]:
         print(summary(record))
         try:
             tracker.log_artifacts(Path(folder))
+            tracker.update_metrics(best_numbers(record), len(record.trials))
+            keep_summaries(tracker, record)
         except UserError as error:
             say(f"the report was not kept with the study: {error}")
     return result_json(record)
+
+
+def best_numbers(record: StudyRecord) -> dict[str, float]:
+    """Return the final metrics of the trial with the best validation accuracy, for the study's row in lists of runs."""
+    done = [trial for trial in record.trials if trial.is_complete and CHOOSING in trial.metrics]
+    if not done:
+        return {}
+    best = max(done, key=lambda trial: trial.metrics[CHOOSING])
+    return {key: value for key, value in best.metrics.items() if key.startswith(NUMBERS)}

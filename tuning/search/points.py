@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llgbm.runtime import UserError, stream_seed
 from tuning.search.queue import Result
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.tracking.store import redact, sqlite_path, with_login
+from tuning.tracking.store import redact, sqlite_path, sqlite_uri, with_login
 
 logger = logging.getLogger("tuning.search")
 Answer = TypeVar("Answer")
@@ -36,7 +36,7 @@ def optuna_url(tracking_uri: str | None, root: Path) -> str:
     """Storage beside the MLflow store: of an SQLite store in its folder, else in `mlruns` under `root`."""
     local = tracking_uri is not None and tracking_uri.startswith("sqlite:")
     folder = sqlite_path(str(tracking_uri)).parent if local else Path(root).resolve() / "mlruns"
-    return f"sqlite:///{folder / 'optuna.db'}"
+    return sqlite_uri(folder / "optuna.db")
 
 
 @contextmanager

@@ -34,8 +34,16 @@ STORES = "where things are kept"
 GROUPS = (START, COMPARED, TRAINING, SEARCH, BASE, DATA, AGAIN, MACHINES, STORES)
 
 
-def _option(group: str, text: str, metavar: str | None = None, default: Any = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+def _option(
+    group: str,
+    text: str,
+    metavar: str | None = None,
+    default: Any = None,
+    variable: str | None = None,
+) -> Any:
+    """Make the field of an option; `variable` of the environment is its default where it is set."""
+    how = {"group": group, "help": text, "metavar": metavar, "variable": variable}
+    return field(default=default, metadata=how)
 
 
 def _flag(group: str, text: str) -> Any:
@@ -190,6 +198,11 @@ class RunOptions:
         "STUDY_ID",
     )
     retry_failed: bool = _flag(AGAIN, "run the failed trials again, and no others")
+    retry_oom: bool = _flag(
+        AGAIN,
+        "try a trial that runs out of memory again with activation checkpointing, then with ever smaller probe chunks; "
+        "same gradients",
+    )
     fresh: bool = _flag(AGAIN, "run all trials anew, finished ones too")
     cpus_per_trial: float | None = _option(MACHINES, "CPUs of a trial (default: 1)", "X")
     gpus_per_trial: float | None = _option(MACHINES, "GPUs of a trial, fractions allowed", "X")
@@ -213,9 +226,18 @@ class StoreOptions:
 
     cache: str = _option(STORES, "folder of worlds (default: ./.llgbm)", "DIR", ".llgbm")
     tracking_uri: str | None = _option(
-        STORES, "an MLflow server (default: ./mlruns/mlflow.db)", "URI"
+        STORES,
+        "an MLflow server (default: $MLFLOW_TRACKING_URI, else ./mlruns/mlflow.db)",
+        "URI",
+        variable="MLFLOW_TRACKING_URI",
     )
-    experiment: str = _option(STORES, "MLflow experiment (default: llgbm)", "NAME", "llgbm")
+    experiment: str = _option(
+        STORES,
+        "MLflow experiment (default: $MLFLOW_EXPERIMENT_NAME, else llgbm)",
+        "NAME",
+        "llgbm",
+        "MLFLOW_EXPERIMENT_NAME",
+    )
     storage_path: str | None = _option(
         STORES,
         "where unfinished trials keep their state, a folder or s3://… that all machines reach (default: CACHE/sweeps)",

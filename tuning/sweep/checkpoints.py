@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tuning.checkpoints")
 KEPT = 2
 HASH_BYTES = 32
+LOCKS = "locks"
 LOCK_SECONDS = 120.0
 
 
@@ -50,15 +51,36 @@ def open_storage(storage: str) -> tuple[FileSystem, str]:
     return files, path
 
 
-def check_storage(storage: str) -> None:
-    """Raise UserError unless trials can keep their state there; a folder is made and written to."""
+def check_storage(storage: str, trial_ids: Iterable[str] = ()) -> None:
+    """Raise UserError unless these trials can keep their state there; a folder is made and written to."""
     from pyarrow import fs
 
     files, root = open_storage(storage)
-    if isinstance(files, fs.LocalFileSystem):
-        with disk_errors(Path(root)):
-            Path(root).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=root).close()
+    if not isinstance(files, fs.LocalFileSystem):
+        return
+    locks = Path(root) / LOCKS
+    for folder in (Path(root), locks):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    for trial_id in trial_ids:
+        lock = locks / f"{trial_id}.lock"
+        with _lock_errors(lock):
+            if lock.exists():
+                lock.open("a").close()
+
+
+@contextmanager
+def _lock_errors(lock: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"the lock {lock} cannot be opened ({error.strerror}): it may be another user's, so give a --storage-path "
+            "of your own"
+        ) from error
 
 
 def join(storage: str, path: str) -> str:
@@ -140,12 +162,15 @@ def trial_lock(storage: str, trial_id: str) -> Iterator[None]:
     if not isinstance(files, fs.LocalFileSystem):
         yield
         return
-    folder = Path(root) / "locks"
+    folder = Path(root) / LOCKS
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{trial_id}.lock", timeout=LOCK_SECONDS)
+    path = folder / f"{trial_id}.lock"
+    # Whoever may write to the folder may lock: a lock has no content.
+    lock = FileLock(path, timeout=LOCK_SECONDS, mode=0o666)
     try:
-        lock.acquire()
+        with _lock_errors(path):
+            lock.acquire()
     except Timeout as error:
         raise UserError(
             f"trial {trial_id} is being run by another process: wait for its end"

@@ -6,17 +6,17 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from llgbm.runtime import UserError
 from tuning.studies.options import RunOptions
+from tuning.sweep.places import check_cluster, check_ray_folder, require_token, show_token
+from tuning.tracking.store import pass_proxies
 
 SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -40,8 +40,6 @@ SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-CONNECT_SECONDS = 5.0
-TOKEN = Path("~/.ray/auth_token")
 OBJECT_STORE_BYTES = 512 * 2**20
 CUDA_CONTEXT_BYTES = 700 * 2**20
 
@@ -55,7 +53,15 @@ class Node:
 
     def fits(self, cpus: float, gpus: float) -> int:
         """Count the trials of this size that run on it at once."""
-        return int(min(self.cpus / cpus, self.gpus / gpus if gpus else math.inf) + 1e-9)
+        return int(min(self.cpus / cpus, self._gpu_places(gpus)) + 1e-9)
+
+    def _gpu_places(self, gpus: float) -> float:
+        """Count the places for trials of this share; none lies on two GPUs."""
+        if gpus == 0:
+            return math.inf
+        if gpus >= 1:
+            return self.gpus // gpus
+        return int(self.gpus) * int(1 / gpus + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,11 @@ def this_machine() -> tuple[Node, ...]:
 
 def choose_resources(run: RunOptions) -> Resources:
     """Choose what a trial gets of this machine, or of the cluster that the options name, which is joined."""
-    nodes = connect_ray(run.address) if run.address else None
+    nodes = None
+    if run.address:
+        nodes = connect_ray(run.address)
+    elif not run.is_preview:
+        check_ray_folder()
     return check_resources(run.cpus_per_trial, run.gpus_per_trial, run.max_concurrent, nodes)
 
 
@@ -149,6 +159,7 @@ def take_share(threads: int, gpus: float) -> None:
 
 def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
     """Start a local Ray, quietly, with room for `shared_bytes` of shared tensors; keep one that is running."""
+    require_token()
     quiet_ray()
     import ray
 
@@ -178,13 +189,11 @@ def connect_ray(address: str) -> tuple[Node, ...]:
 
     Raises UserError if none answers there.
     """
-    if address.startswith("ray://"):
-        _show_token()
+    check_cluster(address)
+    show_token()
     quiet_ray()
     import ray
 
-    if address != "auto":
-        _probe(address)
     try:
         ray.init(
             address=address,
@@ -211,38 +220,13 @@ def connect_ray(address: str) -> tuple[Node, ...]:
 def quiet_ray() -> None:
     """Import Ray with our settings made first, unless the environment says otherwise."""
     os.environ.update({k: v for k, v in SETTINGS.items() if k not in os.environ})
+    pass_proxies()
     import ray  # noqa: F401
 
     # The shared tensors are only read, which is what Ray's note asks for.
     warnings.filterwarnings(
         "ignore", message="Zero-copy tensor serialization|The input tensor is non-contiguous"
     )
-
-
-def _probe(address: str) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(
-            f"the cluster's address is {address!r}: write auto, host:port or ray://host:port"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head --port 6379`, or correct "
-            "the address"
-        ) from error
-
-
-def _show_token() -> None:
-    """Make Ray's client send the token of this user's clusters. Ray reads the setting when it is imported."""
-    known = (
-        os.environ.get("RAY_AUTH_TOKEN")
-        or os.environ.get("RAY_AUTH_TOKEN_PATH")
-        or TOKEN.expanduser().is_file()
-    )
-    if known:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def is_spread() -> bool:

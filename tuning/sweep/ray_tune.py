@@ -29,6 +29,7 @@ from tuning.tracking.runs import (
     STOPPED_TAG,
     read_trials,
 )
+from tuning.tracking.store import logins
 from tuning.tracking.study import StudyTracker
 
 
@@ -241,6 +242,8 @@ def _trainable(job: Job, session: str) -> Any:
         resources.gpus,
         keep_adapters=job.options.stores.keep_artifacts == "all",
         scheduler=job.scheduler,
+        retry_oom=job.options.run.retry_oom,
+        environment=logins() if job.options.run.address else {},
     )
     bound = tune.with_parameters(ray_trainable, worlds=dict(job.worlds), setting=setting)
     return tune.with_resources(bound, {"cpu": resources.cpus, "gpu": resources.gpus})

@@ -6,22 +6,24 @@ marks the trial FAILED; Ray restarts only workers that die.
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from llgbm.evaluation.levels import evaluate_levels, level_metric
 from llgbm.evaluation.metrics import REPORTED_PARTS, PartResult, evaluate_generator
 from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
-from llgbm.training import Outcome, State, Trial
+from llgbm.training import Outcome, State, TrainingConfig, Trial
 from llgbm.world import World
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.artifacts import write_artifacts, write_trial_adapters
@@ -35,6 +37,12 @@ CHECKPOINT_SECONDS = 300.0
 MAX_RESTARTS = 10
 STARTS_TAG = "llgbm.starts"
 RUN_ID = "run_id"
+# What numbers depend on beside the trial, for whoever runs it again.
+THREADS_TAG = "llgbm.threads"
+DEVICE_TAG = "llgbm.device"
+# What a trial ran out of memory with, before it was tried again with less.
+OOM_TAG = "llgbm.out_of_memory_with"
+logger = logging.getLogger("tuning.worker")
 
 
 @dataclass(frozen=True)
@@ -51,27 +59,55 @@ class TrialSetting:
     gpus: float
     keep_adapters: bool
     scheduler: str = NO_SCHEDULER
+    retry_oom: bool = False
+    # Logins of the stores, where a worker's machine has an environment of its own.
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class TrialLog(Protocol):
+    """Take what a trial measures and makes."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
+
+    def is_flushed(self) -> bool:
+        """Return True if all that was logged is safe, so that a checkpoint may be kept."""
+
+    def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
+        """Take a folder of artifacts."""
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Take a fact about the run."""
+
+
+def _ignore(step: int, metrics: Mapping[str, float]) -> None:
+    """Take a validation result that nobody waits for."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Receivers of what a trial makes; `keep_adapters` adds the generated adapters to its artifacts."""
+
+    tracker: TrialLog
+    checkpoints: TrialCheckpoints
+    on_evaluation: Callable[[int, Mapping[str, float]], Any] = _ignore
+    keep_adapters: bool = False
 
 
 def run_trial(
-    trial: TrialSpec,
-    world: World,
-    tracker: TrialTracker,
-    checkpoints: TrialCheckpoints,
-    on_evaluation: Callable[[int, Mapping[str, float]], Any],
-    keep_adapters: bool = True,
+    trial: TrialSpec, world: World, outputs: Outputs, config: TrainingConfig | None = None
 ) -> dict[str, float]:
     """Train from the newest checkpoint, evaluate and log one trial; return its final metrics.
 
     Final metrics are logged at the step after the last, since they are of the best generator, not of the last.
-    `on_evaluation(step, metrics)` is called at each validation. `keep_adapters` adds the generated adapters to the
-    artifacts.
+    `config` is the trial's own unless one with memory savers stands in for it.
     """
+    tracker, checkpoints = outputs.tracker, outputs.checkpoints
 
     def report(step: int, metrics: Mapping[str, float]) -> bool:
         tracker.log(step, metrics)
         if "val/accuracy" in metrics:
-            on_evaluation(step, metrics)
+            outputs.on_evaluation(step, metrics)
         return True
 
     def keep(state: State) -> None:
@@ -80,7 +116,7 @@ def run_trial(
 
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
-    training = Trial(trial.config, world.data, world.lora_model)
+    training = Trial(config or trial.config, world.data, world.lora_model)
     if state:
         training.restore(state)
     outcome = training.run(report, keep, CHECKPOINT_SECONDS)
@@ -94,7 +130,7 @@ def run_trial(
     metrics["time/seconds"] = before + time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), trial, world, outcome, results)
-        if keep_adapters:
+        if outputs.keep_adapters:
             write_trial_adapters(Path(folder), world, results)
         tracker.log_artifacts(Path(folder), "")
     tracker.log(outcome.steps_run + 1, metrics)
@@ -161,6 +197,8 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.bank": world.bank.hash,
         "llgbm.base": world.base.hash,
         "llgbm.world": trial.world.hash,
+        THREADS_TAG: str(setting.threads),
+        DEVICE_TAG: world.data.values_AV.device.type,
     }
     tags |= note_tags(trial_note(trial, trial.note))
     return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
@@ -192,11 +230,51 @@ def run_tracked(
         log_datasets(tracker.client, tracker.run_id, [world])
         freeze_gc()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
-            return run_trial(
-                trial, world, tracker, checkpoints, on_evaluation, setting.keep_adapters
-            )
+            outputs = Outputs(tracker, checkpoints, on_evaluation, setting.keep_adapters)
+            return run_in_memory(trial, world, outputs, setting.retry_oom)
     finally:
         tracker.close()
+
+
+def run_in_memory(
+    trial: TrialSpec, world: World, outputs: Outputs, retry_oom: bool
+) -> dict[str, float]:
+    """Run a trial; if that is asked for, try one that runs out of memory again with more and more memory savers."""
+    for config in savers(trial.config, retry_oom):
+        try:
+            return run_trial(trial, world, outputs, config)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            last = error
+        logger.warning("trial %s ran out of memory with %s", trial.id, saver_name(config))
+        outputs.tracker.set_tag(OOM_TAG, saver_name(config))
+        release_device_memory()
+    raise last
+
+
+def savers(config: TrainingConfig, retry_oom: bool) -> Iterator[TrainingConfig]:
+    """Yield a configuration as it is and, if asked for, in forms that need less memory for the same gradients."""
+    yield config
+    if not retry_oom or not set(config.weights) - {"weight"}:
+        return
+    saving = replace(config, activation_checkpointing=True)
+    if saving != config:
+        yield saving
+    chunk = min(config.probe_chunk or config.n_probes, config.n_probes)
+    while chunk > 1:
+        chunk = (chunk + 1) // 2
+        yield replace(saving, probe_chunk=chunk)
+
+
+def saver_name(config: TrainingConfig) -> str:
+    """Name the memory savers of a configuration, for people."""
+    names = []
+    if config.activation_checkpointing:
+        names.append("activation checkpointing")
+    if config.probe_chunk:
+        names.append(f"{config.probe_chunk} probes at once")
+    return " and ".join(names) or "no memory saver"
 
 
 def check_restarts(tracker: TrialTracker, checkpoints: TrialCheckpoints, session: str) -> None:
@@ -241,6 +319,7 @@ def ray_trainable(
     """Run the trial `params["trial"]`, as Ray Tune calls it."""
     from ray import tune
 
+    os.environ.update(setting.environment)
     take_share(setting.threads, setting.gpus)
     trial: TrialSpec = params["trial"]
     world = worlds[trial.world.hash].to(pick_device() if setting.gpus else "cpu")

@@ -40,7 +40,21 @@ UNWRITABLE = (
 LOGINS_VARIABLE = (
     "LLGBM_STORE_LOGINS"  # logins of stores by address, for this process and its workers
 )
+LOGIN_VARIABLES = (
+    LOGINS_VARIABLE,
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+)
 ALLOWED = "http(s)://host:port, sqlite:///path, postgresql://host/name or mysql://host/name"
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+NO_PROXY = ("no_proxy", "NO_PROXY")
+KINDS = ("http", "https", "all")
+PROXIES = [f"{kind}_proxy" for kind in KINDS] + [f"{kind}_PROXY".upper() for kind in KINDS]
+LOGIN_REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 
 def quiet_mlflow() -> None:
@@ -49,8 +63,19 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    pass_proxies()
     for name in ("alembic", "alembic.runtime.migration", "mlflow", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def pass_proxies() -> None:
+    """Let requests to this machine itself go past the proxies of the environment."""
+    if not any(os.environ.get(name) for name in PROXIES):
+        return
+    known = [os.environ.get(name, "") for name in NO_PROXY]
+    hosts = [host.strip() for text in known for host in text.split(",") if host.strip()]
+    for name in NO_PROXY:
+        os.environ[name] = ",".join(dict.fromkeys((*hosts, *LOOPBACK)))
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -75,7 +100,12 @@ def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
 
 def local_tracking_uri(root: Path) -> str:
     """Return the address of the SQLite store under `root`, used when no server is given."""
-    return f"sqlite:///{Path(root).resolve()}/mlruns/mlflow.db"
+    return sqlite_uri(Path(root).resolve() / "mlruns" / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a SQLite file: SQLAlchemy decodes a percent sign, and ends the path at a question mark."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def without_login(uri: str) -> str:
@@ -107,6 +137,11 @@ def with_login(uri: str) -> str:
     return parts._replace(netloc=f"{login}@{parts.netloc}").geturl()
 
 
+def logins() -> dict[str, str]:
+    """Return what the environment holds to log in to stores with, for workers on other machines."""
+    return {name: os.environ[name] for name in LOGIN_VARIABLES if name in os.environ}
+
+
 @contextmanager
 def store_errors(tracking_uri: str) -> Iterator[None]:
     """Turn errors of MLflow, the database and the disk into a UserError of one sentence."""
@@ -119,6 +154,19 @@ def store_errors(tracking_uri: str) -> Iterator[None]:
         raise UserError(
             f"the MLflow store {redact(tracking_uri)} cannot be used ({_reason(error)}): {_remedy(str(error))}."
         ) from error
+    finally:
+        _drop_misread(tracking_uri)
+
+
+def _drop_misread(uri: str) -> None:
+    """Delete the empty folders that MLflow makes for a SQLite address as it is spelled, percent signs and all."""
+    if not uri.startswith("sqlite:///") or unquote(uri) == uri:
+        return
+    for folder in Path(uri.removeprefix("sqlite:///")).parents:
+        if unquote(str(folder)) == str(folder):
+            return
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _reason(error: Exception) -> str:
@@ -134,6 +182,8 @@ def _remedy(reason: str) -> str:
         return "choose a folder that you may write to"
     if "out-of-date database schema" in text:
         return _schema_remedy(text)
+    if re.search(r"(error|status) code 40[13]\b|permission_denied|not authenticated", text):
+        return f"it asks for a login, so {LOGIN_REMEDY}"
     if "no module named" in text:
         return "install the driver of that database, or use sqlite:///path"
     return f"check the address and its log, or choose another one ({ALLOWED})"
@@ -167,7 +217,7 @@ def usable_uri(tracking_uri: str) -> str:
             sqlite3.Error
         ):  # of a database that is no store of MLflow: told when it is read
             follow_move(path)
-        return f"sqlite:///{path}"
+        return sqlite_uri(path)
     if scheme in DATABASE_PORTS:
         _probe_socket(tracking_uri, DATABASE_PORTS[scheme])
         return with_driver(tracking_uri)
@@ -197,17 +247,27 @@ def with_driver(uri: str) -> str:
 def _probe_http(uri: str) -> None:
     import requests
 
+    check_port(uri)
+    pass_proxies()
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
     verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
     try:
         code = requests.get(
-            f"{uri}/health", timeout=PROBE_SECONDS, verify=verify, auth=_server_login()
+            f"{uri}/health",
+            timeout=PROBE_SECONDS,
+            verify=verify,
+            auth=_server_login(),
+            headers=_server_token(),
         ).status_code
     except requests.exceptions.RequestException as error:
         raise UserError(
             f"no MLflow server answers at {redact(uri)} ({type(error).__name__}): start one with `mlflow "
             "server`, correct the address, or leave it out to use the local store."
         ) from error
+    if code in (401, 403):
+        raise UserError(
+            f"the server at {redact(uri)} refuses this login (HTTP {code}): {LOGIN_REMEDY}."
+        )
     if code == 404 or code >= 500:
         raise UserError(
             f"the server at {redact(uri)} answers /health with HTTP {code}, so it is no working MLflow "
@@ -222,9 +282,27 @@ def _server_login() -> tuple[str, str] | None:
     return user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
 
 
+def _server_token() -> dict[str, str]:
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if not token or _server_login():
+        return {}
+    return {"Authorization": f"Bearer {token}"}
+
+
+def check_port(uri: str) -> int | None:
+    """Return the port of an address, None if it names none. Raises UserError if that is no port."""
+    try:
+        port = urlsplit(uri).port
+    except ValueError as error:
+        raise UserError(f"{redact(uri)!r} has no proper port: give one from 1 to 65535.") from error
+    if port == 0:
+        raise UserError(f"{redact(uri)!r} has no proper port: give one from 1 to 65535.")
+    return port
+
+
 def _probe_socket(uri: str, default_port: int) -> None:
     parts = urlsplit(uri)
-    host, port = parts.hostname or "localhost", parts.port or default_port
+    host, port = parts.hostname or "localhost", check_port(uri) or default_port
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
@@ -241,7 +319,7 @@ def sqlite_path(uri: str) -> Path:
         raise UserError(
             f"the tracking address {uri!r} names no file: write sqlite:///path/to/mlflow.db."
         )
-    return Path(path).expanduser().resolve()
+    return Path(unquote(path)).expanduser().resolve()
 
 
 def _probe_sqlite(path: Path) -> None:
@@ -263,7 +341,7 @@ def make_database(path: Path) -> None:
         return
     aside = path.with_name(f".{path.name}.making")
     aside.unlink(missing_ok=True)
-    connect(f"sqlite:///{aside}").search_experiments(max_results=1)
+    connect(sqlite_uri(aside)).search_experiments(max_results=1)
     os.replace(aside, path)
 
 

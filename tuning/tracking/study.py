@@ -246,6 +246,16 @@ class StudyTracker:
             for chunk in chunks(entries, METRICS_PER_CALL):
                 self.client.log_batch(self.parent_run_id, metrics=chunk)
 
+    def update_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics of the parent run that replace those of a lower step. Raises ValueError if one is not finite."""
+        from mlflow.entities import Metric
+
+        now, values = now_ms(), check_finite(step, metrics)
+        entries = [Metric(key, value, now, step) for key, value in values.items()]
+        with store_errors(self.tracking_uri):
+            for chunk in chunks(entries, METRICS_PER_CALL):
+                self.client.log_batch(self.parent_run_id, metrics=chunk)
+
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
         """Log a folder as artifacts of the study. Raises UserError if the store fails."""
         with store_errors(self.tracking_uri):
