@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llgbm.cache import build_entry
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.load import Base
 from llgbm.models.scoring import exact_match
 from llgbm.runtime import content_hash
+from llgbm.tasks.suite import Suite
 from llgbm.teachers.build import pupils_of
 from llgbm.teachers.rounds import Classroom
-from llgbm.teachers.train import TEACHERS_VERSION
-
-if TYPE_CHECKING:
-    from llgbm.world import WorldConfig
+from llgbm.teachers.train import TEACHERS_VERSION, TeacherConfig
 
 
 def sealed_teachers(
-    cache: Path, base: Base, config: WorldConfig, spec: LoraSpec
+    cache: Path, base: Base, spec: LoraSpec, suite: Suite, config: TeacherConfig, count: int
 ) -> dict[str, dict[str, float]]:
-    """Return the accuracy of a teacher by sealed level and task; trained, or found in the cache."""
-    suite, count = config.suite, config.eval_examples
+    """Return the accuracy of a teacher on `count` examples by sealed level and task; trained, or found in the cache."""
     key = content_hash(
-        "sealed", TEACHERS_VERSION, base.hash, suite, config.teachers, count, spec.target_modules
+        "sealed", TEACHERS_VERSION, base.hash, suite, config, count, spec.target_modules
     )
 
     def write(folder: Path) -> None:
@@ -33,8 +29,8 @@ def sealed_teachers(
         for level in suite.levels:
             if not level.is_sealed:
                 continue
-            pupils = pupils_of(level.tasks, config.teachers)[:: config.teachers.per_task]
-            trained = Classroom(base, spec, config.teachers, suite).train(pupils)
+            pupils = pupils_of(level.tasks, config)[:: config.per_task]
+            trained = Classroom(base, spec, config, suite).train(pupils)
             examples = [
                 suite.level_examples(level.name, task, "evaluation", count) for task in level.tasks
             ]

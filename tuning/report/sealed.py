@@ -66,7 +66,8 @@ def _open_world(
 ) -> None:
     encoder = make_encoder(world.config.encoder, world.base)
     levels = list(build_levels(cache, world.config, world.base, encoder, sealed=True))
-    ceiling = sealed_teachers(cache, world.base, world.config, world.bank.spec)
+    suite, teachers, count = world.config.suite, world.config.teachers, world.config.eval_examples
+    ceiling = sealed_teachers(cache, world.base, world.bank.spec, suite, teachers, count)
     for name, value in _named(ceiling):
         client.log_metric(parent_run_id, f"{SEALED}/teacher/{world.config.label}/{name}", value)
     for trial in trials:
