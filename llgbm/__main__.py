@@ -13,8 +13,8 @@ from typing import Any
 
 from llgbm.commands import bank, evaluate, teachers
 from llgbm.commands.generators import _add_models, fetch, generate
-from llgbm.output import output_path
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
+from llgbm.system.output import output_path
 
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
 

@@ -18,8 +18,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
-from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError
+from llgbm.system.output import ADAPTER_PATTERNS, Output
 from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

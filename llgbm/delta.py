@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llgbm.cache import build_entry
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import StateDict
 from llgbm.lora.apply import Applied, chunks, states_at
@@ -27,6 +26,7 @@ from llgbm.models.encoding import encode_pairs, encode_prompts
 from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, progress, release_device_memory
+from llgbm.system.cache import build_entry
 from llgbm.teachers.bank import Bank
 
 if TYPE_CHECKING:

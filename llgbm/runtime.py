@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,10 +26,19 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from llgbm.redaction import redact
-
 T = TypeVar("T")
 logger = logging.getLogger("llgbm")
+# Secrets in text.
+MASK = "***"
+SHORTEST = 6  # letters of a secret that is looked for by its value
+LOGIN = re.compile(r"(?<=://)[^\s/]*@")
+NAMED = re.compile(
+    r"(?<![\w-])(password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|sig|signature)"
+    r"([\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+",
+    re.IGNORECASE,
+)
+HEADER = re.compile(r"\b(Basic|Bearer)\s+[A-Za-z0-9+/=._~-]{8,}")
+SECRET_VARIABLE = re.compile(r"PASSWORD|PASSWD|TOKEN$|SECRET|ACCESS_KEY$|API_KEY$|_PWD$")
 # Hash by content: a dataclass by its type and the fields that differ from their defaults, so that a new field changes
 # no id; a class from outside this project by its code too, a value with a `fingerprint` by that as well.
 OURS = {"llgbm", "tuning", "dnd"}
@@ -297,3 +307,34 @@ def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "in
 def say(text: str) -> None:
     """Print a line to stderr; stdout is for results."""
     print(redact(text), file=sys.stderr, flush=True)
+
+
+def redact(text: str) -> str:
+    """Return text without the logins of addresses, named secrets and the secrets of the environment."""
+    text = redact_forms(text)
+    for secret in _secrets():
+        text = text.replace(secret, MASK)
+    return text
+
+
+def redact_forms(text: str) -> str:
+    """Return text without what looks like a secret, in any environment: for text that is compared again later."""
+    text = LOGIN.sub("", text)
+    text = NAMED.sub(rf"\1\2{MASK}", text)
+    return HEADER.sub(rf"\1 {MASK}", text)
+
+
+_known: set[str] = set()
+
+
+def keep_secret(value: str) -> None:
+    """Remove this value from all text from now on."""
+    if len(value) >= SHORTEST:
+        _known.add(value)
+
+
+def _secrets() -> list[str]:
+    """Return known secrets and those of environment variables that are named like one, longest first."""
+    named = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)}
+    found = _known | {value for value in named if len(value) >= SHORTEST}
+    return sorted(found, key=len, reverse=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llgbm.cache import build_entry, entry_is_whole
 from llgbm.dataset import PARTS, ExperimentData, LevelData
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
@@ -35,6 +34,7 @@ from llgbm.models.reading import Questions
 from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet, create_domain_probes, create_generic_probes
 from llgbm.runtime import UserError, content_hash, is_folder, pick_device, say, stream_seed
+from llgbm.system.cache import build_entry, entry_is_whole
 from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
@@ -345,7 +345,7 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
 
 def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
     """Rows of each part: all teachers of a training task, the first teacher of a held-out task."""
-    part_of = {}
+    part_of: dict[str, str] = {}
     for part in PARTS:
         part_of |= dict.fromkeys(getattr(suite.split, part), part)
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llgbm.output import output_path
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
+from llgbm.system.output import output_path
 from tuning.tracking.address import (
     add_store_options,
     chosen_experiment,

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llgbm.output import output_path
 from llgbm.runtime import pick_device
+from llgbm.system.output import output_path
 
 
 def add_parser(commands: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import say
+from llgbm.system.output import ADAPTER_PATTERNS, Output
 from llgbm.tasks.prompts import read_prompts
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.commands.rules import add_row_rules, row_rules
-from llgbm.output import output_path
 from llgbm.runtime import pick_device
+from llgbm.system.output import output_path
 
 if TYPE_CHECKING:
     from llgbm.tasks.suite import Suite

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llgbm.cache import build_entry
 from llgbm.dataset import ExperimentData
 from llgbm.evaluation.metrics import PartResult, accuracy_per_adapter, evaluate_adapters
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import LoraBatch
 from llgbm.runtime import content_hash
+from llgbm.system.cache import build_entry
 
 VERSION = 2
 PREFIX = "baseline"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from llgbm import plugins
 from llgbm.generator.hyperconv import HyperConvGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
@@ -15,8 +14,9 @@ from llgbm.generator.networks import (
     Standardiser,
 )
 from llgbm.lora.adapters import LoraSpec
-from llgbm.plugins import load_plugin, offered, source_hash
 from llgbm.runtime import UserError, stream_seed
+from llgbm.system import plugins
+from llgbm.system.plugins import load_plugin, offered, source_hash
 
 Maker = Callable[[LoraSpec, int, Standardiser, GeneratorConfig], LoraGenerator]
 GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator, "hyperconv": HyperConvGenerator}

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.cache import build_entry, describe_file
 from llgbm.generator.minilm import BATCH, MiniLM
 from llgbm.lora.apply import final_hidden
 from llgbm.models.encoding import encode_prompts
 from llgbm.models.load import Base, find_model
-from llgbm.plugins import ENCODERS, load_plugin, source_hash
 from llgbm.runtime import UserError, content_hash, release_device_memory
+from llgbm.system.cache import build_entry, describe_file
+from llgbm.system.plugins import ENCODERS, load_plugin, source_hash
 from llgbm.teachers.bank import Bank
 
 VERSION = 2

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llgbm.documents import decode, parse_json
 from llgbm.lora.plain import check_plain, check_types
-from llgbm.output import ADAPTER_PATTERNS, Output
 from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.system.documents import decode, parse_json
+from llgbm.system.output import ADAPTER_PATTERNS, Output
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."

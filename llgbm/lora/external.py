@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llgbm.documents import brief
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
@@ -30,6 +29,7 @@ from llgbm.lora.adapters import (
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
 from llgbm.runtime import UserError
+from llgbm.system.documents import brief
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>\w+))?\.weight$")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from llgbm.documents import brief, decode, parse_json
 from llgbm.runtime import UserError
+from llgbm.system.documents import brief, decode, parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

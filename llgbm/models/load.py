@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llgbm.cache import describe_file, hash_files
-from llgbm.documents import brief
 from llgbm.lora.apply import final_hidden, head_logits
 from llgbm.models.folder import (
     NO_BASE,
@@ -27,6 +25,8 @@ from llgbm.models.folder import (
     refusal,
 )
 from llgbm.runtime import UserError, content_hash, is_folder, split_revision
+from llgbm.system.cache import describe_file, hash_files
+from llgbm.system.documents import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llgbm.cache import hash_files
 from llgbm.runtime import UserError, content_hash, say, stream_seed
+from llgbm.system.cache import hash_files
 from llgbm.tasks.extraction import READING_VERSION, Kind, answer_kind
 from llgbm.tasks.forms import RowRules
 from llgbm.tasks.rows import NEEDED, SUFFIXES, Row, read_rows

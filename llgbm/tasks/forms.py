@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from llgbm.documents import is_text
 from llgbm.runtime import UserError
+from llgbm.system.documents import is_text
 from llgbm.tasks.suite import Example
 
 LONGEST = 20_000

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.documents import AROUND, brief, is_text, parse_json, read_text
 from llgbm.runtime import UserError, say
+from llgbm.system.documents import AROUND, brief, is_text, parse_json, read_text
 from llgbm.tasks.extraction import choices
 from llgbm.tasks.forms import LONGEST, BadRow, read_prompt
 from llgbm.tasks.rows import SUFFIXES

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from llgbm.documents import AROUND, brief, decode, parse_json
 from llgbm.runtime import UserError
+from llgbm.system.documents import AROUND, brief, decode, parse_json
 from llgbm.tasks.extraction import question_key
 from llgbm.tasks.forms import PAIRS, BadRow, RowRules, read_row
 from llgbm.tasks.suite import Example

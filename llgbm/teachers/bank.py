@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llgbm.cache import describe_file
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,6 +27,7 @@ from llgbm.lora.adapters import (
 from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, say
+from llgbm.system.cache import describe_file
 from llgbm.tasks.suite import Suite
 
 FORMAT_VERSION = 2

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llgbm.cache import build_entry, entry_is_whole
 from llgbm.lora.adapters import (
     LoraBatch,
     LoraSpec,
@@ -26,8 +25,9 @@ from llgbm.models.encoding import EncodedPairs, example_prompt
 from llgbm.models.load import Base
 from llgbm.models.reading import suite_accuracy
 from llgbm.models.scoring import encode_examples
-from llgbm.output import check_name
 from llgbm.runtime import UserError, content_hash, free_memory, progress, say, stream_seed
+from llgbm.system.cache import build_entry, entry_is_whole
+from llgbm.system.output import check_name
 from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank

@@ -11,8 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llgbm.cache import describe_file
-from llgbm.documents import read_json
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,8 +23,10 @@ from llgbm.lora.external import AdapterReader, PlainAdapter
 from llgbm.lora.plain import is_empty
 from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import COMMIT, Base
-from llgbm.output import STAGE, check_name
 from llgbm.runtime import UserError, content_hash, is_folder, progress, say, split_revision
+from llgbm.system.cache import describe_file
+from llgbm.system.documents import read_json
+from llgbm.system.output import STAGE, check_name
 from llgbm.tasks.prompts import check_prompts, read_prompts
 from llgbm.teachers.bank import PROMPTS, Bank, Prompts
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address

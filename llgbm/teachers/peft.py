@@ -18,7 +18,6 @@ from peft import (
 )
 from torch import Tensor
 
-from llgbm.accumulation import make_accelerator
 from llgbm.lora.adapters import PEFT_PREFIX, LoraSpec
 from llgbm.lora.apply import blocks_checkpointed
 from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
@@ -28,6 +27,7 @@ from llgbm.models.scoring import answer_loss, encode_examples
 from llgbm.runtime import content_hash, free_memory, progress, progress_bar
 from llgbm.teachers.train import Run, adam_with_decay, shared_initial_a
 from llgbm.teachers.writer import BankWriter
+from llgbm.training.accumulation import make_accelerator
 
 STATES = ".states"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llgbm.cache import build_entry
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.load import Base
 from llgbm.models.scoring import exact_match
 from llgbm.runtime import content_hash
+from llgbm.system.cache import build_entry
 from llgbm.tasks.suite import Suite
 from llgbm.teachers.build import pupils_of
 from llgbm.teachers.rounds import Classroom

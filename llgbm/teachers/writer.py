@@ -14,7 +14,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llgbm.cache import describe_file, write_json
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,8 +26,17 @@ from llgbm.lora.adapters import (
 )
 from llgbm.models.load import Base
 from llgbm.models.scoring import greedy_continuations
-from llgbm.output import STAGE, Output, check_name, disk_errors, flush, flush_tree, make_folders
 from llgbm.runtime import UserError, say
+from llgbm.system.cache import describe_file, write_json
+from llgbm.system.output import (
+    STAGE,
+    Output,
+    check_name,
+    disk_errors,
+    flush,
+    flush_tree,
+    make_folders,
+)
 from llgbm.teachers.bank import (
     CHECKPOINTS,
     FORMAT_VERSION,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import llgbm.terms
-from llgbm.plugins import TERMS, load_plugin, offered
 from llgbm.runtime import UserError
+from llgbm.system.plugins import TERMS, load_plugin, offered
 from llgbm.terms.names import NAMED
 from llgbm.terms.step import Step, TermData
 from llgbm.terms.term import Term, check_term_class

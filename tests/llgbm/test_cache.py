@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llgbm.cache import build_entry, entry_is_whole
 from llgbm.runtime import UserError
+from llgbm.system.cache import build_entry, entry_is_whole
 from llgbm.world import World, WorldConfig, build_world, smoke_world
 
 BUILD = """

@@ -12,8 +12,8 @@ import pytest
 from own_package import OWN, PARTS, write_package
 
 from llgbm.generator import GeneratorConfig
-from llgbm.plugins import offered
 from llgbm.runtime import UserError
+from llgbm.system.plugins import offered
 from llgbm.terms.registry import find_term
 from llgbm.training import TrainingConfig, train
 from llgbm.world import World, WorldConfig

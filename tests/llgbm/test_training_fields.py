@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from llgbm.accumulation import weighted_pieces
 from llgbm.dataset import create_dataloader
 from llgbm.generator import GeneratorConfig
 from llgbm.runtime import UserError
 from llgbm.terms.registry import built_in_terms
 from llgbm.training import TrainingConfig, Trial, train
+from llgbm.training.accumulation import weighted_pieces
 from llgbm.world import World
 
 

@@ -16,8 +16,8 @@ from llgbm.generator.networks import GeneratorConfig
 
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
-    "redaction runtime plugins accumulation output documents probes cache losses tasks client lora models teachers "
-    "delta functional generator dataset world evaluation terms training_config training estimate commands __main__"
+    "runtime system probes losses tasks client lora models teachers delta functional generator dataset world "
+    "evaluation terms training estimate commands __main__"
 ).split()
 SOURCES = sorted((ROOT / "llgbm").rglob("*.py"))
 SHIPPED = (

@@ -15,8 +15,7 @@ import pytest
 from made_study import LAMBDAS, TASKS, log_trial
 from markdown_it import MarkdownIt
 
-from llgbm.redaction import redact
-from llgbm.runtime import exit_status
+from llgbm.runtime import exit_status, redact
 from tuning.report.__main__ import main
 from tuning.report.names import Renaming, escaped, file_name, label, one_line
 from tuning.tracking.runs import ERROR_TAG

@@ -16,7 +16,7 @@ from llgbm.generator import GENERATORS
 from llgbm.losses import DELTA_LOSSES
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
-from llgbm.training_config import DELTA_PROBES, DELTA_READINGS
+from llgbm.training.config import DELTA_PROBES, DELTA_READINGS
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.run_ablation import main
 from tuning.studies import (

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llgbm.output import Output, output_path
 from llgbm.runtime import exit_status, say, speak_utf8
+from llgbm.system.output import Output, output_path
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
 from tuning.report.names import file_name

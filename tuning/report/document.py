@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llgbm.output import Output
 from llgbm.runtime import UserError, say
+from llgbm.system.output import Output
 from llgbm.terms.names import NAMED, PREFIX
 from tuning.report import plots, tables
 from tuning.report.delta_map import plot_delta_map

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from llgbm.output import disk_errors
 from llgbm.runtime import UserError
+from llgbm.system.output import disk_errors
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

@@ -9,8 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from llgbm.redaction import redact_forms
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, redact_forms
 from llgbm.terms.names import NAMED, PREFIX
 from tuning.tracking.curves import Curve, read_curves
 from tuning.tracking.store import all_pages, connect, quiet_mlflow, redact, store_errors

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from llgbm.redaction import keep_secret, redact
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, keep_secret, redact
 from tuning.tracking.location import follow_move
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from llgbm.output import disk_errors
 from llgbm.runtime import UserError, say
+from llgbm.system.output import disk_errors
 from tuning.tracking.curves import read_points
 from tuning.tracking.ownership import DRIVER_TAG, HOLD_TAG
 from tuning.tracking.runs import (

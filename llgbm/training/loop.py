@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llgbm.accumulation import make_accelerator, weighted_pieces
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, create_dataloader
 from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA
@@ -24,7 +23,8 @@ from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.losses import DeltaOnlyLoss, MultiTaskLoss
 from llgbm.runtime import UserError, progress, seed_everything
 from llgbm.terms.step import Step, TermData
-from llgbm.training_config import TrainingConfig
+from llgbm.training.accumulation import make_accelerator, weighted_pieces
+from llgbm.training.config import TrainingConfig
 
 __all__ = [
     "DeltaOnlyLoss",

@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from llgbm.output import disk_errors, flush, flush_tree
 from llgbm.runtime import logger, say
+from llgbm.system.output import disk_errors, flush, flush_tree
 
 ENTRY_FILE = "entry.json"
 # Raised when keys are made of more than before. Entries made earlier are left where they are and never read again.

@@ -1,0 +1,29 @@
+"""Train a generator: `config` says how, `loop` does it, `accumulation` weighs the pieces of a large batch."""
+
+from __future__ import annotations
+
+from llgbm.training.config import TrainingConfig
+from llgbm.training.loop import (
+    VERSION,
+    DeltaOnlyLoss,
+    MultiTaskLoss,
+    Outcome,
+    Report,
+    State,
+    Trial,
+    evaluate,
+    train,
+)
+
+__all__ = [
+    "VERSION",
+    "DeltaOnlyLoss",
+    "MultiTaskLoss",
+    "Outcome",
+    "Report",
+    "State",
+    "TrainingConfig",
+    "Trial",
+    "evaluate",
+    "train",
+]
