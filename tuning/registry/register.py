@@ -6,9 +6,11 @@ ones are deleted and made again.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,13 +127,16 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
     """Return the folder with `generator.json` of `models:/name@alias`, `models:/name/3` or a local folder.
 
     `tracking_uri` None means MLFLOW_TRACKING_URI, or else the store of the current folder. A registered bundle is
-    copied to a temporary folder. Raises UserError if the model, version, alias or folder does not exist.
+    copied to a folder that is deleted when the process ends. Raises UserError if the model, version, alias or folder does
+    not exist.
     """
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
     with registry_client(tracking_uri) as client:
         version = resolve(client, uri)
-        return bundle_of(client, version, Path(tempfile.mkdtemp(prefix="llgbm-generator-")))
+        folder = Path(tempfile.mkdtemp(prefix="llgbm-generator-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return bundle_of(client, version, folder)
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
