@@ -127,8 +127,8 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
     """Return the folder with `generator.json` of `models:/name@alias`, `models:/name/3` or a local folder.
 
     `tracking_uri` None means MLFLOW_TRACKING_URI, or else the store of the current folder. A registered bundle is
-    copied to a folder that is deleted when the process ends. Raises UserError if the model, version, alias or folder does
-    not exist.
+    copied to a folder that is deleted when the process ends. Raises UserError if the model, version, alias or folder
+    does not exist.
     """
     if not uri.startswith("models:"):
         return _checked(Path(uri).expanduser(), uri)
