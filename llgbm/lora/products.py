@@ -120,7 +120,8 @@ def project(
 class _Normalise(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        at_least = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least)
         scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         unit = (x * scale).to(x.dtype)
         ctx.save_for_backward(unit, scale)
@@ -135,7 +136,7 @@ class _Normalise(Function):
 
 
 def normalise(x: Tensor, epsilon: float) -> Tensor:
-    """x over its root mean square, in float32: RMSNorm without its weight."""
+    """x over its root mean square, in float32 at least: RMSNorm without its weight."""
     return _Normalise.apply(x, epsilon)
 
 

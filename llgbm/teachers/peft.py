@@ -25,9 +25,9 @@ from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import answer_loss, encode_examples
 from llgbm.runtime import content_hash, free_memory, progress, progress_bar
+from llgbm.system.accumulation import make_accelerator
 from llgbm.teachers.train import Run, adam_with_decay, shared_initial_a
 from llgbm.teachers.writer import BankWriter
-from llgbm.training.accumulation import make_accelerator
 
 STATES = ".states"
 

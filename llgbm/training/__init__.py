@@ -1,4 +1,4 @@
-"""Train a generator: `config` says how, `loop` does it, `accumulation` weighs the pieces of a large batch."""
+"""Train a generator: `config` says how, `loop` does it, evaluations come from `llgbm.evaluation`."""
 
 from __future__ import annotations
 

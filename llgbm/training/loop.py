@@ -22,8 +22,8 @@ from llgbm.generator import make_generator
 from llgbm.generator.networks import LoraGenerator, Standardiser
 from llgbm.losses import DeltaOnlyLoss, MultiTaskLoss
 from llgbm.runtime import UserError, progress, seed_everything
+from llgbm.system.accumulation import make_accelerator, weighted_pieces
 from llgbm.terms.step import Step, TermData
-from llgbm.training.accumulation import make_accelerator, weighted_pieces
 from llgbm.training.config import TrainingConfig
 
 __all__ = [

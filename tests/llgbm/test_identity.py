@@ -111,7 +111,13 @@ def test_a_suite_with_another_fingerprint_is_another(monkeypatch: pytest.MonkeyP
 
 
 # Words and names that a field may hold beside its default.
-NAMES = {"name": "hyperconv", "dtype": "bfloat16", "measure": "relative"}
+NAMES = {
+    "name": "hyperconv",
+    "dtype": "bfloat16",
+    "measure": "relative",
+    "place": "attention",
+    "loss": "mse",
+}
 
 
 def changed(name: str, value: Any) -> Any:
@@ -123,7 +129,7 @@ def changed(name: str, value: Any) -> Any:
     if isinstance(value, float):
         return value + 0.125
     if isinstance(value, tuple):
-        return (*value, "more")
+        return (*value, 1 if name == "layers" else "more")
     if isinstance(value, str):
         return NAMES.get(name, f"{value}9")
     return 7  # where there was none
@@ -178,7 +184,7 @@ CONFIGS: dict[str, list[Any]] = {
     "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }
 # What a term is given alone has no effect without it, and its code follows from its name.
-OF_TERMS = {"term_options", "term_code"}
+OF_TERMS = {"term_options", "plugin_code"}
 WORLDS: dict[str, list[Any]] = {
     "size": ["micro"],
     "suite": [*SUITES.values(), Mine(), Theirs()],

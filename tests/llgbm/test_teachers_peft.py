@@ -119,7 +119,6 @@ def test_the_layout_is_that_of_a_bank(banks: dict[str, Bank], tiny_base: Base) -
         "teacher_accuracy",
         "worst_teacher_accuracy",
         "base_accuracy",
-        "cut_trajectories",
     }
     assert show_bank(bank.folder)["torn"] == [] and show_bank(bank.folder)["finished"]
     assert Bank.open(bank.folder, tiny_base).hash == bank.hash != banks["two"].hash

@@ -11,9 +11,9 @@ import torch
 from llgbm.dataset import create_dataloader
 from llgbm.generator import GeneratorConfig
 from llgbm.runtime import UserError
+from llgbm.system.accumulation import weighted_pieces
 from llgbm.terms.registry import built_in_terms
 from llgbm.training import TrainingConfig, Trial, train
-from llgbm.training.accumulation import weighted_pieces
 from llgbm.world import World
 
 

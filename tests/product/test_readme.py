@@ -75,7 +75,8 @@ def map_of(package: str) -> dict[str, str]:
     """Entries of a package in the README's tree: name to its line."""
     block = README.partition("## Where things are")[2].split("```")[1]
     start = block.index(f"\n{package}/ ")
-    lines = itertools.takewhile(str.strip, block[start + 1 :].splitlines()[1:])
+    unwrapped = re.sub(r"\n│ +", " ", block[start + 1 :])
+    lines = itertools.takewhile(str.strip, unwrapped.splitlines()[1:])
     parsed = [re.match(r"[├└]── (\S+)\s+(.*)", line) for line in lines]
     return {found[1]: found[2] for found in parsed if found}
 

@@ -124,12 +124,16 @@ def test_sealed_tasks_are_opened_once_and_that_is_recorded(
 
     assert report(["latest", "--open-sealed", "--out", "opened", "--debug"]) == 0
     after = read_study(uri, parent.info.run_id)
-    (trial,) = after.trials
-    assert {"sealed/operation", "sealed/format", "sealed/accuracy"} <= trial.metrics.keys()
+    for trial in after.trials:
+        assert {"sealed/operation", "sealed/format", "sealed/accuracy"} <= trial.metrics.keys()
     (opening,) = json.loads(connect(uri).get_run(parent.info.run_id).data.tags[OPENED_TAG])
-    assert opening["trials"] == [trial.trial_id] and opening["by"] and opening["at"]
+    assert set(opening["trials"]) == {trial.trial_id for trial in after.trials}
+    assert opening["by"] and opening["at"]
     text = (folder / "opened" / "report.md").read_text()
-    assert "## Sealed tasks" in text and f"Opened for 1 trial by {opening['by']}" in text
+    assert (
+        "## Sealed tasks" in text
+        and f"Opened for {len(after.trials)} trials by {opening['by']}" in text
+    )
 
     assert report(["latest", "--open-sealed", "--out", "opened", "--debug"]) == 0
     assert "0 trials measured now" in capsys.readouterr().err
