@@ -214,7 +214,9 @@ def check_whole(sweep: Sweep, reference: dict[str, Run], reference_client: Mlflo
     for trial_id, run in trials.items():
         assert run.info.status == "FINISHED"
         undisturbed = reference[trial_id]
-        assert final_metrics(run) == final_metrics(undisturbed)
+        own, wanted = final_metrics(run), final_metrics(undisturbed)
+        differing = {key: (own.get(key), wanted.get(key)) for key in own.keys() | wanted.keys()}
+        assert not {key: pair for key, pair in differing.items() if pair[0] != pair[1]}, differing
         for key in final_metrics(run):
             own, other = (
                 [
