@@ -41,6 +41,7 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(
     process = sweep.start()
     sweep.wait_for_checkpoint()
     assert kill_a_worker(process.pid, random.Random(0))
+    wait_for_a_death(sweep)  # The driver tells of it, and is killed next.
     sweep.wait_for_checkpoint(besides=sweep.checkpoints())
     kill_driver(process)
     assert {run.info.status for run in sweep.parents()} == {"RUNNING"}
@@ -49,8 +50,21 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace(
     check_registry(sweep)
     attempts = [int(run.data.tags["llgbm.attempts"]) for run in sweep.trials().values()]
     assert sum(attempts) > len(attempts)
+    assert has_died(sweep)
+
+
+def has_died(sweep: Sweep) -> bool:
+    """Say if a run tells of the death of its worker."""
     deaths = [run.data.tags.get("llgbm.last_death", "") for run in sweep.trials().values()]
-    assert any("died" in death for death in deaths)
+    return any("died" in death for death in deaths)
+
+
+def wait_for_a_death(sweep: Sweep) -> None:
+    """Return when the driver has told of a worker's death."""
+    deadline = time.monotonic() + 60
+    while not has_died(sweep):
+        assert time.monotonic() < deadline, sweep.log()
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_a_report_of_hostile_names_comes_and_holds_nothing_of_the_disk(
 ) -> None:
     # Another test may have made a password of a word that stands here.
     monkeypatch.setattr("llgbm.runtime._known", set())
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     place = tmp_path / "deep" / "below"
     place.mkdir(parents=True)
     monkeypatch.chdir(place)
