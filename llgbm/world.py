@@ -135,7 +135,7 @@ class World:
 
     @property
     def ability(self) -> Ability | None:
-        """What the embedded base can do, as measured when it was pretrained; None for a base of the user's."""
+        """Ability of the embedded base, as measured when it was pretrained; None for a base of the user's."""
         file = Path(self.base.path) / ABILITY
         if self.config.base is not None or not file.is_file():
             return None

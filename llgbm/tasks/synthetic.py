@@ -246,7 +246,7 @@ class SyntheticSuite(Suite):
 
 @dataclass(frozen=True)
 class Style:
-    """How a prompt is written: which phrases its parts are named by, and how many words it lists."""
+    """Style of a prompt: the phrases that may name its parts, and how many words it lists."""
 
     trained_phrases: bool = True
     unseen_phrases: bool = False

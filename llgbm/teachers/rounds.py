@@ -49,7 +49,7 @@ class Trained:
 
 
 class Classroom:
-    """What teachers of a suite are trained with."""
+    """Train the teachers of a suite on a base, with one configuration."""
 
     def __init__(self, base: Base, spec: LoraSpec, config: TeacherConfig, suite: Suite) -> None:
         self.base, self.spec, self.config, self.suite = base, spec, config, suite

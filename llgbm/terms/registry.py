@@ -178,7 +178,7 @@ class Objective:
 
     @property
     def matches(self) -> tuple[str, ...]:
-        """What the terms supervise by, each once, in alphabetical order."""
+        """Return the kinds of supervision of the terms, each once, in alphabetical order."""
         return tuple(sorted({term.matches for term in self.terms}))
 
     def prepare(self, data: TermData) -> Objective:

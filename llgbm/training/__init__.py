@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
+from llgbm.evaluation.metrics import evaluate
+from llgbm.losses import DeltaOnlyLoss, MultiTaskLoss
 from llgbm.training.config import TrainingConfig
-from llgbm.training.loop import (
-    VERSION,
-    DeltaOnlyLoss,
-    MultiTaskLoss,
-    Outcome,
-    Report,
-    State,
-    Trial,
-    evaluate,
-    train,
-)
+from llgbm.training.loop import VERSION, Outcome, Report, State, Trial, train
 
 __all__ = [
     "VERSION",

@@ -20,23 +20,10 @@ from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import make_generator
 from llgbm.generator.networks import LoraGenerator, Standardiser
-from llgbm.losses import DeltaOnlyLoss, MultiTaskLoss
 from llgbm.runtime import UserError, progress, seed_everything
 from llgbm.system.accumulation import make_accelerator, weighted_pieces
 from llgbm.terms.step import Step, TermData
 from llgbm.training.config import TrainingConfig
-
-__all__ = [
-    "DeltaOnlyLoss",
-    "MultiTaskLoss",
-    "Outcome",
-    "Report",
-    "State",
-    "TrainingConfig",
-    "Trial",
-    "evaluate",
-    "train",
-]
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]

@@ -48,7 +48,7 @@ def tasks_of(folder: Path, **more: object) -> set[str]:
 
 
 def said_by(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What the script of ARC-c says of a bank, in a dry run."""
+    """Return what the script of ARC-c prints of a bank, in a dry run."""
     options = ("--dry-run", *options)
     status = exit_status(lambda: train_command(COMMON_SENSE, "data/x", "out", ARC_C, options))
     return f"{status} {capsys.readouterr().err}"

@@ -276,7 +276,7 @@ def test_a_bank_of_nothing_is_refused() -> None:
 def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
     tiny_base: Base, tiny_spec: LoraSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the gate reads is made up here, so that the second teacher lags for two rounds and the third for one."""
+    """The accuracies of the gate are made up, so that the second teacher lags for two rounds and the third for one."""
     measured = iter([[1.0, 0.2, 0.9], [0.5, 0.98], [1.0]])
     monkeypatch.setattr(
         "llgbm.teachers.rounds.exact_match", lambda *_: torch.tensor(next(measured))

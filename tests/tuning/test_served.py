@@ -83,7 +83,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object], tuple[int, str]]:
-    """What MLflow's scoring server answers: status and message."""
+    """Ask MLflow's scoring server; return its status and message."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.pyfunc.scoring_server import invocations
