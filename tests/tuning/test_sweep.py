@@ -174,7 +174,7 @@ def test_a_failed_trial_is_failed_and_hurts_no_other(
     assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
     failed = next(run for run in children if run.info.status == "FAILED")
     assert float(failed.data.params["lambda_weight"]) == 1e39
-    assert json.loads(out.rstrip().rsplit("\n", 1)[1])["registered"]
+    assert json.loads(out.splitlines()[-1])["registered"]
 
 
 @pytest.mark.parametrize(
