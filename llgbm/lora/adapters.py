@@ -89,8 +89,8 @@ class LoraSpec:
         missing = wanted - {shape.kind for shape in found}
         if missing:
             raise UserError(
-                f"the base model has no Linear layer called {', '.join(sorted(missing))}: "
-                "name target modules that it has"
+                f"the base model has no Linear layer called {', '.join(sorted(missing))}: name target modules that it "
+                "has, or train its adapters with PEFT and take them over with `bank import`"
             )
         experts = [shape.name for shape in found if _EXPERT.search(shape.name)]
         if experts:

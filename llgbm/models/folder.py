@@ -34,11 +34,14 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     stored = _read_json(folder, "config.json")
     kind = stored.get("model_type")
-    if stored.get("auto_map") and kind not in CONFIG_MAPPING:
+    is_known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if stored.get("auto_map") and not is_known:
         raise refusal(
             folder,
             f"a {kind} model needs code of its own, and code from a model's folder is never run",
         )
+    if not is_known:
+        raise refusal(folder, _unknown_type(kind))
     quantised = stored.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "by an unnamed method")
@@ -48,7 +51,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         # The library's own reader stops at a byte-order mark.
         if (folder / "config.json").read_bytes().startswith(codecs.BOM_UTF8):
-            config = CONFIG_MAPPING[str(kind)].from_dict(stored)
+            config = CONFIG_MAPPING[kind].from_dict(stored)
         else:
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
@@ -60,15 +63,27 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def _unknown_type(kind: Any) -> str:
+    from transformers import __version__
+
+    if not isinstance(kind, str):
+        return "its config.json names no model_type: fetch it again"
+    return (
+        f"the installed transformers {__version__} knows no models of type {kind[:80]!r}: install one that does, or "
+        "name another base"
+    )
+
+
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         content = path.read_bytes()
-        if content.startswith(POINTER):
-            raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
+        _check_fetched(folder, name, content)
         found = parse_json(decode(content))
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise refusal(
             folder,
@@ -80,6 +95,11 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def _check_fetched(folder: Path, name: str, begins: bytes) -> None:
+    if begins.startswith(POINTER):
+        raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
+
+
 def check_weights(folder: Path) -> None:
     """Check that all weight files are there, whole, in safetensors."""
     for name in _weight_names(folder):
@@ -88,9 +108,7 @@ def check_weights(folder: Path) -> None:
             if not path.is_file():
                 raise refusal(folder, f"{name} is missing, which {INDEX} lists: fetch it")
             with path.open("rb") as stream:
-                begins = stream.read(len(POINTER))
-            if begins == POINTER:
-                raise refusal(folder, f"{name} is a pointer of git-lfs: run `git lfs pull` there")
+                _check_fetched(folder, name, stream.read(len(POINTER)))
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
@@ -138,7 +156,9 @@ def read_tokenizer(folder: Path) -> Any:
             folder, "it holds no tokenizer: fetch tokenizer.json and tokenizer_config.json"
         )
     if tokenizer.eos_token_id is None:
-        raise refusal(folder, "its tokenizer has no end token: name one in tokenizer_config.json")
+        raise refusal(
+            folder, "its tokenizer has no end token, which eos_token in tokenizer_config.json names"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

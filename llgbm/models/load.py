@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llgbm.lora.apply import final_hidden, head_logits
+from llgbm.models.checks import check_reading, limit_positions
 from llgbm.models.folder import (
     NO_BASE,
     check_weights,
@@ -157,7 +159,8 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
         )
     model.generation_config = _greedy(model, tokenizer)
     nn.Module.to(model, device).eval().requires_grad_(False)
-    _check_reading(model, path)
+    limit_positions(model, path)
+    check_reading(model, path)
     return Base(model, tokenizer, pinned_name(str(path), folder), base_hash(folder, dtype), folder)
 
 
@@ -172,26 +175,47 @@ def _read_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedMode
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **{_dtype_name(): dtype},
-        )
+        with _quiet_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **{_dtype_name(): dtype},
+            )
     except Exception as error:
         raise refusal(
             folder,
             f"its weights do not fit its config.json, or cannot be loaded ({brief(error)}): fetch both again",
         ) from error
     model, said = loaded
+    if odd := sorted(said["mismatched_keys"], key=str):
+        name, stored, wanted = odd[0]
+        raise refusal(
+            folder,
+            f"its weights do not fit its config.json: {name} is {list(stored)}, not {list(wanted)}: fetch both again",
+        )
     if missing := sorted(said["missing_keys"]):
         raise refusal(
             folder,
             f"its files lack {len(missing)} weights of the model, such as {missing[0]}: fetch them again",
         )
     return model
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep the library from printing a table of what does not fit: a refusal names it in one sentence."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _greedy(model: PreTrainedModel, tokenizer: Any) -> Any:
@@ -207,38 +231,6 @@ def _greedy(model: PreTrainedModel, tokenizer: Any) -> Any:
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _check_reading(model: PreTrainedModel, path: str | Path) -> None:
-    """Check that states and head, read apart, give the model's own logits, and that no state depends on later tokens.
-
-    Raises UserError for a model of which that is not so: losses and deltas would be of another model.
-    """
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    changed = torch.cat([ids[:, :3], ids[:, :1]], dim=1)
-    try:
-        with torch.no_grad():
-            states = final_hidden(model, ids)
-            wanted = model(input_ids=ids, use_cache=False).logits.float()
-            got = head_logits(model, states).float()
-            others = final_hidden(model, changed)[:, :3]
-    except Exception as error:
-        raise refusal(
-            path, f"a {model.config.model_type} model cannot be run here ({brief(error)})"
-        ) from error
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    if not _are_close(got, wanted, tolerance):
-        raise refusal(
-            path, f"the head of a {model.config.model_type} model does more than is known here"
-        )
-    if not _are_close(others.float(), states[:, :3].float(), tolerance):
-        raise refusal(
-            path, f"a {model.config.model_type} model looks at later tokens: it does not write text"
-        )
-
-
-def _are_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
-    return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1e-6))
 
 
 def find_model(name: str | Path, download: bool = True) -> Path:
@@ -288,6 +280,7 @@ class BaseSource:
         folder = find_model(name, download)
         read_config(folder)
         check_weights(folder)
+        read_tokenizer(folder)
         path = str(folder.resolve()) if is_folder(name) else pinned_name(name, folder)
         return cls(path, base_hash(folder, DTYPES[dtype]), dtype)
 
