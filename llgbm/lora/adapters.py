@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llgbm.lora.plain import check_plain, check_types
+from llgbm.lora.targets import text_layers
 from llgbm.runtime import UserError, content_hash, split_revision
 from llgbm.system.documents import decode, parse_json
 from llgbm.system.output import ADAPTER_PATTERNS, Output
@@ -33,8 +34,6 @@ _KEY = re.compile(
 )
 # Kinds of numbers that weights are read in; whole numbers are those of quantised adapters.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Parts of a model that are no part of its text decoder, by their usual names.
-OTHER_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 StateDict = Mapping[str, Tensor]
 
@@ -83,7 +82,7 @@ class LoraSpec:
         wanted = set(target_modules)
         found = tuple(
             LinearShape(name, module.in_features, module.out_features)
-            for name, module in _text_layers(model)
+            for name, module in text_layers(model).items()
             if name.rsplit(".", 1)[-1] in wanted
         )
         missing = wanted - {shape.kind for shape in found}
@@ -127,16 +126,6 @@ class LoraSpec:
     @property
     def hash(self) -> str:
         return content_hash(self)
-
-
-def _text_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the Linear layers of a model's text decoder; its head and its towers for images are no part of that."""
-    find: Any = getattr(model, "get_decoder", None)
-    inside = set((find() if find else model).modules())
-    for name, module in model.named_modules():
-        is_text = module in inside and not OTHER_TOWERS & set(name.split("."))
-        if is_text and isinstance(module, nn.Linear):
-            yield name, module
 
 
 @dataclass(frozen=True)

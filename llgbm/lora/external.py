@@ -28,6 +28,7 @@ from llgbm.lora.adapters import (
     read_adapter_weights,
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
+from llgbm.lora.targets import head_of, text_layers
 from llgbm.runtime import UserError
 from llgbm.system.documents import brief
 
@@ -172,7 +173,7 @@ class AdapterReader:
             raise UserError(
                 f"the adapter in {folder} does not fit the base: that has no module {name}: another base?"
             )
-        if layer is _head(self.model):
+        if layer is head_of(self.model):
             raise UserError(
                 f"the adapter in {folder} adapts {name}, the head, which only layers below it can be here: make it "
                 "without, or merge it into its base with PEFT"
@@ -234,13 +235,13 @@ class AdapterReader:
         scaling = max(sorted(set(scalings)), key=scalings.count)
         if len({part.rank for part in parts.values()}) > 1 or len(set(scalings)) > 1:
             converted.append(f"ranks and alphas by module, as rank {rank}")
+        outside = sorted(parts.keys() - set(text_layers(self.model)))
+        if outside:
+            raise UserError(
+                f"the adapter in {folder} adapts {outside[0]}, which is no part of the text model: make it without"
+            )
         kinds = sorted({name.rsplit(".", 1)[-1] for name in parts})
         spec = LoraSpec.from_model(self.model, rank, _plain_number(scaling * rank), kinds)
-        unknown = sorted(parts.keys() - {m.name for m in spec.modules})
-        if unknown:
-            raise UserError(
-                f"the adapter in {folder} adapts {unknown[0]}, which is no part of the text model: make it without"
-            )
         if len(parts) < len(spec.modules):
             converted.append(f"{len(spec.modules) - len(parts)} layers without an adapter, as 0")
         state = {}
@@ -278,7 +279,7 @@ def targeted(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
     leaves = {n: m for n, m in model.named_modules() if n and not any(m.children())}
     targets = config["target_modules"]
     if targets == "all-linear":
-        head = _head(model)
+        head = head_of(model)
         targets = [n for n, m in leaves.items() if isinstance(m, nn.Linear) and m is not head]
     names = ("exclude_modules", "layers_to_transform", "layers_pattern")
     more = {name: config[name] for name in names if not is_empty(config.get(name))}
@@ -326,8 +327,3 @@ def _alike(own: Tensor, saved: Tensor) -> bool:
     """Say if saved weights are the base's own, to the precision of the coarser of the two."""
     own = own.detach().cpu()
     return torch.equal(own.to(saved.dtype), saved) or torch.equal(own, saved.to(own.dtype))
-
-
-def _head(model: nn.Module) -> Any:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if find else None

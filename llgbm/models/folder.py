@@ -59,6 +59,10 @@ def read_config(folder: Path) -> PretrainedConfig:
             folder, f"its config.json cannot be used ({brief(error)}): fetch it again"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if hasattr(config, "vision_config"):
+            raise refusal(
+                folder, f"a {kind} model reads images beside text: name a model of text alone"
+            )
         raise refusal(folder, f"a {kind} model does not write text token by token")
     return config
 
