@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,11 @@ from llgbm.models.encoding import chat_prompt
 from llgbm.models.load import COMMIT, Base
 from llgbm.runtime import UserError, content_hash, is_folder, progress, say, split_revision
 from llgbm.system.cache import describe_file
-from llgbm.system.documents import read_json
 from llgbm.system.output import STAGE, check_name
-from llgbm.tasks.prompts import check_prompts, read_prompts
-from llgbm.teachers.bank import PROMPTS, Bank, Prompts
+from llgbm.teachers.bank import Bank, Prompts
+from llgbm.teachers.given import PURPOSES, prompts_of, read_given
 from llgbm.teachers.writer import BankWriter, NewAdapter, check_bank_address
 
-PURPOSES = ("train", "evaluation")
-PROMPT_FILES = (PROMPTS, "prompts.jsonl", "prompts.txt")
 # Fields of an adapter's config that decide how its weights are read.
 DECIDING = ("use_rslora", "rank_pattern", "alpha_pattern")
 # Folders that hold a state of a training, and say nothing of its task.
@@ -104,7 +100,7 @@ def import_bank(
     for external in progress(found, "checking adapters"):
         _check_base(external, names)
         plain = reader.read(external.folder)
-        checked.append((external, plain, _prompts_of(external, given)))
+        checked.append((external, plain, prompts_of(external.folder, external.task, given)))
     spec = _common_spec(checked)
     taken = _described(checked)
     _say_what_was_done(checked)
@@ -321,73 +317,6 @@ def _are_one(named: str, name: str) -> bool:
 
 def _short(name: str) -> str:
     return split_revision(name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
-
-
-def read_given(path: Path) -> dict[str, Any]:
-    """Read a file of prompts: by task, or those of one task, which stand under "". Raises UserError for none."""
-    if path.suffix == ".json":
-        found = read_json(path, "name a file of prompts")
-        if isinstance(found, dict) and not set(found) & {*PURPOSES, "prompts", "prompt"}:
-            return found
-    return {"": _read_pool(path)}
-
-
-def _read_pool(path: Path) -> Any:
-    """Return the prompts of a file: a list, or a list for each purpose. Raises UserError for a file of none."""
-    if path.suffix == ".json":
-        found = read_json(path, "name a file of prompts")
-        if isinstance(found, dict) and "prompts" not in found:
-            return found
-        if isinstance(found, list) and all(isinstance(prompt, str) for prompt in found):
-            return found
-    return read_prompts(path)
-
-
-def _prompts_of(external: ExternalAdapter, given: Mapping[str, Any]) -> Prompts:
-    """Return an adapter's prompts: those given for its task, or in the file beside it or above it.
-
-    A plain list is parted in two. Raises UserError for none.
-    """
-    found, source = given.get(external.task, given.get("")), "--prompts"
-    if found is None:
-        folders = (external.folder, *_above(external))
-        places = [folder / name for folder, name in product(folders, PROMPT_FILES)]
-        beside = [place for place in places if place.is_file()]
-        found, source = (_read_pool(beside[0]), str(beside[0])) if beside else (None, "")
-    if isinstance(found, list):
-        known = len(found) - len(found) // 3
-        found = {"train": found[:known], "evaluation": found[known:]}
-    if not isinstance(found, dict) or not all(_are_prompts(found.get(p)) for p in PURPOSES):
-        raise UserError(
-            f"the adapter in {external.folder} has no prompts: put a {PROMPTS} beside it, or name task "
-            f'{external.task!r} in --prompts, as {{"train": [...], "evaluation": [...]}} or one list of at least three'
-        )
-    for purpose in PURPOSES:
-        check_prompts(found[purpose], source)
-    if both := set(found["train"]) & set(found["evaluation"]):
-        raise UserError(
-            f"a prompt of the adapter in {external.folder} is for training and evaluation both ({min(both)[:60]!r}): "
-            "keep them apart"
-        )
-    return {purpose: list(found[purpose]) for purpose in PURPOSES}
-
-
-def _above(external: ExternalAdapter) -> list[Path]:
-    """Return the folders from an adapter's up to the one that bears the name of its task; none without such a one."""
-    above: list[Path] = []
-    for folder in external.folder.parents:
-        above.append(folder)
-        if folder.name == external.task:
-            return above
-    return []
-
-
-def _are_prompts(found: Any) -> bool:
-    return (
-        isinstance(found, list)
-        and bool(found)
-        and all(isinstance(p, str) and p.strip() for p in found)
-    )
 
 
 def _cut(prompts: Prompts, everyone: Sequence[Checked]) -> Prompts:

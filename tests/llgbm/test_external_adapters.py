@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import (
+    CONFIG,
+    IDS,
+    WEIGHTS,
+    as_whole_numbers,
+    change,
+    logits_of_peft,
+    only_a_pickle,
+    rekey,
+    train_with_peft,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.apply import adapters_applied
@@ -20,31 +28,6 @@ from llgbm.lora.external import PlainAdapter, read_external
 from llgbm.lora.plain import CONVERTED_INIT, PLAIN, PLAIN_INIT
 from llgbm.models.load import Base
 from llgbm.runtime import UserError
-
-IDS = torch.arange(24).view(2, 12) % 40
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def fresh(base: Base) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base.path).float().eval()
-
-
-def train_with_peft(base: Base, folder: Path, **settings: Any) -> None:
-    """Save an adapter as PEFT does after a training that moved every value of it."""
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **settings}
-    model = get_peft_model(fresh(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-
-
-def logits_of_peft(base: Base, folder: Path) -> Tensor:
-    with torch.no_grad():
-        return PeftModel.from_pretrained(fresh(base), str(folder))(IDS).logits
 
 
 def logits_here(base: Base, plain: PlainAdapter) -> Tensor:
@@ -61,16 +44,6 @@ def check_parity(base: Base, folder: Path) -> PlainAdapter:
     with torch.no_grad():
         assert (wanted - base.model(IDS).logits).abs().max() > 0.05
     return plain
-
-
-def change(folder: Path, **values: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def rekey(folder: Path, new: Callable[[str], str]) -> None:
-    state = {new(k): v.clone() for k, v in load_file(folder / WEIGHTS).items()}
-    save_file(state, folder / WEIGHTS)
 
 
 # Every field of the allow-list with values that are accepted. A field without an entry fails the test below.
@@ -197,19 +170,9 @@ def add_key(folder: Path, key: str, tensor: Tensor) -> None:
     save_file({**load_file(folder / WEIGHTS), key: tensor}, folder / WEIGHTS)
 
 
-def as_whole_numbers(folder: Path) -> None:
-    state = {k: (100 * v).to(torch.int8) for k, v in load_file(folder / WEIGHTS).items()}
-    save_file(state, folder / WEIGHTS)
-
-
 def without_layer(folder: Path) -> None:
     state = {k: v for k, v in load_file(folder / WEIGHTS).items() if "layers.0.mlp" not in k}
     save_file(state, folder / WEIGHTS)
-
-
-def only_a_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
 
 
 def other_rank(folder: Path) -> None:

@@ -28,7 +28,8 @@ from llgbm.tasks.extraction import extract
 from llgbm.tasks.files import FileSuite, datasets_in
 from llgbm.tasks.forms import RowRules
 from llgbm.tasks.prompts import read_prompts
-from llgbm.teachers.imported import _check_base, _prompts_of, find_adapters
+from llgbm.teachers.given import prompts_of
+from llgbm.teachers.imported import _check_base, find_adapters
 from tuning.studies import StudyOptions
 from tuning.studies.from_file import make_study
 
@@ -223,7 +224,7 @@ class Adapters:
     def _into_a_bank(self, own: Path) -> None:
         for external in find_adapters(str(own), "task"):
             _check_base(external, {self.base.path})
-            prompts = _prompts_of(external, {})
+            prompts = prompts_of(external.folder, external.task, {})
             assert prompts["train"] and prompts["evaluation"]
 
 
