@@ -29,6 +29,7 @@ from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.folder import read_tokenizer
 from llgbm.models.load import DTYPES, Base, find_model, model_size, weightless_model
 from llgbm.models.pretrain import make_tokenizer, new_model
+from llgbm.models.reading import ANSWER_TOKENS
 from llgbm.probes import create_generic_probes
 from llgbm.teachers.bank import read_manifest
 from llgbm.terms.term import THROUGH_BASE, PassSize
@@ -274,6 +275,22 @@ class WorldSketch:
         shape, texts = BaseShape.of(self.base, self.spec), self.n_teachers * teachers.examples
         passes = shape.forward_flops(texts, tokens) + shape.backward_flops(texts, tokens)
         return teachers.steps * (passes + shape.head_flops(texts * answer))
+
+    @property
+    def reading_flops(self) -> float:
+        """FLOPs of one adapter a task that answers all evaluation questions, each as long as answers may get.
+
+        0 where every answer counts by exact match. Prompts are as long as the longest example.
+        """
+        shape, suite = BaseShape.of(self.base, self.spec), self.config.suite
+        tokens, answer = self.example_tokens
+        kinds = [suite.answer_kind(task) for task in (*suite.split.val, *suite.split.test)]
+        found = 0.0
+        for kind in kinds:
+            if kind != "text":
+                prompt, written = max(1, tokens - answer), ANSWER_TOKENS[kind]
+                found += shape.decoding_flops(self.config.eval_examples, prompt, written)
+        return found
 
 
 def _base_without_weights(config: WorldConfig) -> tuple[PreTrainedModel, Any]:

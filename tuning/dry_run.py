@@ -206,14 +206,19 @@ def estimate_study(study: Study) -> str:
     found = [(trial, worlds[trial.world.hash].estimate(trial.config)) for trial in trials]
     total = sum(estimate.flops for _, estimate in found)
     building = sum(world.teacher_flops for world in worlds.values())
-    return "\n".join(
-        (
-            _table(found),
-            f"training of {len(found)} trials: {human(total, 'FLOP')}; teachers of {len(worlds)} worlds: "
-            f"{human(building, 'FLOP')}; evaluation and the making of a base are not counted",
-            "memory is a trial's peak on its device, from formulas: leave a fifth of the device free",
+    reading = max(world.reading_flops for world in worlds.values())
+    lines = [
+        _table(found),
+        f"training of {len(found)} trials: {human(total, 'FLOP')}; teachers of {len(worlds)} worlds: "
+        f"{human(building, 'FLOP')}; evaluation and the making of a base are not counted",
+        "memory is a trial's peak on its device, from formulas: leave a fifth of the device free",
+    ]
+    if reading:
+        lines.append(
+            f"answers of validation and held-out tasks are written out to be read: up to {human(reading, 'FLOP')} each "
+            "time that both are scored"
         )
-    )
+    return "\n".join(lines)
 
 
 def _table(found: list[tuple[TrialSpec, TrialEstimate]]) -> str:

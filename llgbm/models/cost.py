@@ -126,6 +126,17 @@ class BaseShape:
         """LM head at some positions, forward and back to the hidden states."""
         return 4.0 * positions * self.hidden * self.vocabulary
 
+    def decoding_flops(self, texts: int, prompt: int, written: int) -> float:
+        """Greedy decoding of so many tokens after S prompts of T tokens, with a cache, adapters and the LM head."""
+        later = written - 1
+        passes = self.forward_flops(texts, prompt) + texts * later * 2.0 * (
+            self.linear + self.adapted
+        )
+        # Each later token looks at the prompt and at all tokens up to itself.
+        looked_at = later * prompt + later * (later + 1) / 2
+        attention = 4.0 * texts * looked_at * self.attention * self.layers
+        return passes + attention + 2.0 * texts * written * self.hidden * self.vocabulary
+
     def activation_bytes(self, texts: int, tokens: int, checkpointing: bool = False) -> float:
         """Return the bytes held between the two passes of S texts of T tokens.
 

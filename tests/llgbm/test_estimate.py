@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import rows, write_rows
 from test_memory import bytes_held
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +22,13 @@ from llgbm.estimate import (
     weightless_generator,
 )
 from llgbm.generator import GENERATORS
-from llgbm.lora import LoraSpec
-from llgbm.models.load import PublishedSize, model_size, weightless_model
+from llgbm.lora import LoraBatch, LoraSpec
+from llgbm.lora.apply import adapters_applied
+from llgbm.models.cost import BaseShape
+from llgbm.models.load import Base, PublishedSize, model_size, weightless_model
 from llgbm.training import TrainingConfig, Trial
 from llgbm.world import World
+from tuning import run_ablation
 from tuning.dry_run import estimate_study
 from tuning.studies import StudyOptions, phase_4_5
 
@@ -137,3 +142,31 @@ def test_numbers_for_people() -> None:
         "2.5 T",
     ]
     assert human(1e9, "B") == "1 GB"
+
+
+def test_flops_of_written_answers_are_those_that_torch_counts(
+    tiny_base: Base, tiny_spec: LoraSpec, tiny_adapters: LoraBatch
+) -> None:
+    shape, ids = BaseShape.of(tiny_base.model, tiny_spec), torch.arange(18).view(2, 9)
+    batch, generate = tiny_adapters.select([0]), getattr(tiny_base.model, "generate")  # noqa: B009
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        adapters_applied(tiny_base.model, batch, 2.0),
+        FlopCounterMode(display=False) as counter,
+    ):
+        generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12)
+    wanted = shape.decoding_flops(2, 9, 12)
+    assert wanted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_answers_that_are_read_are_part_of_an_estimate(
+    tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for topic in ("river", "stone", "cloud"):
+        write_rows(tmp_path, topic, rows(topic, 32))
+    command = ["--base", tiny_base.path, "--data", str(tmp_path), "--tasks", "river", "stone"]
+    assert run_ablation.main([*command, "--held-out", "cloud", "--seeds", "0", "--estimate"]) == 0
+    assert "written out to be read: up to" in capsys.readouterr().out
+    assert run_ablation.main(["--smoke", "--estimate"]) == 0
+    assert "written out" not in capsys.readouterr().out

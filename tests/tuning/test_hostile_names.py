@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
@@ -12,10 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from made_study import LAMBDAS, TASKS, log_trial
 from markdown_it import MarkdownIt
 
-from llgbm.runtime import exit_status, redact
+from llgbm.runtime import exit_status, redact, redact_forms
 from tuning.report.__main__ import main
 from tuning.report.names import Renaming, escaped, file_name, label, one_line
 from tuning.tracking.runs import ERROR_TAG
@@ -142,6 +144,24 @@ def test_the_secrets_of_the_environment_are_masked_and_plain_text_is_kept(
     assert redact(f"it was {SECRET}!") == "it was ***!"
     for text in ("sqlite:////a@b/c.db", "mail me@host", "eos_token: <|end|>", "--max-tokens=5"):
         assert redact(text) == text
+
+
+def texts_of(node: ast.AST) -> str:
+    """Return the text of a string of code, a word in each of its gaps; nothing for other nodes."""
+    if isinstance(node, ast.JoinedStr):
+        parts = (v.value if isinstance(v, ast.Constant) else "gap" for v in node.values)
+        return "".join(map(str, parts))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_no_sentence_of_this_project_is_taken_for_a_secret() -> None:
+    """`no end token: name one` lost its fourth word."""
+    for part in ("llgbm", "tuning", "dnd_repo/workspace/dnd"):
+        for path in (ROOT / part).rglob("*.py"):
+            source = path.read_text()
+            if redact_forms(source) != source:  # code and comments may
+                texts = map(texts_of, ast.walk(ast.parse(source)))
+                assert not [text for text in texts if redact_forms(text) != text], path
 
 
 def test_the_login_of_a_store_lives_in_the_environment_alone(

@@ -51,7 +51,7 @@ def check_ray_folder() -> None:
 
 
 def require_token() -> None:
-    """Make the Ray of a local sweep ask for a token: it listens on all interfaces.
+    """Make the Ray of a local sweep, which listens on all interfaces, ask for a token.
 
     The token is made for this sweep, unless the environment has one.
     """
