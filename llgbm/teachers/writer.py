@@ -280,6 +280,6 @@ def _say_what_was_cut(cut: Mapping[str, int], n_answers: int, max_tokens: int) -
         named = ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
         say(
             f"{n_cut} of {n_answers} answers of teachers are cut at {max_tokens} tokens ({named}): their behaviour is "
-            "matched up to there; more max-tokens keep them whole"
+            "matched up to there; a larger limit keeps them whole (--max-tokens, in a sweep --trajectory-tokens)"
         )
     return n_cut

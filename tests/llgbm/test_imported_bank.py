@@ -71,6 +71,7 @@ def test_answers_that_are_cut_are_counted(foreign: Path, tiny_base: Base, capsys
         captured = capsys.readouterr()
         cut = json.loads(captured.out)["cut_answers"]
         assert f"{cut} of 2 answers of teachers are cut at {limit} tokens (" in captured.err
+        assert "--max-tokens, in a sweep --trajectory-tokens" in captured.err
         bank = Bank.open(foreign.parent / limit, tiny_base)
         told = bank.trajectories()
         assert bank.cut_answers == cut > 0 and len(told.of("one")) == len(told.of("two")) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llgbm.dataset import create_dataloader
+from llgbm.dataset import DeltaAugmentedDataset, Draw, create_dataloader
 from llgbm.generator import GeneratorConfig
 from llgbm.runtime import UserError
 from llgbm.system.accumulation import weighted_pieces
@@ -148,3 +148,15 @@ def test_a_score_that_is_not_a_number_never_wins(world: World, config: TrainingC
 def test_a_value_that_nothing_can_be_made_of_is_refused(field: str, value: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         TrainingConfig(**{field: value})
+
+
+def test_teachers_of_one_task_draw_prompts_and_probes_of_their_own(world: World) -> None:
+    row = world.data.rows["train"][0]
+    pools = world.data.conditions.train_ANC[[row, row]]
+    deltas = world.data.loss_deltas.select([row, row])
+    dataset = DeltaAugmentedDataset(pools, world.data.values_AV[[row, row]], deltas, 4, 2, seed=0)
+    drawn = [[dataset[Draw(teacher, step)] for step in range(4)] for teacher in (0, 1)]
+    for name in ("condition", "probes"):
+        assert any(not torch.equal(a[name], b[name]) for a, b in zip(*drawn, strict=True))
+    again = dataset[Draw(1, 3)]
+    assert torch.equal(again["condition"], drawn[1][3]["condition"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from llgbm.generator import make_generator
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import load_adapter
+from llgbm.teachers.bank import Bank
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
@@ -186,3 +188,14 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
             for root in (saved, tmp_path / "own/adapters")
         ]
         assert all(states[0][key].equal(states[1][key]) for key in states[1])
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_answers_that_are_cut_are_said_of_a_world(world: World, tmp_path: Path, count: int) -> None:
+    folder = Path(shutil.copytree(world.bank.folder, tmp_path / "bank"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["measured"]["cut_answers"] = count
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    own = replace(world, bank=Bank.cached(folder, world.bank.spec))
+    said = run_notes.describe_facts(own)
+    assert ("5 answers of teachers are cut" in said) == bool(count) and "cut" not in said[:60]

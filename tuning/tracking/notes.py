@@ -182,9 +182,8 @@ def describe_facts(world: World) -> str:
         "base_accuracy" in facts
         and f"base {facts['base_accuracy']:.3f}, teachers {facts['teacher_accuracy']:.3f}"
     )
-    cut = ""
-    if facts.get("cut_trajectories"):
-        cut = f"; {facts['cut_trajectories']:.0f} answers of trajectories were cut"
+    n_cut = world.bank.cut_answers
+    cut = f"; {n_cut} answers of teachers are cut, and matched up to there" if n_cut else ""
     return (
         f"world {world.config.hash} ({world.config.size}): {len(split.train)} training, {len(split.val)} validation, "
         f"{len(split.test)} test tasks; accuracy of {known or 'teachers taken over is not known'}{cut}"
