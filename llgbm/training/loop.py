@@ -107,7 +107,9 @@ class Trial:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
+        # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
+        self.generator = generator.to(self.accelerator.device)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         tokens = generator.standardiser.encode(data.values_AV[rows])
         self.loss = config.objective.prepare(TermData(data, rows, tokens, lora_model, generator))
@@ -146,7 +148,7 @@ class Trial:
         `factors` weight the terms of a piece, as `weighted_pieces` gives them. Raises FloatingPointError when the loss
         is not finite.
         """
-        with self.accelerator.accumulate(self.generator), self.accelerator.autocast():
+        with self.accelerator.accumulate(self.generator):
             terms = self.compute_loss(batch)
             if not torch.isfinite(terms["loss"]):
                 raise FloatingPointError(
@@ -176,11 +178,16 @@ class Trial:
         return {f"loss_{term.name}": term.count(batch) for term in self.loss.terms}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute `loss` and its terms of a batch; terms without a weight are skipped."""
+        """Compute `loss` and its terms of a batch; terms without a weight are skipped.
+
+        Only the generator's own pass is of mixed precision: the base reads its adapters as it read the teachers'.
+        """
+        with self.accelerator.autocast():
+            tokens = self.generator(batch["condition"])
         step = Step(
             batch,
-            self.generator(batch["condition"]),
-            self.accelerator.unwrap_model(self.generator),
+            tokens.float(),
+            self.generator,
             self.lora_model,
             self.config.probe_chunk,
             self.config.activation_checkpointing,
@@ -202,13 +209,13 @@ class Trial:
             self.last_improvement = self.step
         if score >= self.best_score:
             self.best_score, self.best_step = score, self.step
-            self.best = copy.deepcopy(self.accelerator.unwrap_model(self.generator).state_dict())
+            self.best = copy.deepcopy(self.generator.state_dict())
 
     def state(self) -> State:
         """Return everything that a resumed run needs: tensors, numbers, strings and dictionaries."""
         return {
             "step": self.step,
-            "generator": self.accelerator.unwrap_model(self.generator).state_dict(),
+            "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
@@ -222,7 +229,7 @@ class Trial:
 
     def restore(self, state: State) -> None:
         """Continue from what `state` returned."""
-        self.accelerator.unwrap_model(self.generator).load_state_dict(state["generator"])
+        self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_step = state["step"], state["best_step"]
@@ -255,9 +262,7 @@ class Trial:
         while self.step < config.steps and not self.should_stop:
             metrics = self.advance(*next(pieces))
             if self.step % config.eval_every == 0 or self.step == config.steps:
-                metrics |= evaluate(
-                    self.accelerator.unwrap_model(self.generator), self.data, self.lora_model, "val"
-                )
+                metrics |= evaluate(self.generator, self.data, self.lora_model, "val")
                 self.keep_if_best(metrics["val/accuracy"])
             yield metrics
 
@@ -276,10 +281,11 @@ class Trial:
             if due and self.is_checkpointable:
                 checkpoint(self.state())
                 saved_at = time.perf_counter()
-        generator = self.accelerator.unwrap_model(self.generator)
         if self.best:
-            generator.load_state_dict(self.best)
-        return Outcome(generator.eval(), self.best_step, self.best_score, self.step, self.seconds)
+            self.generator.load_state_dict(self.best)
+        return Outcome(
+            self.generator.eval(), self.best_step, self.best_score, self.step, self.seconds
+        )
 
 
 def train(

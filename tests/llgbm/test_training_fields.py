@@ -160,3 +160,28 @@ def test_teachers_of_one_task_draw_prompts_and_probes_of_their_own(world: World)
         assert any(not torch.equal(a[name], b[name]) for a, b in zip(*drawn, strict=True))
     again = dataset[Draw(1, 3)]
     assert torch.equal(again["condition"], drawn[1][3]["condition"])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_teacher_and_student_are_read_by_one_instrument(
+    world: World, config: TrainingConfig, precision: str
+) -> None:
+    """A student that predicts its teacher's tokens has no loss, whatever the precision."""
+    own = replace(config, lambda_weight=0.0, lambda_delta=1.0, mixed_precision=precision)
+    trial = Trial(own, world.data, world.lora_model)
+    batch = next(iter(trial.batches()))
+    nothing = 0 * sum(p.sum() for p in trial.generator.parameters())
+    trial.generator.forward = lambda _: batch["tokens"] + nothing
+    assert trial.advance(batch)["loss/total"] == pytest.approx(0, abs=2e-6)
+
+
+def test_the_generator_that_is_scored_is_the_one_that_is_registered(
+    world: World, config: TrainingConfig
+) -> None:
+    own = replace(config, steps=2, eval_every=2, mixed_precision="bf16")
+    outcome = train(own, world.data, world.lora_model)
+    fresh = Trial(config, world.data, world.lora_model).generator.eval()
+    fresh.load_state_dict(outcome.generator.state_dict())
+    pools = world.data.conditions.train_ANC[:2]
+    with torch.no_grad():
+        assert torch.equal(outcome.generator(pools), fresh(pools))
