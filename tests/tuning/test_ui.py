@@ -118,6 +118,7 @@ def wait_until_drawn(browser: webdriver.Chrome, axes: set[str]) -> None:
     )
 
 
+@pytest.mark.whole
 @needs_browser
 def test_runs_are_nested_named_and_show_what_matters(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
