@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import say
+from llgbm.runtime import say, uncollected
 from llgbm.system.output import ADAPTER_PATTERNS, Output
 from llgbm.tasks.prompts import read_prompts
 
@@ -52,8 +52,9 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write an adapter; return its folder, its base and the number of prompts."""
     Output(arguments.out, ADAPTER_PATTERNS)
     prompts = read_prompts(arguments.prompts)
-    bundle = open_bundle(arguments.model, arguments.tracking_uri)
-    bundle.save_adapter(prompts, arguments.out)
+    with uncollected():
+        bundle = open_bundle(arguments.model, arguments.tracking_uri)
+        bundle.save_adapter(prompts, arguments.out)
     base = bundle.facts["base_path"]
     say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
     return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}
