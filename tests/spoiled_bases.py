@@ -62,6 +62,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
         "quantised (bitsandbytes)",
     ),
+    "quantised oddly": (lambda f: change(f / "config.json", quantization_config=[4]), "unnamed"),
     "no writer of text": (lambda f: change(f / "config.json", model_type="vit"), "token by token"),
 }
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {

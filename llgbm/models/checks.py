@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 def limit_positions(model: PreTrainedModel, path: str | Path) -> None:
     """Have a model with a table of positions refuse texts that are longer than that."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return
     tokens = model.get_input_embeddings()
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     # Some tables begin with a few rows that are not for texts.
-    if any(isinstance(most, int) and most <= table.num_embeddings <= most + 8 for table in tables):
+    if any(most <= table.num_embeddings <= most + 8 for table in tables):
         check = partial(_check_length, most=most, path=path)
         for module in (model, model.base_model):  # decoding runs the one, `final_hidden` the other
             module.register_forward_pre_hook(check, with_kwargs=True)

@@ -33,18 +33,19 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     stored = _read_json(folder, "config.json")
-    kind = stored.get("model_type")
+    kind = stored.get("model_type") or ""
     is_known = isinstance(kind, str) and kind in CONFIG_MAPPING
     if stored.get("auto_map") and not is_known:
         raise refusal(
             folder,
-            f"a {kind} model needs code of its own, and code from a model's folder is never run",
+            f"a {kind or 'nameless'} model needs code of its own, and code from a model's folder is never run",
         )
     if not is_known:
         raise refusal(folder, _unknown_type(kind))
     quantised = stored.get("quantization_config")
     if quantised:
-        method = quantised.get("quant_method", "by an unnamed method")
+        named = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        method = named or "by an unnamed method"
         raise refusal(
             folder, f"it is quantised ({method}); name the unquantised model that it was made from"
         )
@@ -70,7 +71,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 def _unknown_type(kind: Any) -> str:
     from transformers import __version__
 
-    if not isinstance(kind, str):
+    if not kind or not isinstance(kind, str):
         return "its config.json names no model_type: fetch it again"
     return (
         f"the installed transformers {__version__} knows no models of type {kind[:80]!r}: install one that does, or "
