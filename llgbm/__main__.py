@@ -8,13 +8,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llgbm.commands import bank, evaluate, teachers
 from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
-from llgbm.system.output import output_path
+from llgbm.system.output import named_path
 
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
 
@@ -32,9 +31,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         required=True,
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
     )
-    make.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
+    make.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
     make.add_argument(
-        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
+        "--out", required=True, type=named_path, help="the folder that the adapter is written to"
     )
     make.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
@@ -44,9 +43,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "fetch", help="ask a served generator (`mlflow models serve`) for an adapter"
     )
     ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
-    ask.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
+    ask.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
     ask.add_argument(
-        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
+        "--out", required=True, type=named_path, help="the folder that the adapter is written to"
     )
     ask.set_defaults(do=fetch)
     _add_models(

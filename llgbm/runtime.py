@@ -190,12 +190,22 @@ def seed_everything(seed: int) -> None:
 
 
 def pick_device(name: str = "auto") -> str:
-    """Name the device: the given one, or CUDA where torch sees it, else the CPU."""
+    """Name the device: the given one, or CUDA where torch sees it, else the CPU.
+
+    Raises UserError for one that this machine or this torch does not have.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # neither an unknown device nor one without values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"the device {name!r} cannot be used ({reason}): name cpu, cuda or cuda:N"
+        ) from error
+    return name
 
 
 def release_device_memory() -> None:

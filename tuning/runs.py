@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
-from llgbm.system.output import output_path
+from llgbm.system.output import named_path
 from tuning.tracking.address import (
     add_store_options,
     chosen_experiment,
@@ -43,7 +43,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         "study", metavar="STUDY_ID", help="a study id, the id of its MLflow run, or `latest`"
     )
     parser.add_argument(
-        "--out", metavar="FILE", type=output_path, required=True, help="the file to write"
+        "--out", metavar="FILE", type=named_path, required=True, help="the file to write"
     )
 
 
@@ -55,7 +55,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="a file that `export` wrote")
+    parser.add_argument("file", metavar="FILE", type=named_path, help="a file that `export` wrote")
 
 
 def _import(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llgbm.runtime import pick_device
-from llgbm.system.output import output_path
+from llgbm.system.output import named_path
 
 
 def add_parser(commands: Any) -> None:
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     _add_import(actions)
     _add_embedded(actions)
     look = actions.add_parser("show", help="what a bank holds, and whether it is whole")
-    look.add_argument("folder", type=Path, help="the bank")
+    look.add_argument("folder", type=named_path, help="the bank")
     look.set_defaults(do=show)
 
 
@@ -36,11 +36,11 @@ def _add_import(actions: Any) -> None:
         "--base", required=True, metavar="DIR|HUB", help="the base model that they are for"
     )
     take.add_argument(
-        "--out", required=True, type=output_path, metavar="DIR", help="the bank that is written"
+        "--out", required=True, type=named_path, metavar="DIR", help="the bank that is written"
     )
     take.add_argument(
         "--prompts",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="JSON: prompts by task, for adapters without their own",
     )
@@ -80,7 +80,10 @@ def _add_embedded(actions: Any) -> None:
     )
     make.add_argument("--smoke", action="store_true", help="the smallest one, in seconds")
     make.add_argument(
-        "--cache", type=Path, default=Path(".llgbm"), help="where it is kept (default: .llgbm)"
+        "--cache",
+        type=named_path,
+        default=Path(".llgbm"),
+        help="where it is kept (default: .llgbm)",
     )
     make.set_defaults(do=embedded)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llgbm.commands.generators import open_bundle
 from llgbm.commands.rules import add_row_rules, row_rules
 from llgbm.runtime import UserError, is_folder, pick_device, say
+from llgbm.system.output import named_path
 
 if TYPE_CHECKING:
     from llgbm.evaluation.benchmark import System
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_data(data: Any) -> None:
     """Add the options of datasets in files."""
-    data.add_argument("--data", type=Path, metavar="DIR", help="where NAME_test.json, … lie")
+    data.add_argument("--data", type=named_path, metavar="DIR", help="where NAME_test.json, … lie")
     data.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="datasets to score on")
     data.add_argument(
         "--generator",
@@ -72,9 +73,9 @@ def _add_data(data: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score what the arguments name. Raises UserError for arguments that do not go together."""
-    for name in ("examples", "max_tokens"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name, least in (("examples", 1), ("max_tokens", 1), ("shots", 0)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if (arguments.task is None) == (arguments.data is None):
         raise UserError("name either --task, of the synthetic suite, or --data with --tasks")
     return _on_synthetic_task(arguments) if arguments.data is None else _on_datasets(arguments)
@@ -146,7 +147,7 @@ def _parse(named: str) -> tuple[str, Path]:
     name, sign, folder = named.partition("=")
     if not sign or "/" in name or is_folder(named):
         path = Path(named).expanduser()
-        return path.name, path
+        return path.name or path.resolve().name, path
     path = Path(folder).expanduser()
     return name or path.name, path
 

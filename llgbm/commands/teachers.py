@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.commands.rules import add_row_rules, row_rules
 from llgbm.runtime import pick_device
-from llgbm.system.output import output_path
+from llgbm.system.output import named_path
 
 if TYPE_CHECKING:
     from llgbm.tasks.suite import Suite
@@ -21,7 +20,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base", required=True, metavar="DIR|HUB", help="the base model")
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="the folder of the dataset files"
+        "--data",
+        required=True,
+        type=named_path,
+        metavar="DIR",
+        help="the folder of the dataset files",
     )
     parser.add_argument(
         "--tasks", required=True, nargs="+", metavar="NAME", help="datasets, such as ARC-e BoolQ"
@@ -29,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        type=output_path,
+        type=named_path,
         metavar="DIR",
         help="the bank; a killed run goes on there",
     )

@@ -375,7 +375,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config = parse_json(decode(config_file.read_bytes()))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         check_types(config)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} holds no {ADAPTER_CONFIG}: name the folder of a PEFT adapter"
         ) from error

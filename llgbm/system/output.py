@@ -20,7 +20,7 @@ __all__ = [
     "flush",
     "flush_tree",
     "make_folders",
-    "output_path",
+    "named_path",
 ]
 
 
@@ -40,8 +40,9 @@ def check_name(name: str, what: str) -> str:
     return output.check_name(name, what, UserError)
 
 
-def output_path(text: str) -> Path:
-    """Read an option that names an output; an empty one (a variable that was not set) is refused."""
+def named_path(text: str) -> Path:
+    """Read an option that names a file or a folder, in a home too; an empty one (a variable that was not set) is
+    refused."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: name a folder")
     with suppress(RuntimeError):  # no such user: refused when the output is checked

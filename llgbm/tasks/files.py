@@ -141,6 +141,8 @@ def _by_purpose(
         "prompts": kept[:n_prompts],
         "evaluation": kept[n_prompts:],
     }
+    if limit is not None and limit < 1:
+        raise UserError(f"{limit} rows of each dataset are asked for; it must be at least 1")
     shares = dict.fromkeys(whole, limit) if limit is None else _shares(limit)
     rows = {purpose: tuple(found[: shares[purpose]]) for purpose, found in whole.items()}
     if len(rows["train"]) < FEWEST_ROWS // 2 or min(map(len, rows.values())) < FEWEST_ROWS // 4:

@@ -135,7 +135,7 @@ def _measure(
 def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
     """Train the adapters of the suite's tasks that are missing or torn in `out`, measure all, and open the bank.
 
-    Raises UserError for a folder that holds something else, and FloatingPointError where a loss is not finite.
+    Raises UserError for a folder that holds something else, and for a loss that is not finite.
     """
     from llgbm.teachers.peft import _train_with_peft
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from llgbm.models.cost import HEADROOM, BaseShape, pass_bytes
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import answer_loss, encode_examples
-from llgbm.runtime import content_hash, free_memory, progress, progress_bar
+from llgbm.runtime import UserError, content_hash, free_memory, progress, progress_bar
 from llgbm.system.accumulation import make_accelerator
 from llgbm.teachers.train import Run, adam_with_decay, shared_initial_a
 from llgbm.teachers.writer import BankWriter
@@ -95,8 +95,8 @@ class PeftRun:
                 self.optimizer.zero_grad(set_to_none=True)
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss of {self.run.task} is {total} at step {self.step}: lower the rate"
+            raise UserError(
+                f"the loss of {self.run.task} is {total} at step {self.step}: lower the learning rate"
             )
         self.schedule.step()
         self.step, self.loss = self.step + 1, total
@@ -121,14 +121,25 @@ class PeftRun:
             f"{self.run.task} {self.run.subset + 1}/{config.subsets}", config.steps - self.step
         )
         while self.step < config.steps:
-            self.advance()
+            try:
+                self.advance()
+            except UserError:  # what was kept on the way would lead there again
+                self._forget(target.folder)
+                raise
             bar.update()
             if self.step in config.saved_at:
                 target.add([self.run.adapter(self.adapter(), self.step, loss=round(self.loss, 6))])
             if self.step % config.every == 0 and self.step < config.steps:
                 self.save(target.folder)
         bar.close()
-        self._state_file(target.folder).unlink(missing_ok=True)
+        self._forget(target.folder)
+
+    def _forget(self, folder: Path) -> None:
+        """Remove the state to go on from, and the folder of states if it is the last one."""
+        file = self._state_file(folder)
+        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.parent.rmdir()
 
     def adapter(self) -> dict[str, Tensor]:
         """Adapter as it stands, in float32."""

@@ -53,6 +53,10 @@ class TeacherConfig:
             raise UserError(
                 "a bank needs at least one teacher a task, one step, one example and one trajectory of one token"
             )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError(
+                f"the learning rate of teachers is {self.learning_rate}; it must be a number above 0"
+            )
         if self.rounds < 1 or not 0 <= self.target <= 1:
             raise UserError(
                 f"teachers train for at least one round, until an accuracy of 0 to 1, not for {self.rounds} until "

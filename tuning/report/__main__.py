@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llgbm.runtime import exit_status, say, speak_utf8
-from llgbm.system.output import Output, output_path
+from llgbm.system.output import Output, named_path
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
 from tuning.report.names import file_name
@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=output_path,
+        type=named_path,
         help="where the report is written (default: reports/STUDY_ID)",
     )
     parser.add_argument(
