@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
 
+from llgbm.generator.heads import ModuleHeadsGenerator
 from llgbm.generator.hyperconv import HyperConvGenerator
+from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
     LoraGenerator,
@@ -19,7 +23,14 @@ from llgbm.system import plugins
 from llgbm.system.plugins import load_plugin, offered, source_hash
 
 Maker = Callable[[LoraSpec, int, Standardiser, GeneratorConfig], LoraGenerator]
-GENERATORS: dict[str, Maker] = {"default": ModuleCodeGenerator, "hyperconv": HyperConvGenerator}
+GENERATORS: dict[str, Maker] = {
+    "default": ModuleCodeGenerator,
+    "heads": ModuleHeadsGenerator,
+    "hyperconv": HyperConvGenerator,
+    "mixture": MixtureGenerator,
+}
+# Of generators with widths of their own; one of another package names its class as `config_class`.
+CONFIGS: dict[str, type[GeneratorConfig]] = {"mixture": MixtureConfig}
 
 
 def make_generator(
@@ -45,6 +56,50 @@ def find_generator(name: str) -> Maker:
     return found
 
 
+def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
+    """Create the configuration of a generator from its options; a text is read as the kind of number that is needed.
+
+    Raises UserError for an unknown generator, an option that it does not have, or a value that is none.
+    """
+    own = getattr(find_generator(name), "config_class", GeneratorConfig)
+    kind = CONFIGS.get(name, own)
+    defaults = {field.name: field.default for field in fields(kind) if field.name != "name"}
+    if unknown := sorted(options.keys() - defaults.keys()):
+        raise UserError(
+            f"the generator {name} has no option {unknown[0]!r}; it has: {', '.join(defaults)}"
+        )
+    return kind(name=name, **{key: _read(key, options[key], defaults[key]) for key in options})
+
+
+def _read(key: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return type(default)(value)
+    except ValueError as error:
+        raise UserError(f"{key} is {value!r}, no number of its kind") from error
+
+
+def read_generator(text: str) -> GeneratorConfig:
+    """Read `name` or `name,option=value,...`. Raises UserError as `generator_config`, or for what cannot be read."""
+    name, *given = text.split(",")
+    options: dict[str, str] = {}
+    for part in given:
+        key, equals, value = part.partition("=")
+        if not (key and equals and value) or key in options or key == "name":
+            raise UserError(
+                f"{text!r} cannot be read: a generator with options is written name,option=value"
+            )
+        options[key] = value
+    return generator_config(name, **options)
+
+
+def settled(config: GeneratorConfig) -> GeneratorConfig:
+    """Return the same configuration in the class that its generator has, so that equal ones have one id."""
+    found: Mapping[str, Any] = vars(config)
+    return generator_config(**found)
+
+
 def generator_code(name: str) -> str:
     """Return what a trial's id holds of a generator's code: a hash of its file for one of another package, else ""."""
     return "" if name in GENERATORS else source_hash(find_generator(name))
@@ -55,8 +110,14 @@ __all__ = [
     "GeneratorConfig",
     "HyperConvGenerator",
     "LoraGenerator",
+    "MixtureConfig",
+    "MixtureGenerator",
     "ModuleCodeGenerator",
+    "ModuleHeadsGenerator",
     "find_generator",
     "generator_code",
+    "generator_config",
     "make_generator",
+    "read_generator",
+    "settled",
 ]

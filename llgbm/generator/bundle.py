@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.generator import make_generator
+from llgbm.generator import generator_config, make_generator
 from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
 from llgbm.lora.adapters import (
@@ -134,7 +134,7 @@ def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
     spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
     statistics = Standardiser(weights["mean_V"], weights["scale_V"])
     generator = make_generator(
-        GeneratorConfig(**facts["generator"]), spec, facts["condition_width"], statistics, 0
+        generator_config(**facts["generator"]), spec, facts["condition_width"], statistics, 0
     )
     generator.load_state_dict(weights, strict=True)
     return generator, facts

@@ -10,7 +10,13 @@ from dnd.model import HyperConvDecoder
 from dnd.tokenizer import LoraTokenizer2D, default_token_size
 from torch import Tensor, nn
 
-from llgbm.generator.networks import GeneratorConfig, LoraGenerator, ResidualBlock, Standardiser
+from llgbm.generator.networks import (
+    GeneratorConfig,
+    LoraGenerator,
+    ResidualBlock,
+    Standardiser,
+    make_pool,
+)
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 
 
@@ -82,6 +88,7 @@ class HyperConvGenerator(LoraGenerator):
         super().__init__(spec, condition_width, standardiser)
         self._tokens = TokenStandardiser(spec)
         features = hyperconv_features(*self._tokens.shape)
+        self.pool = make_pool(config.pooling, condition_width)
         self.norm = nn.LayerNorm(condition_width)
         self.inlet = nn.Linear(condition_width, config.hidden)
         self.trunk = nn.ModuleList(
@@ -99,7 +106,7 @@ class HyperConvGenerator(LoraGenerator):
         return self._tokens
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        state_AH = self.inlet(self.norm(self.pool(condition_ANC)))
         for block in self.trunk:
             state_AH = block(state_AH)
         features = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)

@@ -5,6 +5,7 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,21 +16,31 @@ from torch import Tensor, nn
 from llgbm.lora.adapters import LinearShape, LoraBatch, LoraSpec
 from llgbm.runtime import UserError
 
+POOLINGS = ("mean", "attention")
+QUERIES, ATTENTION_HEADS = 4, 4
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Name and widths of a generator: `blocks` residual blocks of width `hidden` read the prompts."""
+    """Name and widths of a generator: `blocks` residual blocks of width `hidden` read the pooled prompts.
+
+    `pooling` is the mean of the prompts' embeddings, or attention of learned queries over them. A generator with
+    widths of its own has a subclass.
+    """
 
     name: str = "default"
     hidden: int = 320
     blocks: int = 1
     dropout: float = 0.0
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         if self.hidden < 1 or self.blocks < 0 or not 0 <= self.dropout < 1:
             raise UserError(
                 "a generator needs hidden >= 1, blocks >= 0 and a dropout of at least 0 and below 1"
             )
+        if self.pooling not in POOLINGS:
+            raise UserError(f"unknown pooling {self.pooling!r}; there are: {', '.join(POOLINGS)}")
 
 
 class TokenMap(Protocol):
@@ -97,6 +108,37 @@ class LoraGenerator(nn.Module, ABC):
         return batch
 
 
+class MeanPool(nn.Module):
+    """Mean over prompts, [A, N, C] to [A, C]."""
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        return condition_ANC.mean(1)
+
+
+class AttentionPool(nn.Module):
+    """Mean over prompts plus what learned queries attend to among them (Lee et al. 2019), [A, N, C] to [A, C].
+
+    The order of the prompts has no effect. Its output starts near the mean.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        n_heads = math.gcd(width, ATTENTION_HEADS)
+        self.queries_KC = nn.Parameter(torch.randn(QUERIES, width) / width**0.5)
+        self.attention = nn.MultiheadAttention(width, n_heads, batch_first=True)
+        nn.init.normal_(self.attention.out_proj.weight, std=0.1 / width**0.5)
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        queries_AKC = self.queries_KC.expand(len(condition_ANC), -1, -1)
+        found_AKC, _ = self.attention(queries_AKC, condition_ANC, condition_ANC, need_weights=False)
+        return condition_ANC.mean(1) + found_AKC.mean(1)
+
+
+def make_pool(pooling: str, width: int) -> nn.Module:
+    """Create what pools the prompts' embeddings."""
+    return AttentionPool(width) if pooling == "attention" else MeanPool()
+
+
 class ModuleCodeGenerator(LoraGenerator):
     """Default generator: residual trunk, a FiLM code for every module (Perez et al. 2018), linear heads.
 
@@ -115,6 +157,7 @@ class ModuleCodeGenerator(LoraGenerator):
     ) -> None:
         super().__init__(spec, condition_width, standardiser)
         n_modules, hidden = len(spec.modules), config.hidden
+        self.pool = make_pool(config.pooling, condition_width)
         self.norm = nn.LayerNorm(condition_width)
         self.inlet = nn.Linear(condition_width, hidden)
         self.trunk = nn.ModuleList(
@@ -125,7 +168,7 @@ class ModuleCodeGenerator(LoraGenerator):
         self.outlet = ResidualBlock(hidden, config.dropout)
         shapes = {m.kind: m for m in spec.modules}
         self.heads = nn.ModuleDict(
-            {kind: _head(hidden, spec.rank, m) for kind, m in shapes.items()}
+            {kind: make_head(hidden, spec.rank, m) for kind, m in shapes.items()}
         )
 
     @property
@@ -133,7 +176,7 @@ class ModuleCodeGenerator(LoraGenerator):
         return self.statistics
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.inlet(self.norm(condition_ANC.mean(1)))
+        state_AH = self.inlet(self.norm(self.pool(condition_ANC)))
         for block in self.trunk:
             state_AH = block(state_AH)
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
@@ -170,7 +213,7 @@ class ResidualBlock(nn.Module):
         return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
 
 
-def _head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
+def make_head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:
     """Create the head that predicts A then B, flat; small weights make training start from the mean adapter."""
     head = nn.Linear(hidden, rank * (shape.n_in + shape.n_out))
     nn.init.normal_(head.weight, std=0.1 / hidden**0.5)

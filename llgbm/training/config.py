@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-from llgbm.generator import generator_code
+from llgbm.generator import generator_code, settled
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.losses import DELTA_LOSSES, check_lambdas
 from llgbm.models.load import OWN_PREFIX, SIZES, family_size
@@ -80,6 +80,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self._settle_terms()
+        object.__setattr__(self, "generator", settled(self.generator))
         if self.model_size is None:
             object.__setattr__(
                 self, "model_size", family_size(self.model_family, self.use_small_model)

@@ -15,22 +15,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llgbm.generator import GENERATORS, GeneratorConfig, LoraGenerator, make_generator
+from llgbm.generator import (
+    GENERATORS,
+    GeneratorConfig,
+    LoraGenerator,
+    MixtureConfig,
+    generator_config,
+    make_generator,
+    read_generator,
+)
 from llgbm.generator.bundle import load_generator, save_generator
 from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraSpec
 from llgbm.runtime import UserError
+from llgbm.training import TrainingConfig
 
 GOLDENS = SHARED / "goldens"
 
 
+READINGS = ((0.0, "mean"), (0.2, "mean"), (0.0, "attention"))
+
+
 class TestGenerators(GeneratorContract):
     @pytest.fixture(
-        params=[(name, dropout) for name in sorted(GENERATORS) for dropout in (0.0, 0.2)], ids=str
+        params=[(name, *how) for name in sorted(GENERATORS) for how in READINGS], ids=str
     )
     def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
-        name, dropout = request.param
-        return GeneratorConfig(name=name, hidden=32, blocks=2, dropout=dropout)
+        name, dropout, pooling = request.param
+        return generator_config(name, hidden=32, blocks=2, dropout=dropout, pooling=pooling)
 
     def make(
         self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0
@@ -45,6 +57,54 @@ class TestGenerators(GeneratorContract):
 def test_config_refuses_what_no_generator_can_have(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="hidden >= 1"):
         GeneratorConfig(**change)
+
+
+def test_equal_configurations_have_one_class_and_one_id() -> None:
+    plain, own = (
+        TrainingConfig(generator=one) for one in (GeneratorConfig("mixture"), MixtureConfig())
+    )
+    assert plain == own and plain.hash == own.hash
+    assert isinstance(plain.generator, MixtureConfig)
+    assert read_generator("mixture,bases=32,dropout=0.1") == MixtureConfig(bases=32, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("default,bases=3", "has no option 'bases'; it has: hidden"),
+        ("mixture,bases=few", "bases is 'few', no number"),
+        ("mixture,bases=0", "writes nothing"),
+        ("mixture,bases", "cannot be read"),
+        ("mixture,bases=2,bases=3", "cannot be read"),
+        ("default,pooling=max", "unknown pooling 'max'; there are: mean, attention"),
+        ("nosuch,hidden=3", "unknown generator"),
+    ],
+)
+def test_a_generator_that_cannot_be_is_a_users_mistake(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_generator(text)
+
+
+def test_attention_tells_prompts_apart_which_the_mean_does_not() -> None:
+    """Two prompt sets of one mean: pooled alike by the mean, and not by attention."""
+    apart_NC = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    sets_ANC = torch.stack([apart_NC, apart_NC.mean(0).expand(4, -1)])
+    for pooling, alike in (("mean", True), ("attention", False)):
+        config = GeneratorConfig(hidden=16, pooling=pooling)
+        spec = make_spec()
+        generator = make_generator(config, spec, WIDTH, random_statistics(spec), 0)
+        first, second = generator.generate(sets_ANC).flatten(spec)
+        assert torch.allclose(first, second, atol=1e-5) == alike
+
+
+def test_a_mixture_writes_within_the_span_of_its_bases() -> None:
+    spec = make_spec()
+    generator = make_generator(
+        MixtureConfig(hidden=16, bases=2), spec, WIDTH, random_statistics(spec), 0
+    )
+    with torch.no_grad():
+        tokens = generator(torch.randn(9, 3, WIDTH))
+    assert torch.linalg.matrix_rank(tokens) == 2
 
 
 def test_unknown_name_is_answered_with_the_known_ones() -> None:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llgbm.generator import GeneratorConfig, MixtureConfig
 from llgbm.generator.conditions import encoder_hash
-from llgbm.generator.networks import GeneratorConfig
 from llgbm.models.load import Base, BaseSource, base_hash
 from llgbm.models.pretrain import PretrainConfig
 from llgbm.runtime import UserError, content_hash
@@ -117,6 +117,7 @@ NAMES = {
     "measure": "relative",
     "place": "attention",
     "loss": "mse",
+    "pooling": "attention",
 }
 
 
@@ -152,6 +153,8 @@ def changes_of(whole: Any) -> dict[str, Any]:
 
 FILES = FileSuite(("river",), ("stone",), ("cloud",), "0" * 16, Path("here"))
 GENERATORS = changes_of(GeneratorConfig())
+GENERATORS["mixture"] = MixtureConfig()
+GENERATORS["mixture.bases"] = MixtureConfig(bases=65)
 SUITES = {**changes_of(SyntheticSuite()), "files": FILES}
 SUITES |= {f"files.{name}": suite for name, suite in changes_of(FILES).items()}
 PRETRAINED, TAUGHT = changes_of(PretrainConfig()), changes_of(TeacherConfig())

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from llgbm.generator import GENERATORS, find_generator
-from llgbm.generator.networks import GeneratorConfig
+from llgbm.generator import GENERATORS, read_generator
 from llgbm.models.load import FAMILIES
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
@@ -288,14 +287,13 @@ def _weight_options(options: StudyOptions) -> list[Variant]:
 
 def generator_variants(options: StudyOptions) -> list[Variant]:
     """Return the generators asked for; a single one is not named. Raises UserError for an unknown one."""
-    names = options.generators or ("default",)
-    for name in names:
-        find_generator(name)
-    if names == ("default",):
+    asked = options.generators or ("default",)
+    configs = {text.replace(",", " "): read_generator(text) for text in asked}
+    if asked == ("default",):
         return [Variant()]
     variants = [
-        Variant(name, {"generator": GeneratorConfig(name=name)}, f"Generator: {name}.")
-        for name in names
+        Variant(name, {"generator": config}, f"Generator: {name}.")
+        for name, config in configs.items()
     ]
     return _unnamed_if_single(variants)
 

@@ -80,7 +80,10 @@ class StudyArguments:
         COMPARED, "learning rates (default: 0.002)", "X"
     )
     generator: tuple[str, ...] | None = _option(
-        COMPARED, "generators by name (default: default)", "NAME"
+        COMPARED,
+        "generators by name, with options of their own where wanted: mixture,bases=32 default,pooling=attention "
+        "(default: default)",
+        "NAME[,OPTION=X]",
     )
     seeds: tuple[int, ...] | None = _option(COMPARED, "default: 0 1 2; of a search: 0 1", "N")
     world_seed: tuple[int, ...] | None = _option(
