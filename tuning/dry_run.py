@@ -119,7 +119,7 @@ def _row(trial: TrialSpec, plan: Plan, costs: Costs) -> tuple[Any, ...]:
     if trial in plan.drawn:
         state = ("to run", "no past run" if seconds is None else duration(seconds))
     return (
-        *(trial.id, trial.name, config.model_size, config.generator.name),
+        *(trial.id, trial.name, config.model_size, config.generator.text),
         *(f"{config.lambda_weight:g}", f"{config.lambda_delta:g}", weights_text(config.terms)),
         f"{config.learning_rate:g}",
         *(config.seed, config.steps, *state),

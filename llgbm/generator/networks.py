@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -41,6 +41,13 @@ class GeneratorConfig:
             )
         if self.pooling not in POOLINGS:
             raise UserError(f"unknown pooling {self.pooling!r}; there are: {', '.join(POOLINGS)}")
+
+    @property
+    def text(self) -> str:
+        """Return the name, followed by the options that differ from their defaults: `default hidden=640`."""
+        others = [own for own in fields(self) if own.name != "name"]
+        set_here = [f for f in others if getattr(self, f.name) != f.default]
+        return " ".join([self.name, *(f"{f.name}={getattr(self, f.name)}" for f in set_here)])
 
 
 class TokenMap(Protocol):

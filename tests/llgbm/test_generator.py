@@ -65,7 +65,9 @@ def test_equal_configurations_have_one_class_and_one_id() -> None:
     )
     assert plain == own and plain.hash == own.hash
     assert isinstance(plain.generator, MixtureConfig)
-    assert read_generator("mixture,bases=32,dropout=0.1") == MixtureConfig(bases=32, dropout=0.1)
+    read = read_generator("mixture,bases=32,dropout=0.1")
+    assert read == MixtureConfig(bases=32, dropout=0.1)
+    assert (read.text, GeneratorConfig().text) == ("mixture dropout=0.1 bases=32", "default")
 
 
 @pytest.mark.parametrize(

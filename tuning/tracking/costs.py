@@ -21,13 +21,23 @@ from tuning.tracking.store import (
 )
 
 Kind = tuple[Any, ...]
-KIND_PARAMS = ("model_size", "generator.name", "batch_size", "n_probes", "n_prompts")
+KIND_PARAMS = (
+    "model_size",
+    "generator.name",
+    "generator.hidden",
+    "generator.blocks",
+    "batch_size",
+    "n_probes",
+    "n_prompts",
+)
 
 
 def kind_of(config: TrainingConfig) -> Kind:
     """Return the settings that a step's time depends on: sizes, generator, and which losses are computed."""
-    numbers = (str(n) for n in (config.batch_size, config.n_probes, config.n_prompts))
-    named = (config.model_size, config.generator.name, *numbers)
+    generator = config.generator
+    widths = (generator.hidden, generator.blocks)
+    numbers = (*widths, config.batch_size, config.n_probes, config.n_prompts)
+    named = (config.model_size, generator.name, *map(str, numbers))
     return (*named, *_losses(config.weights, config.delta_probes))
 
 
