@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.terms.step import Step
 from llgbm.terms.term import Term
+from llgbm.training import TrainingConfig, Trial
+from llgbm.world import World
 
 TASKS = ("one", "two")
 TEXTS = (("red green", "green"), ("blue red blue", "red blue"), ("green", "green red blue"))
@@ -109,3 +112,10 @@ def check_gradient(
     assert got.grad is not None and wanted.grad is not None
     torch.testing.assert_close(got.grad, wanted.grad, atol=atol, rtol=1e-3)
     assert wanted.grad.abs().max() > 100 * atol, "the gradient is too small to tell anything"
+
+
+def trial_batch(world: World, config: TrainingConfig, **terms: Any) -> tuple[Trial, dict]:
+    """A trial with these terms alone, and its first batch."""
+    own = replace(config, lambda_weight=0, lambda_delta=0, **terms)
+    trial = Trial(own, world.data, world.lora_model)
+    return trial, next(iter(trial.batches()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,16 @@ import torch
 from dnd.importance import importance_weights
 from dnd.model.decoderonly import weighted_token_mse
 from peft import PeftModel
-from term_steps import Scene, check_gradient
+from term_steps import Scene, check_gradient, trial_batch
 from test_bases import FAMILIES, write_family
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from llgbm.dataset import batch_deltas
-from llgbm.delta import EncodedProbes
 from llgbm.generator import GeneratorConfig
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import adapter_config, save_adapter
-from llgbm.losses import DELTA_LOSSES, MultiTaskLoss, weight_loss
+from llgbm.losses import MultiTaskLoss, weight_loss
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError
@@ -302,13 +299,6 @@ def test_sizes_are_those_of_a_and_b(scene: Scene, term: Term, function: Any) -> 
     check_gradient(scene, term, function, atol=1e-8)
 
 
-def trial_batch(world: World, config: TrainingConfig, **terms: Any) -> tuple[Trial, dict]:
-    """A trial with these terms alone, and its first batch."""
-    own = replace(config, lambda_weight=0, lambda_delta=0, **terms)
-    trial = Trial(own, world.data, world.lora_model)
-    return trial, next(iter(trial.batches()))
-
-
 def test_labels_are_the_cross_entropy_of_true_answers_to_drawn_examples(
     world: World, config: TrainingConfig
 ) -> None:
@@ -388,117 +378,6 @@ def test_importance_weighs_tokens_as_dnd_does(
         wanted = sum(w * e.sum() for w, e in zip(weights, errors, strict=True)) / pred.numel()
     torch.testing.assert_close(value.detach(), wanted, rtol=1e-4, atol=1e-6)
     assert value.item() != pytest.approx(weight_loss(pred, teacher).item(), rel=1e-3)
-
-
-def inner_states(
-    world: World, values_V: Tensor, probes: EncodedProbes, row: int, name: str
-) -> Tensor:
-    """Output [S, D] of a module at the valid marks of one adapter's probes, by transformers on merged weights."""
-    found: list[Tensor] = []
-    hook = world.base.model.get_submodule(name).register_forward_hook(
-        lambda module, args, output: found.append(
-            output[0] if isinstance(output, tuple) else output
-        )
-    )
-    state = LoraBatch.unflatten(world.bank.spec, values_V[None]).to_state_dicts()[0]
-    with contextlib.ExitStack() as stack:
-        stack.callback(hook.remove)
-        torch.func.functional_call(
-            world.base.model,
-            world.lora_model.apply_lora_weights(state),
-            kwargs={"input_ids": probes.ids_APT[row]},
-        )
-    return torch.cat(
-        [
-            own[positions[valid]]
-            for own, positions, valid in zip(
-                found[0], probes.positions_APQ[row], probes.valid_APQ[row], strict=True
-            )
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, ["model.layers.0", "model.layers.1", "model.layers.2"]),
-        ({"layers.layers": (3,)}, ["model.layers.2"]),
-        (
-            {"layers.place": "attention", "layers.layers": "2,4"},
-            ["model.layers.1.self_attn", "model.layers.3.self_attn"],
-        ),
-    ],
-)
-def test_inner_deltas_are_those_of_modules_of_the_merged_model(
-    world: World, config: TrainingConfig, options: dict, names: list[str]
-) -> None:
-    config = replace(config, batch_size=2)
-    trial, batch = trial_batch(world, config, terms={"layers": 1, "kl": 1}, term_options=options)
-    assert trial.loss.modules == tuple(names)
-    tokens = trial.generator(batch["condition"]).detach().requires_grad_()
-
-    def value(**savers: Any) -> tuple[Tensor, Tensor]:
-        own = trial.loss
-        step = step_module.Step(
-            batch,
-            tokens,
-            trial.generator,
-            world.lora_model,
-            **savers,
-            prepared=own.prepared,
-            modules=own.modules,
-        )
-        found = own(step)["loss_layers"]
-        return found.detach(), torch.autograd.grad(found, tokens)[0]
-
-    got, gradient = value()
-    for savers in ({"probe_chunk": 1}, {"checkpointing": True}):
-        torch.testing.assert_close(value(**savers), (got, gradient), atol=1e-6, rtol=1e-4)
-
-    probes = batch_deltas(batch).probes
-    nothing = torch.zeros(world.bank.spec.n_values)
-    losses = []
-    for place, row in enumerate(batch["row"].tolist()):
-        own = trial.generator.standardiser.decode(tokens)[place]
-        taught = world.data.values_AV[world.data.rows["train"][row]]
-        for name in names:
-            base, pred, teacher = (
-                inner_states(world, values, probes, place, name)
-                for values in (nothing, own, taught)
-            )
-            losses.append(DELTA_LOSSES["cosine_norm"](pred - base, teacher.detach() - base))
-    wanted = torch.cat(losses).mean()
-    torch.testing.assert_close(got, wanted.detach(), atol=1e-4, rtol=1e-3)
-    (other,) = torch.autograd.grad(wanted, tokens)
-    torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-2)
-
-
-def test_the_last_layer_reads_the_same_beside_inner_ones(
-    world: World, config: TrainingConfig
-) -> None:
-    alone, batch = trial_batch(world, config, terms={"delta": 1, "kl": 1})
-    beside, _ = trial_batch(world, config, terms={"delta": 1, "kl": 1, "layers": 1})
-    one, other = (trial.compute_loss(batch) for trial in (alone, beside))
-    for name in ("loss_delta", "loss_kl"):
-        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"layers.layers": (5,)}, "the base has blocks 1 to 4"),
-        ({"layers.layers": (0,)}, "give numbers from 1"),
-        ({"layers.layers": (1, 1)}, "none twice"),
-        ({"layers.layers": "one"}, "must be a whole number"),
-        ({"layers.place": "mlp"}, "there are: block, attention"),
-        ({"layers.loss": "l7"}, "there are: mse"),
-    ],
-)
-def test_layers_that_there_are_not_are_refused(
-    world: World, config: TrainingConfig, options: dict, said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        trial_batch(world, config, terms={"layers": 1}, term_options=options)
 
 
 def test_every_term_trains_and_lowers_itself(world: World, config: TrainingConfig) -> None:
