@@ -1,5 +1,5 @@
 """What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
-asks a served generator for one, `evaluate` scores one; `models` says which are registered and which is champion.
+asks a served generator for one, `show` says where one comes from, `evaluate` scores one; `models` says which are registered and which is champion.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import bank, evaluate, teachers
+from llgbm.commands import bank, evaluate, merge, show, teachers, tryout
 from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 from llgbm.system.output import output_path
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "models", help="list, show, promote and roll back registered generators"
         )
     )
-    for command in (evaluate, teachers, bank):
+    for command in (show, tryout, merge, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
 

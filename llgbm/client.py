@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from llgbm.runtime import UserError
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.system.lineage import card, read_lineage, split_weights
+from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -38,11 +39,14 @@ def fetch_adapter(
     not answer within `timeout` seconds or answers something else.
     """
     texts = check_prompts(prompts)
-    output = Output(folder, ADAPTER_PATTERNS)
+    output = carded_output(folder)
     weights, config = _adapter_of(url, _ask(url, texts, timeout))
+    lineage = read_lineage(weights)
     with output.writing() as stage:
         (stage / WEIGHTS_FILE).write_bytes(weights)
         (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
+        if lineage and CARD in output.patterns:
+            (stage / CARD).write_text(card(lineage, config), encoding="utf-8")
     return output.path
 
 
@@ -116,15 +120,10 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Check that the bytes are as long as their header says (format: 8 bytes length, a JSON header, the values)."""
-    header = int.from_bytes(data[:8], "little")
-    if len(data) < 8 + header:
+    """Say if the bytes are as long as their header says, and a lineage in it can be read."""
+    try:
+        split_weights(data)
+        read_lineage(data)
+    except (KeyError, TypeError, ValueError):
         return False
-    tensors = {
-        key: value
-        for key, value in json.loads(data[8 : 8 + header]).items()
-        if key != "__metadata__"
-    }
-    return bool(tensors) and len(data) == 8 + header + max(
-        tensor["data_offsets"][1] for tensor in tensors.values()
-    )
+    return True

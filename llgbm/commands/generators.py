@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import say
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.system.output import carded_output
 from llgbm.tasks.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write an adapter; return its folder, its base and the number of prompts."""
-    Output(arguments.out, ADAPTER_PATTERNS)
+    carded_output(arguments.out)
     prompts = read_prompts(arguments.prompts)
     bundle = open_bundle(arguments.model, arguments.tracking_uri)
     bundle.save_adapter(prompts, arguments.out)

@@ -21,12 +21,20 @@ from llgbm.lora.adapters import (
     LinearShape,
     LoraSpec,
     adapter_config,
-    adapter_output,
+    pack_weights,
     write_adapter_files,
 )
 from llgbm.models.load import Base, load_base
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.system.cache import describe_file
+from llgbm.system.documents import read_json
+from llgbm.system.lineage import begin_lineage, license_of, portable_base, prompts_facts
+from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
+
+ORIGIN_FILE = "origin.json"
+# What a lineage tells of a generator, where its bundle knows it.
+GENERATOR_FACTS = ("registered", "study", "study_id", "trial_id", "config", "size")
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ class GeneratorBundle:
     @classmethod
     def load(cls, folder: Path) -> GeneratorBundle:
         """Read a bundle. Raises UserError where the folder holds none."""
-        return cls(*load_generator(Path(folder)))
+        generator, facts = load_generator(Path(folder))
+        origin = read_origin(Path(folder))
+        return cls(generator, {**facts, **origin, "generator_hash": _hash(Path(folder), facts)})
 
     @staticmethod
     def save(
@@ -82,17 +92,73 @@ class GeneratorBundle:
 
     def adapter_config(self) -> dict[str, Any]:
         """Content of `adapter_config.json` for its adapters."""
-        return adapter_config(self.generator.spec, self.facts["base_path"])
+        return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
+
+    def lineage(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return where the adapter for these prompts comes from."""
+        facts = self.facts
+        base = portable_base(facts["base_path"])
+        name, commit = split_revision(base)
+        known = {key: facts[key] for key in GENERATOR_FACTS if facts.get(key)}
+        found = {
+            "generator": {"hash": facts.get("generator_hash"), **known},
+            "base": {
+                "name": portable_name(name),
+                "commit": commit,
+                "hash": facts["base_hash"],
+                "license": facts.get("base_license") or license_of(facts["base_path"]),
+            },
+            "bank": {"hash": facts["bank_hash"]},
+            "encoder": {
+                "name": portable_name(facts["encoder"]),
+                "hash": facts.get("encoder_hash"),
+            },
+            "prompts": prompts_facts(check_prompts(prompts)),
+            "heldout": facts.get("heldout"),
+        }
+        return begin_lineage(f"generated from {len(prompts)} prompts") | found
+
+    def pack_adapter(self, prompts: Sequence[str]) -> bytes:
+        """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
+        return pack_weights(self.generate(prompts), self.adapter_config(), self.lineage(prompts))[0]
 
     def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
-        """Write the adapter for these prompts as a PEFT folder, whole or not at all.
+        """Write the adapter for these prompts as a PEFT folder with its card, whole or not at all.
 
         Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
         """
-        output = adapter_output(folder)
+        output = carded_output(folder)
         state = self.generate(prompts)
         with output.writing() as stage:
-            write_adapter_files(stage, state, self.adapter_config())
+            write_adapter_files(
+                stage,
+                state,
+                self.adapter_config(),
+                self.lineage(prompts),
+                CARD in output.patterns,
+            )
+
+
+def portable_name(name: str) -> str:
+    """Return a name without the folders of this machine: `minilm:/models/x` is `minilm:x`."""
+    kind, sign, place = name.rpartition(":")
+    return f"{kind}{sign}{Path(place).name}" if Path(place).is_absolute() else name
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Return what the registry wrote beside a bundle: its version and its study; nothing where there is no such file.
+
+    Raises UserError for a torn file.
+    """
+    path = folder / ORIGIN_FILE
+    found = read_json(path, "fetch the generator again") if path.is_file() else {}
+    return {key: value for key, value in found.items() if key in GENERATOR_FACTS}
+
+
+def _hash(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Hash a generator by its weights, its config and the shapes of its adapters."""
+    weights = describe_file(folder / "generator.safetensors")[1]
+    return content_hash("generator", weights, facts["generator"], facts["spec"])
 
 
 def save_generator(

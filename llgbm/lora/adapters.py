@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from llgbm.lora.plain import check_plain, check_types
 from llgbm.runtime import UserError, content_hash, split_revision
 from llgbm.system.documents import decode, parse_json
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.system.lineage import card, signed, with_lineage
+from llgbm.system.output import ADAPTER_PATTERNS, CARD, Output
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -292,14 +293,31 @@ def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
     }
 
 
-def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
-    """Write one adapter's weights and config into an existing folder."""
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in state.items()},
-        folder / ADAPTER_WEIGHTS,
-        {"format": "pt"},
-    )
+def pack_weights(
+    state: StateDict, config: Mapping[str, Any], lineage: Mapping[str, Any] | None = None
+) -> tuple[bytes, Mapping[str, Any] | None]:
+    """Return the content of a weights file, and the lineage in its metadata with the hashes of both files."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    if lineage is None:
+        return save(tensors, {"format": "pt"}), None
+    content = save(tensors)
+    lineage = signed(lineage, content, config)
+    return with_lineage(content, lineage), lineage
+
+
+def write_adapter_files(
+    folder: Path,
+    state: StateDict,
+    config: Mapping[str, Any],
+    lineage: Mapping[str, Any] | None = None,
+    with_card: bool = True,
+) -> None:
+    """Write one adapter's weights and config into an existing folder; with a lineage its card, too."""
+    content, lineage = pack_weights(state, config, lineage)
+    (folder / ADAPTER_WEIGHTS).write_bytes(content)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    if lineage and with_card:
+        (folder / CARD).write_text(card(lineage, config), encoding="utf-8")
 
 
 def adapter_output(folder: str | Path) -> Output:

@@ -121,6 +121,9 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
         json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab"
     )
     assert config == own
+    cards = [(tmp_path / name / "README.md").read_text() for name in "ab"]
+    assert "`tiny/1`" not in cards[0] and "| generator registered | `tiny/1` |" in cards[1]
+    assert all("| generator study id | `id` |" in text for text in cards)
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(base, tmp_path / "a")
     assert loaded.peft_config["default"].r == config["r"]

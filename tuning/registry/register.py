@@ -47,8 +47,13 @@ if TYPE_CHECKING:
     from tuning.tracking.runs import TrialResult
     from tuning.tracking.study import StudyTracker
 
+REGISTERED = "llgbm.registered"
+LINEAGE_TAGS = (
+    *("llgbm.study", "llgbm.study_id", "llgbm.trial_id", "llgbm.config"),
+    REGISTERED,
+)
 KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
-BUNDLE_FILE = "generator.json"
+BUNDLE_FILE, ORIGIN_FILE = "generator.json", "origin.json"
 MODEL_FILE = Path(__file__).with_name("served.py")
 PACKAGES = (
     "mlflow",
@@ -136,7 +141,15 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
         version = resolve(client, uri)
         folder = Path(tempfile.mkdtemp(prefix="llgbm-generator-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return bundle_of(client, version, folder)
+        bundle = bundle_of(client, version, folder)
+        _note_origin(bundle, {**version.tags, REGISTERED: f"{version.name}/{version.version}"})
+        return bundle
+
+
+def _note_origin(bundle: Path, tags: Mapping[str, str]) -> None:
+    """Write beside a bundle what tags say of its origin, for the lineage of its adapters."""
+    known = {tag.removeprefix("llgbm."): tags[tag] for tag in LINEAGE_TAGS if tags.get(tag)}
+    (bundle / ORIGIN_FILE).write_text(json.dumps(known, indent=1, sort_keys=True))
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
@@ -220,7 +233,10 @@ def _log_model(
     status: Literal["READY", "FAILED"] = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder) / "model", bundle, run_id, logged.model_id)
+            own = Path(folder) / "bundle"
+            shutil.copytree(bundle, own)
+            _note_origin(own, tags)
+            _save_model(Path(folder) / "model", own, run_id, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         status = "READY"
     finally:
