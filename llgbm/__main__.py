@@ -1,5 +1,6 @@
 """What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
-asks a served generator for one, `show` says where one comes from, `evaluate` scores one; `models` says which are registered and which is champion.
+asks a server or the hub for one, `show` says where one comes from, `try` shows its answers, `evaluate` scores it,
+`merge`, `stack` and `push` hand it on; `models` says which generators are registered, and which is champion.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import bank, evaluate, merge, show, teachers, tryout
+from llgbm.commands import bank, evaluate, hub, merge, show, teachers, tryout
 from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 from llgbm.system.output import output_path
@@ -41,20 +42,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     make.set_defaults(do=generate)
     ask = commands.add_parser(
-        "fetch", help="ask a served generator (`mlflow models serve`) for an adapter"
+        "fetch", help="ask a served generator for an adapter, or the hub for what was pushed"
     )
-    ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
-    ask.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
-    ask.add_argument(
-        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
-    )
+    source = ask.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", help="a server (`llgbm serve`), such as http://127.0.0.1:5001")
+    source.add_argument("--hub", metavar="REPO", help=hub.REPOSITORY)
+    ask.add_argument("--prompts", type=Path, help=f"with --url: {PROMPTS_HELP}")
+    ask.add_argument("--out", required=True, type=output_path, help="the folder that is written")
     ask.set_defaults(do=fetch)
     _add_models(
         commands.add_parser(
             "models", help="list, show, promote and roll back registered generators"
         )
     )
-    for command in (show, tryout, merge, evaluate, teachers, bank):
+    for command in (show, tryout, merge, hub, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
 

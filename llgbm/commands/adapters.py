@@ -61,7 +61,7 @@ def check_base(folder: Path, base: Base) -> None:
 
 
 def adapter_system(base: Base, named: str) -> System:
-    """Read an adapter as a system under test; say what was converted to plain LoRA. Raises UserError as `check_base`."""
+    """Read an adapter as a system under test, and say what was converted; UserError as `check_base`."""
     from llgbm.evaluation.benchmark import System
     from llgbm.lora import LoraBatch
     from llgbm.lora.external import read_external

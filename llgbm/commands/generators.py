@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import say
+from llgbm.runtime import UserError, say
 from llgbm.system.output import carded_output
 from llgbm.tasks.prompts import read_prompts
 
@@ -40,9 +40,17 @@ def models(arguments: argparse.Namespace) -> Any:
 
 
 def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ask a served generator; return where the adapter is."""
+    """Ask a served generator, or the hub; return where the answer is."""
+    if arguments.hub:
+        from llgbm.commands.hub import fetch_from_hub
+
+        if arguments.prompts:
+            raise UserError("--prompts go with --url: what is on the hub is made already")
+        return fetch_from_hub(arguments.hub, arguments.out)
     from llgbm.client import fetch_adapter
 
+    if not arguments.prompts:
+        raise UserError("--url needs --prompts: the server generates an adapter from them")
     prompts = read_prompts(arguments.prompts)
     fetch_adapter(arguments.url, prompts, arguments.out)
     return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}

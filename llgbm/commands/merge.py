@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from llgbm.commands.adapters import check_base, load_base_of, parse_named, read_own_lineage
 from llgbm.runtime import UserError, say
+from llgbm.system.hub import MODEL_PATTERNS
 from llgbm.system.output import CARD, Output, carded_output, output_path
 
 if TYPE_CHECKING:
     from llgbm.models.load import Base
 
 LINEAGE_FILE = "llgbm_lineage.json"
-MODEL_PATTERNS = (
-    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "vocab.*"),
-    *(CARD, "config.json"),
-)
 # Fields of an adapter's lineage that are told again by what is made of it.
 PARENT = ("generator", "prompts", "adapters", "weights")
 
@@ -133,9 +130,8 @@ def _place(base: Base) -> str:
 
 
 def _lineage(made_by: str, base: Base) -> dict[str, Any]:
-    from llgbm.generator.bundle import portable_name
     from llgbm.runtime import split_revision
-    from llgbm.system.lineage import begin_lineage, license_of
+    from llgbm.system.lineage import begin_lineage, license_of, portable_name
 
     name, commit = split_revision(_place(base))
     found = {
@@ -166,10 +162,10 @@ def _model_card(lineage: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                front_matter(lineage, base, "finetune", "transformers"),
+                front_matter(lineage["base"], base, "finetune", "transformers"),
                 "# A base with a generated LoRA adapter in its weights",
-                "Logits are those of base and adapter apart, up to the errors below (largest difference over all tokens "
-                "of the texts that were measured, and the share of tokens with the same next token).",
+                "Logits are those of base and adapter apart, up to the errors below: the largest difference over all "
+                "tokens of the texts that were measured, and the share of tokens with the same next token.",
                 "## Where it comes from\n\n" + lineage_table(lineage),
             ]
         )

@@ -28,7 +28,13 @@ from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError, content_hash, split_revision
 from llgbm.system.cache import describe_file
 from llgbm.system.documents import read_json
-from llgbm.system.lineage import begin_lineage, license_of, portable_base, prompts_facts
+from llgbm.system.lineage import (
+    begin_lineage,
+    license_of,
+    portable_base,
+    portable_name,
+    prompts_facts,
+)
 from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
 
@@ -137,12 +143,6 @@ class GeneratorBundle:
                 self.lineage(prompts),
                 CARD in output.patterns,
             )
-
-
-def portable_name(name: str) -> str:
-    """Return a name without the folders of this machine: `minilm:/models/x` is `minilm:x`."""
-    kind, sign, place = name.rpartition(":")
-    return f"{kind}{sign}{Path(place).name}" if Path(place).is_absolute() else name
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

@@ -141,6 +141,12 @@ def portable_base(name: str) -> str:
     return f"{found[1]}/{found[2]}@{found[3]}" if found else name
 
 
+def portable_name(name: str) -> str:
+    """Return a name without the folders of this machine: `minilm:/models/x` is `minilm:x`."""
+    kind, sign, place = name.rpartition(":")
+    return f"{kind}{sign}{Path(place).name}" if Path(place).is_absolute() else name
+
+
 def hub_id_of(base: str | None) -> str | None:
     """Return the hub id that a base is named by, None for a folder."""
     name = (base or "").partition("@")[0]
@@ -165,7 +171,7 @@ def card(lineage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     base = str(config.get("base_model_name_or_path") or "")
     revision = f", revision={config['revision']!r}" if config.get("revision") else ""
     parts = [
-        front_matter(lineage, base, "adapter", "peft"),
+        front_matter(lineage.get("base") or {}, base, "adapter", "peft"),
         f"# LoRA adapter, {_plain(lineage['made_by'])}",
         f"Rank {config['r']}, alpha {config['lora_alpha']:g}, on "
         f"{', '.join(map(code, config['target_modules']))}.",
@@ -178,14 +184,22 @@ def card(lineage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(lineage: Mapping[str, Any], base: str, relation: str, library: str) -> str:
+def plain_card(title: str, base: str, facts: Mapping[str, Any]) -> str:
+    """Return the README card of a generator or a bank: YAML for the hub, then its facts as a table."""
+    front = front_matter({"license": facts.get("base_license")}, base, "", "llgbm")
+    return "\n\n".join([front, f"# {_plain(title)}", lineage_table(facts)]) + "\n"
+
+
+def front_matter(of_base: Mapping[str, Any], base: str, relation: str, library: str) -> str:
     """Return the YAML that the hub reads; `base_model` only for a base that the hub knows."""
     import yaml
 
     found: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if hub_id_of(base):
-        found |= {"base_model": hub_id_of(base), "base_model_relation": relation}
-    if licence := (lineage.get("base") or {}).get("license"):
+        found["base_model"] = hub_id_of(base)
+        if relation:
+            found["base_model_relation"] = relation
+    if licence := of_base.get("license"):
         found["license"] = licence
     found["tags"] = ["llgbm", "lora"]
     return f"---\n{yaml.safe_dump(found, sort_keys=True)}---"
