@@ -1,6 +1,6 @@
 """What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
 asks a server or the hub for one, `show` says where one comes from, `try` shows its answers, `evaluate` scores it,
-`merge`, `stack` and `push` hand it on; `models` says which generators are registered, and which is champion.
+`merge`, `stack` and `push` hand it on; `models` says which generators are registered, `serve` serves the champion.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import bank, evaluate, hub, merge, show, teachers, tryout
+from llgbm.commands import bank, evaluate, hub, merge, serve, show, teachers, tryout
 from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 from llgbm.system.output import output_path
@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             "models", help="list, show, promote and roll back registered generators"
         )
     )
-    for command in (show, tryout, merge, hub, evaluate, teachers, bank):
+    for command in (show, tryout, merge, hub, serve, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
 
@@ -73,6 +73,11 @@ def print_result(result: Any) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run as the program `llgbm`; return its exit status."""
     speak_utf8()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -129,6 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-if __name__ == "__main__":
+def run_command() -> int:
+    """Run as the program `llgbm-ablation`; return its exit status."""
     speak_utf8()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())

@@ -73,3 +73,21 @@ def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
     from tuning.registry import fetch_bundle
 
     return GeneratorBundle.load(fetch_bundle(address, tracking_uri))
+
+
+def registered_model(address: str | None, tracking_uri: str | None) -> tuple[str, str]:
+    """Return `models:/NAME/VERSION` of a registered generator, by default the only champion, and its store.
+
+    Raises UserError where there is none, or several models and no address.
+    """
+    from tuning.registry.versions import CHAMPION, all_models, registry_client, resolve
+
+    with registry_client(tracking_uri) as client:
+        if address is None:
+            names = [model.name for model in all_models(client)]
+            if len(names) != 1:
+                told = ", ".join(names) or "none at all"
+                raise UserError(f"name a model with --model: there are {told}")
+            address = f"{names[0]}@{CHAMPION}"
+        version = resolve(client, address)
+        return f"models:/{version.name}/{version.version}", str(client.tracking_uri)

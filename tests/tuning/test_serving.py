@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import torch
@@ -22,6 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from llgbm.__main__ import main
 from llgbm.client import fetch_adapter
 from llgbm.generator import GeneratorConfig, make_generator
 from llgbm.generator.bundle import GeneratorBundle
@@ -76,22 +78,9 @@ def store(
 
 @pytest.fixture(scope="module")
 def served(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The champion, served."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        MODEL,
-        "--env-manager",
-        "local",
-    ]
-    log = tmp_path_factory.mktemp("served") / "log"
-    with serving(
-        [*command, "-h", "127.0.0.1"], log, "ping", {**os.environ, "MLFLOW_TRACKING_URI": store}
-    ) as url:
+    """The champion, served by the command of this program: the store has one model."""
+    command = [sys.executable, "-m", "llgbm", "serve", "--tracking-uri", store]
+    with serving(command, tmp_path_factory.mktemp("served") / "log", "ping") as url:
         yield url
 
 
@@ -127,6 +116,42 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(base, tmp_path / "a")
     assert loaded.peft_config["default"].r == config["r"]
+
+
+def test_the_server_listens_on_this_machine_only(served: str) -> None:
+    port = int(served.rsplit(":", 1)[1])
+    (own,) = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+    }
+    assert own == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "models:/tiny@best"], "no alias 'best'"),
+        (["--model", "folder"], "no model 'folder'|no model address"),
+        (["--port", "70000"], "between 1 and 65535"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    options: list[str], words: str, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--tracking-uri", store, *options]) == 2
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_server_of_several_models_needs_a_name(
+    study: StudyTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names in ("none at all", "one, two"):
+        assert main(["serve", "--tracking-uri", study.tracking_uri]) == 2
+        assert f"there are {names}" in capsys.readouterr().err
+        for name in ("one", "two"):
+            if names == "none at all":
+                study.client.create_registered_model(name)
 
 
 def test_prompts_that_the_server_refuses_are_told(served: str, tmp_path: Path) -> None:
