@@ -17,12 +17,13 @@ from llgbm.commands.generators import _add_models, fetch, generate
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 from llgbm.system.output import output_path
 
+NAME = "llgbm"
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line. A wrong option ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m llgbm", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name(), description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser(
@@ -58,6 +59,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for command in (show, tryout, merge, hub, serve, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
+
+
+def program_name() -> str:
+    """Return how this program was called: by its command, or as a module."""
+    return NAME if Path(sys.argv[0]).stem == NAME else f"python -m {NAME}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -83,8 +83,11 @@ class FunctionalLoRA:
         batch = LoraBatch.from_state_dicts([lora_weights])
         batch.check(self.spec)
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        for name in batch.a:
+        for shape in self.spec.modules:
+            name = shape.name
             update = batch.b[name][0] @ batch.a[name][0]
+            if shape.is_transposed:
+                update = update.T
             parameters[f"{name}.weight"] = parameters[f"{name}.weight"] + self.spec.scaling * update
         return parameters
 

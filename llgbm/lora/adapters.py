@@ -42,11 +42,15 @@ StateDict = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One Linear layer of the base: its dotted name, its input and its output width."""
+    """One Linear layer of the base: its dotted name, its input and its output width.
+
+    `is_transposed` marks GPT-2's Conv1D, which keeps its weight as [in, out].
+    """
 
     name: str
     n_in: int
     n_out: int
+    is_transposed: bool = False
 
     @property
     def kind(self) -> str:
@@ -82,11 +86,7 @@ class LoraSpec:
         texts at once, so that adapters would mix.
         """
         wanted = set(target_modules)
-        found = tuple(
-            LinearShape(name, module.in_features, module.out_features)
-            for name, module in _text_layers(model)
-            if name.rsplit(".", 1)[-1] in wanted
-        )
+        found = tuple(s for s in _text_layers(model) if s.kind in wanted)
         missing = wanted - {shape.kind for shape in found}
         if missing:
             raise UserError(
@@ -112,6 +112,11 @@ class LoraSpec:
         return tuple(sorted({shape.kind for shape in self.modules}))
 
     @property
+    def is_transposed(self) -> bool:
+        """Say if all layers are Conv1D, which PEFT calls `fan_in_fan_out`."""
+        return bool(self.modules) and all(shape.is_transposed for shape in self.modules)
+
+    @property
     def pieces(self) -> tuple[tuple[str, str, tuple[int, int]], ...]:
         """(module, "A" or "B", shape) of each matrix, in the order of a flat adapter."""
         return tuple(
@@ -130,14 +135,27 @@ class LoraSpec:
         return content_hash(self)
 
 
-def _text_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the Linear layers of a model's text decoder; its head and its towers for images are no part of that."""
+def linear_shape(name: str, module: nn.Module) -> LinearShape | None:
+    """Return the shape of a layer that can be adapted, Linear or GPT-2's Conv1D; None for any other."""
+    if isinstance(module, nn.Linear):
+        return LinearShape(name, module.in_features, module.out_features)
+    kind = type(module)
+    # By name: importing transformers takes seconds.
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        n_in, n_out = module.get_parameter("weight").shape
+        return LinearShape(name, n_in, n_out, is_transposed=True)
+    return None
+
+
+def _text_layers(model: nn.Module) -> Iterator[LinearShape]:
+    """Yield the linear layers of a model's text decoder; its head and its towers for images are no part of that."""
     find: Any = getattr(model, "get_decoder", None)
     inside = set((find() if find else model).modules())
     for name, module in model.named_modules():
         is_text = module in inside and not OTHER_TOWERS & set(name.split("."))
-        if is_text and isinstance(module, nn.Linear):
-            yield name, module
+        shape = linear_shape(name, module)
+        if is_text and shape is not None:
+            yield shape
 
 
 @dataclass(frozen=True)
@@ -284,7 +302,7 @@ def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "target_modules": sorted(spec.target_modules),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.is_transposed,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,

@@ -105,6 +105,7 @@ def _injected(model: nn.Module, mixture: Mixture) -> Iterator[PeftModel]:
                 r=adapter.spec.rank,
                 lora_alpha=adapter.spec.alpha,  # type: ignore[arg-type]
                 target_modules=[m.name for m in adapter.spec.modules],
+                fan_in_fan_out=adapter.spec.is_transposed,
             )
             if peft_model is None:
                 peft_model = PeftModel(model, own, adapter_name=name)  # type: ignore[arg-type]
