@@ -39,6 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--out", required=True, type=output_path, help="the folder that the adapter is written to"
     )
     make.add_argument(
+        "--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16"
+    )
+    make.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
     )
     make.set_defaults(do=generate)

@@ -9,6 +9,8 @@ from llgbm.runtime import UserError, say
 from llgbm.system.output import carded_output
 from llgbm.tasks.prompts import read_prompts
 
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
+
 if TYPE_CHECKING:
     from llgbm.generator.bundle import GeneratorBundle
 
@@ -59,9 +61,13 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write an adapter; return its folder, its base and the number of prompts."""
     carded_output(arguments.out)
+    if arguments.dtype not in ADAPTER_DTYPES:
+        raise UserError(
+            f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
+        )
     prompts = read_prompts(arguments.prompts)
     bundle = open_bundle(arguments.model, arguments.tracking_uri)
-    bundle.save_adapter(prompts, arguments.out)
+    bundle.save_adapter(prompts, arguments.out, arguments.dtype)
     base = bundle.facts["base_path"]
     say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
     return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}

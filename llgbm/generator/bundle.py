@@ -128,13 +128,16 @@ class GeneratorBundle:
         """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
         return pack_weights(self.generate(prompts), self.adapter_config(), self.lineage(prompts))[0]
 
-    def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
+    def save_adapter(
+        self, prompts: Sequence[str], folder: str | Path, dtype: str = "float32"
+    ) -> None:
         """Write the adapter for these prompts as a PEFT folder with its card, whole or not at all.
 
-        Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
+        `dtype` names a floating type of torch. Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
         """
         output = carded_output(folder)
-        state = self.generate(prompts)
+        kind = getattr(torch, dtype)
+        state = {key: value.to(kind) for key, value in self.generate(prompts).items()}
         with output.writing() as stage:
             write_adapter_files(
                 stage,

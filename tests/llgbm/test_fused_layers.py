@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llgbm.functional import FunctionalLoRA
-from llgbm.generator import GeneratorConfig, make_generator
+from llgbm.generator import GENERATORS, GeneratorConfig, make_generator
 from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import PEFT_PREFIX, adapter_config, load_adapter, save_adapter
@@ -137,11 +137,12 @@ def test_teachers_have_the_loss_and_the_gradient_of_peft(
     assert gradient.flatten(spec).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", GENERATORS)
 def test_generators_write_for_these_layers(
-    base: Base, spec: LoraSpec, batch: LoraBatch, tmp_path: Path
+    name: str, base: Base, spec: LoraSpec, batch: LoraBatch, tmp_path: Path
 ) -> None:
     standardiser = Standardiser.fit(batch.flatten(spec))
-    generator = make_generator(GeneratorConfig(hidden=16), spec, 8, standardiser, seed=0)
+    generator = make_generator(GeneratorConfig(name=name, hidden=16), spec, 8, standardiser, seed=0)
     made = generator.generate(torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2)))
     (folder,) = save(base, spec, made, tmp_path)
     wanted = logits(PeftModel.from_pretrained(fresh(base), str(folder)))

@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from output_checks import CONFIG, WEIGHTS, one_sentence
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 from llgbm.__main__ import main
 from llgbm.generator.bundle import GeneratorBundle
+from llgbm.lora import LoraBatch
 from llgbm.lora.adapters import adapter_config
+from llgbm.lora.apply import adapters_applied
+from llgbm.lora.external import read_external
 from llgbm.models.load import Base
 from llgbm.system.lineage import card, config_hash, portable_base, weights_hash
 from tuning.sweep.artifacts import heldout_facts
@@ -197,3 +203,29 @@ def test_held_out_accuracy_has_the_interval_of_its_tasks() -> None:
     assert found["accuracy"] == pytest.approx(0.5) and found["tasks"] == 4
     assert found["interval"] == pytest.approx((0.5 - half, 0.5 + half))
     assert heldout_facts({"a": 1.0})["interval"] is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_of_half_the_size_is_the_rounded_one(
+    dtype: str, commands: Any, user: Path, tiny_base: Base, capsys: Any
+) -> None:
+    assert main([*commands["generate"], "--out", "whole"]) == 0
+    assert main([*commands["generate"], "--dtype", dtype, "--out", "half"]) == 0
+    capsys.readouterr()
+    whole, half = (load_file(user / name / WEIGHTS) for name in ("whole", "half"))
+    assert shown(capsys, "half")["kind"] == dtype
+    for key, value in half.items():
+        assert value.dtype == getattr(torch, dtype)
+        assert torch.equal(value, whole[key].to(value.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(model, str(user / "half")).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = loaded(input_ids=ids, use_cache=False).logits
+    plain = read_external(user / "half", tiny_base.model)
+    batch = LoraBatch.from_state_dicts([plain.state])
+    with adapters_applied(tiny_base.model, batch, plain.spec.scaling), torch.no_grad():
+        got = tiny_base.model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    assert main([*commands["generate"], "--dtype", "int8", "--out", "no"]) == 2
+    assert "unknown dtype 'int8'" in one_sentence(capsys)
