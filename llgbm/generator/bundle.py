@@ -133,7 +133,8 @@ class GeneratorBundle:
     ) -> None:
         """Write the adapter for these prompts as a PEFT folder with its card, whole or not at all.
 
-        `dtype` names a floating type of torch. Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
+        `dtype` names a floating type of torch. Raises UserError as `generate`, and before anything else for a folder as
+        `llgbm.lora.save_adapter`.
         """
         output = carded_output(folder)
         kind = getattr(torch, dtype)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hub_stand_in import TOKEN, Hub, hub_stand_in
-from huggingface_hub import ModelCard, constants
+from hub_stand_in import TOKEN, Hub, hub_stand_in, point_at
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
 from output_checks import CONFIG, WEIGHTS, one_sentence, tree
 
@@ -44,13 +44,8 @@ class Done(NamedTuple):
 def run(
     hub: Hub, user: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Done]]:
-    """Run commands with the stand-in as their hub, whose address the library has read already."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(user / "hf"))
-    close_session()
+    """Run commands with the stand-in as their hub."""
+    point_at(hub, user / "hf", monkeypatch)
 
     def command(*arguments: str, token: str = TOKEN) -> Done:
         monkeypatch.setenv("HF_TOKEN", token)

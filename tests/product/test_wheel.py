@@ -77,6 +77,7 @@ def test_the_commands_of_a_wheel_run_outside_the_repository(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_wheel_passes_the_smoke_run(installed: Path, tmp_path: Path) -> None:
     """The whole pipeline in an empty folder: study, registration, and an adapter of the champion."""
     done = run(installed, tmp_path, "llgbm-ablation", "--smoke")

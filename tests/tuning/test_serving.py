@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import requests
 import torch
 from helpers import free_port, serving
+from hub_stand_in import hub_stand_in, point_at
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
@@ -263,3 +266,60 @@ def test_the_client_needs_neither_torch_nor_mlflow() -> None:
         ).stdout
         == "[]\n"
     )
+
+
+def test_the_whole_life_of_an_adapter(
+    served: str,
+    store: str,
+    tiny_base: Base,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From prompts to a generated adapter, through every command, to the hub and back, the same to the last bit."""
+
+    def command(line: str) -> Any:
+        assert main(line.split()) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]) if printed.startswith("{") else printed
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(12)[None], use_cache=False).logits
+
+    def with_adapter(folder: str) -> Any:
+        return PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32), folder
+        )
+
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text(PROMPTS[0])
+    Path("two.txt").write_text("something else : violin")
+    # Born twice over, by a command and by a server.
+    command(f"generate --model {MODEL} --tracking-uri {store} --prompts one.txt --out one")
+    command(f"fetch --url {served} --prompts two.txt --out two")
+    shown = command("show one --json")
+    assert shown["lineage"]["generator"]["registered"] == "tiny/1"
+    assert shown["base_files"].endswith("the ones that the adapter was made for")
+    # Tried, merged, stacked and swapped.
+    assert "prompt" in command("try --adapter one two --prompts one.txt --max-tokens 4 --out page")
+    assert Path("page/answers.html").is_file()
+    command("merge --adapter one --out merged")
+    command("stack --adapter one two --out both")
+    wanted = {name: logits(with_adapter(name)) for name in ("one", "two", "both")}
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted["one"], atol=1e-4, rtol=0)
+    model = with_adapter("one")
+    hotswap_adapter(model, "two", adapter_name="default")
+    torch.testing.assert_close(logits(model), wanted["two"], atol=1e-5, rtol=0)
+    assert len(command("show both --json")["lineage"]["adapters"]) == 2
+    # Published, fetched back and verified.
+    with hub_stand_in() as hub:
+        point_at(hub, tmp_path / "cache", monkeypatch)
+        assert "would_push" in command("push both --repo me/both") and not hub.commits
+        commit = command("push both --repo me/both --yes")["pushed"]["commit"]
+        command(f"fetch --hub me/both@{commit} --out back")
+    found = command(f"show back --base {tiny_base.path} --json")
+    assert found["lineage"] == command("show both --json")["lineage"]
+    torch.testing.assert_close(logits(with_adapter("back")), wanted["both"], atol=0, rtol=0)
+    assert (wanted["one"] - wanted["two"]).abs().max() > 1e-3
