@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-oldest check smoke soak bench bench-check bench-gpu same-numbers ui notebooks notebooks-clean clean
+.PHONY: ablation test test-whole test-oldest check smoke soak bench bench-check bench-gpu same-numbers ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Whole programs, each for seconds to minutes: sweeps, servers, notebooks, the README's own commands.
+test-whole: $(READY)
+	$(BIN)/python -m pytest -m 'whole and not gpu and not slow and not network'
 
 check: $(READY)
 	$(BIN)/ruff check llgbm tuning tests dnd_repo benchmarks notebooks

@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -208,6 +209,16 @@ def release_device_memory() -> None:
             trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause garbage collection, for work that is mostly importing: its passes over what libraries make take a fifth."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @cache

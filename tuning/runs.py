@@ -84,7 +84,7 @@ def _rerun_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _rerun(arguments: argparse.Namespace) -> dict[str, Any]:
-    from tuning.rerun import rerun_trial
+    from tuning.sweep.rerun import rerun_trial
 
     quiet_libraries()
     experiment = chosen_experiment(arguments.experiment)

@@ -1,8 +1,9 @@
 """MLflow's pages over the store of a study: `python -m tuning.ui [--tracking-uri URI] [--port N]`, what `make ui` runs.
 
-Every experiment with a study gets two saved views (in the menu "Views" of its runs): its studies with their trials
-below them and the columns that matter first; and its trials, the best first, with a chart of parallel coordinates over
-λ_w, λ_d, seed and held-out accuracy. Beside it lies an experiment with a run per configuration
+Every experiment with a study gets three saved views (in the menu "Views" of its runs): its studies with their trials
+below them and the columns that matter first; the curves of its configurations, each a mean over trials within a band
+from the lowest to the highest; and its trials, the best first, with a chart of parallel coordinates over λ_w, λ_d, seed
+and held-out accuracy. Beside it lies an experiment with a run per configuration
 (`tuning.report.summaries`), whose view lists mean, standard deviation and number of seeds. MLflow keeps a view as a
 tag of the experiment. The server listens on this machine only.
 """
@@ -21,7 +22,7 @@ from llgbm.runtime import UserError, exit_status, say, speak_utf8
 from tuning.report.groups import CHOOSING, MAIN
 from tuning.report.summaries import SUFFIX, SUMMARY_TAG
 from tuning.tracking.address import STORE_VARIABLE, open_past
-from tuning.tracking.runs import TRIAL_TAG, parent_runs
+from tuning.tracking.runs import CONFIG_TAG, TRIAL_TAG, parent_runs
 from tuning.tracking.store import (
     connect,
     redact,
@@ -33,16 +34,32 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
-STUDIES_VIEW, CHARTS_VIEW, SUMMARY_VIEW = "llgbm-studies", "llgbm-charts", "llgbm-configurations"
+STUDIES_VIEW, CURVES_VIEW = "llgbm-studies", "llgbm-curves"
+CHARTS_VIEW, SUMMARY_VIEW = "llgbm-charts", "llgbm-configurations"
+AS_CHARTS = "&compareRunsMode=CHART"
+# Title, and how its page is opened.
 VIEWS = {
-    STUDIES_VIEW: ("LLGBM studies", False, ""),
-    CHARTS_VIEW: ("LLGBM charts", True, "&compareRunsMode=CHART"),
-    SUMMARY_VIEW: ("LLGBM configurations", True, ""),
+    STUDIES_VIEW: ("LLGBM studies", ""),
+    CURVES_VIEW: ("LLGBM curves", AS_CHARTS),
+    CHARTS_VIEW: ("LLGBM charts", AS_CHARTS),
+    SUMMARY_VIEW: ("LLGBM configurations", ""),
 }
 VIEW_TAG = "mlflow.sharedViewState."
 METRICS = (MAIN, "heldout/delta_cosine", CHOOSING, "train/accuracy")
 PARAMS = ("lambda_weight", "lambda_delta", "seed", "model_size")
 AXES = PARAMS[:3]
+CURVES = ("val/accuracy", "val/delta_cosine", "loss/total")
+MADE_BY_HAND = {"deleted": False, "isGenerated": False}
+PARALLEL = {
+    "uuid": "llgbm-parallel",
+    "type": "PARALLEL",
+    "metricSectionId": "llgbm",
+    "selectedParams": list(AXES),
+    "selectedMetrics": [MAIN],
+    "showAllRuns": True,
+    "runsCountToCompare": 500,
+    **MADE_BY_HAND,
+}
 
 
 def view_state(flat: bool) -> dict[str, Any]:
@@ -51,23 +68,6 @@ def view_state(flat: bool) -> dict[str, Any]:
     Only in the order of creation does it put children below their parent; only what it lists is in its charts. So a
     `flat` view lists trials by held-out accuracy, and the other one studies.
     """
-    section = {
-        "uuid": "llgbm",
-        "name": "LLGBM: λ, seed and held-out accuracy",
-        "display": True,
-        "columns": 1,
-        "cardHeight": 420,
-    }
-    chart = {
-        "uuid": "llgbm-parallel",
-        "type": "PARALLEL",
-        "metricSectionId": "llgbm",
-        "selectedParams": list(AXES),
-        "selectedMetrics": [MAIN],
-        "showAllRuns": True,
-        "runsCountToCompare": 500,
-    }
-    made_by_hand = {"deleted": False, "isGenerated": False}
     return {
         "searchFilter": f"tags.`{TRIAL_TAG}` LIKE '%'" if flat else "",
         "orderByKey": f"metrics.`{MAIN}`" if flat else "attributes.start_time",
@@ -80,9 +80,48 @@ def view_state(flat: bool) -> dict[str, Any]:
         + [f"params.`{key}`" for key in PARAMS],
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": False,
-        "compareRunSections": [{**section, **made_by_hand, "isReordered": True}],
-        "compareRunCharts": [{**chart, **made_by_hand}],
+        "compareRunSections": [_section("LLGBM: λ, seed and held-out accuracy", columns=1)],
+        "compareRunCharts": [PARALLEL],
         "isAccordionReordered": True,
+    }
+
+
+def _section(name: str, columns: int) -> dict[str, Any]:
+    """Return a section of charts, so many beside each other."""
+    shown = {"display": True, "columns": columns, "cardHeight": 420, "isReordered": True}
+    return {"uuid": "llgbm", "name": name, **shown, **MADE_BY_HAND}
+
+
+def curves_state() -> dict[str, Any]:
+    """Return the state of the runs page of learning curves: trials grouped by configuration.
+
+    MLflow draws the mean of a group, and behind it a band from its lowest to its highest trial.
+    """
+    by_configuration = {"mode": "tag", "groupByData": CONFIG_TAG}
+    return {
+        **view_state(flat=True),
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [by_configuration]},
+        "groupsExpanded": {},
+        "useGroupedValuesInCharts": True,
+        "compareRunSections": [_section("LLGBM: mean and range of each configuration", columns=2)],
+        "compareRunCharts": [_line(metric) for metric in CURVES],
+    }
+
+
+def _line(metric: str) -> dict[str, Any]:
+    """Return a chart of a metric over training steps."""
+    return {
+        "uuid": f"llgbm-{metric}",
+        "type": "LINE",
+        "metricSectionId": "llgbm",
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "xAxisKey": "step",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "lineSmoothness": 0,
+        "runsCountToCompare": 20,
+        **MADE_BY_HAND,
     }
 
 
@@ -126,7 +165,11 @@ def prepare(tracking_uri: str) -> list[tuple[str, str, list[str]]]:
             if experiment.name.endswith(SUFFIX):
                 states = {SUMMARY_VIEW: summary_state()}
             elif parent_runs(client, [experiment.experiment_id]):
-                states = {key: view_state(VIEWS[key][1]) for key in (STUDIES_VIEW, CHARTS_VIEW)}
+                states = {
+                    STUDIES_VIEW: view_state(flat=False),
+                    CURVES_VIEW: curves_state(),
+                    CHARTS_VIEW: view_state(flat=True),
+                }
             if states:
                 created = experiment.creation_time or 0
                 keep_views(client, experiment.experiment_id, created, states)
@@ -159,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     experiments = prepare(uri)
     for name, experiment_id, keys in experiments:
         for key in keys:
-            view, _, mode = VIEWS[key]
+            view, mode = VIEWS[key]
             page = f"http://{HOST}:{arguments.port}/#/experiments/{experiment_id}/runs"
             say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import UserError, say
+from llgbm.runtime import UserError, say, uncollected
 from llgbm.system.output import carded_output
 from llgbm.tasks.prompts import read_prompts
 
@@ -66,8 +66,9 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
             f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
         )
     prompts = read_prompts(arguments.prompts)
-    bundle = open_bundle(arguments.model, arguments.tracking_uri)
-    bundle.save_adapter(prompts, arguments.out, arguments.dtype)
+    with uncollected():
+        bundle = open_bundle(arguments.model, arguments.tracking_uri)
+        bundle.save_adapter(prompts, arguments.out, arguments.dtype)
     base = bundle.facts["base_path"]
     say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
     return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}

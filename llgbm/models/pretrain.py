@@ -38,7 +38,7 @@ class PretrainConfig:
     learning_rate: float = 1.5e-3
     bare_fraction: float = 0.75
     seed: int = 0
-    target: float = 0.35
+    target: float = 0.45
     rounds: int = 5
     more_steps: int = 500
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from llgbm.tasks.parts import (
 )
 from llgbm.tasks.suite import WHOLE, Example, Level, Purpose, Split, Suite, Task
 
-VERSION = 2
+VERSION = 3
 WORDS = tuple(
     "apple river stone cloud tiger piano lemon chair garden window rocket button candle forest hammer island "
     "jacket kettle ladder magnet needle orange pepper quartz rabbit saddle ticket violin wallet yogurt zebra anchor "
@@ -96,30 +97,39 @@ class SyntheticSuite(Suite):
 
     @cached_property
     def _held(self) -> list[str]:
-        """Combinations that are not trained on, drawn at random: at most half of any operation and of any format."""
-        names, wanted = list(self._grid), self.n_val + self.n_test + self.n_sealed
-        random.Random(stream_seed("split", self.split_seed)).shuffle(names)
-        held: list[str] = []
-        for name in names:
-            if len(held) < wanted and self._still_covered(name, held):
-                held.append(name)
-        if len(held) < wanted:
+        """Combinations that are not trained on, drawn at random, of each operation and of each format about as many.
+
+        Without that balance an operation is left half its formats in one world and all of them in another, and the
+        draw of the split moves results more than what is compared.
+        """
+        wanted = self.n_val + self.n_test + self.n_sealed
+        of_each = (-(-wanted // self.n_operations), -(-wanted // self.n_formats))
+        if of_each[0] > self.n_formats // 2 or of_each[1] > self.n_operations // 2:
             raise ValueError(
-                f"only {len(held)} tasks can be held out with every operation and format left in training"
+                f"{wanted} tasks cannot be held out with every operation and format left in training"
             )
-        return held
+        rng = random.Random(stream_seed("split", self.split_seed))
+        drawn: list[str] = []
+        while len(drawn) < wanted:  # a draw in which the last ones find no place is made again
+            drawn = self._draw_held(rng, of_each)
+        return drawn[:wanted]
+
+    def _draw_held(self, rng: random.Random, of_each: tuple[int, int]) -> list[str]:
+        """Draw combinations until no operation and no format has place for another."""
+        drawn: list[str] = []
+        counts: Counter[str] = Counter()
+        for name in rng.sample(self._grid, len(self._grid)):
+            operation, form = name.split("-")
+            if counts[f"{operation}-"] < of_each[0] and counts[f"-{form}"] < of_each[1]:
+                drawn.append(name)
+                counts.update((f"{operation}-", f"-{form}"))
+        return drawn
 
     @cached_property
     def split(self) -> Split:
         held, n_test, n_val = self._held, self.n_test, self.n_val
         train = [name for name in self._grid if name not in set(held)]
         return Split(tuple(train), tuple(held[n_test : n_test + n_val]), tuple(held[:n_test]))
-
-    def _still_covered(self, name: str, held: list[str]) -> bool:
-        operation, form = name.split("-")
-        same_op = sum(h.split("-")[0] == operation for h in held)
-        same_form = sum(h.split("-")[1] == form for h in held)
-        return same_op < self.n_formats // 2 and same_form < self.n_operations // 2
 
     @cached_property
     def _unseen(self) -> dict[str, tuple[str, ...]]:

@@ -106,6 +106,7 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.whole
 def test_another_alpha_is_brought_to_the_first_one(two: Path, world: World, tmp_path: Path) -> None:
     """The adapter read, under the first one's config, is to PEFT what the file is under its own."""
     first, second = sorted(two.glob("*/*/adapter_config.json"))
@@ -238,6 +239,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.whole
 def test_the_command_of_the_seed_runs_as_written(tmp_path: Path, world: World) -> None:
     folder = home_of_the_seed(tmp_path, world)
     script = "workspace/main/tasks/math/train_qwen1.5lora_Math.py"

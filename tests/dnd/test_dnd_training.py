@@ -107,6 +107,7 @@ def launch(
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.whole
 def test_two_processes_do_what_one_does_with_twice_the_batch(
     tmp_path: Path, bank_folder: Path, settings: TrainSettings
 ) -> None:

@@ -91,6 +91,7 @@ def test_nothing_that_is_made_grows_with_the_number_of_adapters(
     assert many[0] == few[0]
 
 
+@pytest.mark.whole
 def test_a_full_evaluation_makes_the_generated_adapters_and_no_other_table(
     world: World, generator: LoraGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_the_base_is_left_as_it_was(
     assert not any("forward" in vars(module) for module in tiny_base.model.modules())
 
 
+@pytest.mark.whole
 def test_a_training_that_saves_memory_follows_the_plain_one(
     world: World, config: TrainingConfig
 ) -> None:

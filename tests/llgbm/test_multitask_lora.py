@@ -71,6 +71,7 @@ def test_it_is_a_baseline_for_every_task(world: World) -> None:
     assert "multitask_lora" in evaluate_baselines(world.data, world.lora_model)
 
 
+@pytest.mark.whole
 def test_baselines_are_measured_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,16 @@ def test_held_out_tasks_are_new_combinations_of_parts_seen_in_training(
         assert name.split("-")[0] in seen[0] and name.split("-")[1] in seen[1]
 
 
+def test_no_operation_and_no_format_is_held_out_more_than_others() -> None:
+    for seed in range(50):
+        suite = replace(SUITE, split_seed=seed)
+        held = {task.name for task in suite.tasks} - set(suite.split.train)
+        held -= {task for name, own in suite._unseen.items() for task in own}
+        assert len(held) == suite.n_val + suite.n_test + suite.n_sealed
+        for side in (0, 1):
+            assert max(Counter(name.split("-")[side] for name in held).values()) == 4
+
+
 def test_the_full_split_is_covered_for_many_seeds() -> None:
     for seed in range(50):
         split = replace(SUITE, split_seed=seed).split
@@ -138,7 +149,7 @@ def test_the_full_split_is_covered_for_many_seeds() -> None:
 def test_splits_that_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="held out must mean held out"):
         Split(("a", "b"), ("c",), ("a",))
-    with pytest.raises(ValueError, match="can be held out"):
+    with pytest.raises(ValueError, match="8 tasks cannot be held out"):
         _ = SyntheticSuite(3, 3, n_val=4, n_test=4, n_sealed=0).split
 
 

@@ -48,6 +48,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.whole
 def test_every_part_has_a_result(found: dict[str, Any]) -> None:
     assert found["benchmark"] == "gpu" and found["environment"]["device"] == "cpu"
     for part in ("parity", "delta", "large", "step", "processes"):

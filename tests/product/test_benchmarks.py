@@ -50,6 +50,7 @@ def check_side(side: dict[str, Any]) -> None:
     assert side["repeats"] >= 2 and side["peak_mb"] >= 0
 
 
+@pytest.mark.whole
 def test_delta(run: Run) -> None:
     found = run("delta", "--threads", "1")
     sides = {"ours", "peft_in_turn", "peft_adapter_names", "functional_call", "vmap", "hooks"}
@@ -79,12 +80,14 @@ def test_teachers(run: Run) -> None:
         check_side(side)
 
 
+@pytest.mark.whole
 def test_scaling(run: Run) -> None:
     found = run("scaling", "--threads", "1")
     assert found["exponents"].keys() == {"adapters", "probes", "tokens", "rank", "tasks"}
     assert all("memory_exponent" in row and len(row["points"]) == 2 for row in found["results"])
 
 
+@pytest.mark.whole
 def test_train_step(run: Run) -> None:
     found = run("train_step")
     assert max(found["relative_difference"].values()) <= 1e-5 and 0 < found["padding"] < 1

@@ -73,6 +73,7 @@ def test_one_variable_switches_the_base(path: Path) -> None:
     assert len(lines) == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_top_to_bottom(
     path: Path,

@@ -37,6 +37,7 @@ from stopping import PATTERNS, interrupt, kill, killed_write, stopped_at, write
 from llgbm.lora.adapters import load_adapter, save_adapter
 
 
+@pytest.mark.whole
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -73,6 +74,7 @@ def test_whatever_stops_an_output_old_or_new_is_whole_and_the_rest_as_it_was(
     assert own_of(folder) == new and others_of(folder) == was and not leftovers(tmp_path)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("others", [{}, {"thesis.tex": b"mine"}], ids=["alone", "beside"])
 def test_old_or_new_is_whole_at_every_point_of_a_change_of_several_files(
     tmp_path: Path, others: dict[str, bytes]

@@ -25,6 +25,7 @@ COMMAND = (
 )
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(900)  # A busy machine is slow, not wrong.
 def test_parts_from_outside_are_swept_and_reported(
     tmp_path: Path, cache: Path, world: World

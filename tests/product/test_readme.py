@@ -52,6 +52,7 @@ def test_the_make_commands_are_there() -> None:
     assert {command[1] for command in MADE} == {"ablation", "test", "ui"}
 
 
+@pytest.mark.whole
 def test_every_command_and_every_python_example_runs(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     smoke = "python tuning/run_ablation.py --smoke"

@@ -103,6 +103,7 @@ def test_what_cannot_be_compared_ends_with_status_2(
     assert ended.value.code == 2 and "cannot be imported from there" in capsys.readouterr().err
 
 
+@pytest.mark.whole
 def test_a_sweep_that_fails_is_told_in_its_own_words(
     same_numbers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,8 @@ from helpers import ROOT
 
 PACKAGES = ("llgbm", "tuning", "dnd_repo/workspace/dnd")
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -78,6 +78,7 @@ def waiting_for_four(folder: Path) -> Callable[[dict, dict, TrialSetting], None]
     return trainable
 
 
+@pytest.mark.whole
 def test_four_quarters_of_one_gpu_are_placed_together_and_end_as_they_say(
     tmp_path: Path, tracker: StudyTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

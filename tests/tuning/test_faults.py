@@ -34,6 +34,7 @@ def reference(finished: tuple[Path, str], cache: Path) -> Reference:
     return sweep.trials(), sweep.client()
 
 
+@pytest.mark.whole
 def test_a_killed_worker_and_a_killed_driver_leave_no_trace(
     tmp_path: Path, cache: Path, reference: Reference
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_plan_names_base_bank_and_tasks_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.whole
 def test_a_world_of_a_given_bank_has_that_banks_adapters(
     tiny_base: Base, folder: Path, bank: Path, tmp_path: Path
 ) -> None:

@@ -252,6 +252,7 @@ def check_together(tracker: StudyTracker, uri: str, wanted: dict[str, set[int]])
         assert all(one.is_complete for one in found)
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_studies_share_a_trial_and_none_ends_the_others(

@@ -259,6 +259,7 @@ sys.exit(exit_status(run, debug=False))
 """
 
 
+@pytest.mark.whole
 def test_a_sweeps_ray_admits_no_stranger_and_swallows_no_error() -> None:
     """The environment turns the token off, and an error comes while Ray ends in the background."""
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}

@@ -428,6 +428,7 @@ def test_a_fixed_field_is_no_parameter() -> None:
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_search_is_told_what_its_trials_reached_and_asha_stops_the_worse(
     killed: bool, tmp_path: Path, cache: Path, world: World

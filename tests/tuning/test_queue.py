@@ -67,6 +67,7 @@ def test_nine_trials_on_two_places_end_when_they_can(known: bool) -> None:
     assert phase_4_5(costs, 2, known) == best == 364
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.tuples(*[st.floats(1, 100)] * 3), st.integers(1, 5))
 def test_with_known_times_it_is_within_grahams_bound(

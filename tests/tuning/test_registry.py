@@ -214,6 +214,7 @@ print(stage - 1)
 """
 
 
+@pytest.mark.whole
 def test_a_registration_killed_at_any_point_is_finished_by_the_next(
     study: StudyTracker, bundle: Path, empty_store: Path, tmp_path: Path
 ) -> None:

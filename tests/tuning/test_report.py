@@ -261,6 +261,7 @@ def test_a_damaged_artifact_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert line in (out / "report.md").read_text()
 
 
+@pytest.mark.whole
 def test_a_study_shows_its_best_trial_and_each_configuration_has_a_summary(tmp_path: Path) -> None:
     from tuning.report.document import publish_report
     from tuning.report.summaries import SUFFIX

@@ -16,11 +16,11 @@ import torch
 from llgbm.training import TrainingConfig
 from llgbm.world import World, WorldConfig
 from tuning.report.__main__ import main as report
-from tuning.rerun import Recorder
 from tuning.runs import main
 from tuning.studies.spec import TrialSpec
 from tuning.sweep import worker
 from tuning.sweep.checkpoints import TrialCheckpoints
+from tuning.sweep.rerun import Recorder
 from tuning.sweep.worker import OOM_TAG, Outputs, run_in_memory, savers
 from tuning.tracking.ownership import DRIVER_TAG, Driver
 from tuning.tracking.study import StudyTracker
@@ -86,6 +86,7 @@ def test_the_environment_names_the_store_and_the_experiment(
     assert "no experiment 'elsewhere'" in capsys.readouterr().err
 
 
+@pytest.mark.whole
 def test_a_trial_is_run_again_bit_for_bit(
     finished: tuple[Path, str],
     cache: Path,
@@ -144,6 +145,7 @@ def test_memory_savers_get_stronger_and_are_used_only_if_asked_for() -> None:
     assert [c.probe_chunk for c in savers(small, retry_oom=True)] == [2, 1]
 
 
+@pytest.mark.whole
 def test_a_trial_out_of_memory_is_tried_again_with_the_same_numbers(
     world: World, config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

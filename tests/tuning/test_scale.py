@@ -90,6 +90,7 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.whole
 def test_sixteen_trials_log_through_a_server_over_a_database_and_lose_nothing(
     database: str, tmp_path: Path
 ) -> None:

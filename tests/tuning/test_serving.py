@@ -87,6 +87,7 @@ def served(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         yield url
 
 
+@pytest.mark.whole
 def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_itself(
     served: str, store: str, tmp_path: Path
 ) -> None:

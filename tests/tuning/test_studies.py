@@ -90,6 +90,7 @@ def test_the_default_study_is_the_ablation_of_the_default_configuration() -> Non
 axis = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True).map(tuple)
 
 
+@pytest.mark.whole
 @given(
     weights=axis,
     deltas=axis,

@@ -135,6 +135,7 @@ def test_artifacts_are_adapters_deltas_and_a_generator(
         assert deltas["predicted"].shape == deltas["teacher"].shape == (len(tasks), 128)
 
 
+@pytest.mark.whole
 def test_the_registered_champion_generates_an_adapter_that_plain_peft_runs(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_the_registered_champion_generates_an_adapter_that_plain_peft_runs(
     assert alone.returncode == 0, alone.stderr
 
 
+@pytest.mark.whole
 def test_a_failed_trial_is_failed_and_hurts_no_other(
     tmp_path: Path, cache: Path, world: World
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_failed_trial_is_failed_and_hurts_no_other(
     assert json.loads(out.splitlines()[-1])["registered"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )

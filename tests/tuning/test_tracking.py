@@ -429,6 +429,7 @@ study.finish("FINISHED")
 """
 
 
+@pytest.mark.whole
 def test_two_drivers_can_make_the_store_at_once_and_in_silence(tmp_path: Path) -> None:
     env = {
         key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")
@@ -450,6 +451,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.whole
 def test_a_server_takes_a_study_its_artifacts_and_a_generator(server: str, tmp_path: Path) -> None:
     study = StudyTracker.open(server + "/", tmp_path, "ablation")
     study.begin("study", "id", {"a": {"b": 1}}, {})

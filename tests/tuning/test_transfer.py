@@ -53,6 +53,7 @@ def told(uri: str, out: Path) -> tuple[str, dict]:
     return text, json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("keep", [False, True], ids=["moved", "copied"])
 def test_a_moved_or_copied_store_gives_the_same_report_and_keeps_to_itself(
     original: Path, tmp_path: Path, keep: bool
@@ -86,6 +87,7 @@ def test_the_copy_of_a_database_alone_reads_the_artifacts_where_they_are(
     assert "cannot be read" not in text and "kept no numbers by task" not in text
 
 
+@pytest.mark.whole
 def test_artifacts_removed_by_hand_cost_what_needs_them_and_are_named_first(
     original: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def numbers(uri: str) -> list:
     ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("target", ["sqlite", "server"])
 def test_a_study_is_carried_to_another_store_with_all_that_it_has(
     original: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tuning.tracking.store import local_tracking_uri
-from tuning.ui import CHARTS_VIEW, METRICS, STUDIES_VIEW, main
+from tuning.ui import CHARTS_VIEW, CURVES, CURVES_VIEW, METRICS, STUDIES_VIEW, main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE = 120
@@ -118,6 +118,7 @@ def wait_until_drawn(browser: webdriver.Chrome, axes: set[str]) -> None:
     )
 
 
+@pytest.mark.whole
 @needs_browser
 def test_runs_are_nested_named_and_show_what_matters(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
@@ -143,6 +144,19 @@ def test_the_charts_have_parallel_coordinates_over_lambdas_seed_and_held_out_acc
         browser, "LLGBM: λ, seed and held-out accuracy", "multitask, seed 0", "weight-only, seed 0"
     )
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "heldout/accuracy"})
+
+
+@needs_browser
+def test_curves_are_means_of_configurations_within_bands(
+    finished: tuple[Path, str], served: str, browser: webdriver.Chrome
+) -> None:
+    experiment, _ = runs(finished[0])
+    browser.get(
+        f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CURVES_VIEW}&compareRunsMode=CHART"
+    )
+    wait_for(browser, "Group by: llgbm.config", "Group: multitask", *CURVES[:2])
+    bands = "return document.querySelectorAll('.scatterlayer g.trace.is-band').length"
+    WebDriverWait(browser, PATIENCE).until(lambda b: b.execute_script(bands) >= 3, "no bands")
 
 
 @needs_browser

@@ -94,6 +94,7 @@ def test_a_study_that_was_killed_says_how_far_it_came() -> None:
     assert "of 9" not in "".join(caveats(replace(killed, status="FINISHED", planned=3)))
 
 
+@pytest.mark.whole
 def test_the_cause_of_a_failure_is_on_the_screen_and_in_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

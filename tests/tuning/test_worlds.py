@@ -113,6 +113,7 @@ def test_a_world_of_given_teachers_has_no_seed() -> None:
         given.with_seed(1)
 
 
+@pytest.mark.whole
 def test_sealed_tasks_are_opened_once_and_that_is_recorded(
     finished: tuple[Path, str],
     tmp_path: Path,
