@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llgbm.delta import EncodedProbes, read_states
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import TARGET_MODULES, StateDict
+from llgbm.lora.adapters import StateDict
 from llgbm.lora.apply import Applied, adapters_applied, final_hidden, head_logits, states_at
+from llgbm.lora.shapes import TARGET_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, say, uncollected
-from llgbm.system.output import carded_output
+from llgbm.system.output import carded_output, output_path
 from llgbm.tasks.prompts import read_prompts
 
+PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
+REPOSITORY = "owner/name, or owner/name@revision"
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 
 if TYPE_CHECKING:
     from llgbm.generator.bundle import GeneratorBundle
+
+
+def add_parser(commands: Any) -> None:
+    """Register `generate`, `fetch` and `models`."""
+    _add_generate(commands)
+    _add_fetch(commands)
+    _add_models(
+        commands.add_parser(
+            "models", help="list, show, promote and roll back registered generators"
+        )
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    make = commands.add_parser(
+        "generate", help="write a PEFT adapter from the unlabelled prompts of a task"
+    )
+    make.add_argument(
+        "--model",
+        required=True,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
+    )
+    make.add_argument("--prompts", required=True, type=Path, help=PROMPTS_HELP)
+    make.add_argument(
+        "--out", required=True, type=output_path, help="the folder that the adapter is written to"
+    )
+    make.add_argument(
+        "--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16"
+    )
+    make.add_argument(
+        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+    )
+    make.set_defaults(do=generate)
+
+
+def _add_fetch(commands: Any) -> None:
+    ask = commands.add_parser(
+        "fetch", help="ask a served generator for an adapter, or the hub for what was pushed"
+    )
+    source = ask.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", help="a server (`llgbm serve`), such as http://127.0.0.1:5001")
+    source.add_argument("--hub", metavar="REPO", help=REPOSITORY)
+    ask.add_argument("--prompts", type=Path, help=f"with --url: {PROMPTS_HELP}")
+    ask.add_argument("--out", required=True, type=output_path, help="the folder that is written")
+    ask.set_defaults(do=fetch)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

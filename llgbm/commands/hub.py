@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from llgbm.commands.generators import REPOSITORY
 from llgbm.runtime import UserError, redact, say
 from llgbm.system.hub import (
     WRITTEN,
@@ -19,8 +20,6 @@ from llgbm.system.hub import (
     upload,
 )
 from llgbm.system.output import CARD, Output, carded_output, disk_errors, make_folders
-
-REPOSITORY = "owner/name, or owner/name@revision"
 
 
 def add_parser(commands: Any) -> None:

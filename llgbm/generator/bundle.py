@@ -18,12 +18,12 @@ from llgbm.generator import make_generator
 from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
 from llgbm.lora.adapters import (
-    LinearShape,
     LoraSpec,
     adapter_config,
     pack_weights,
     write_adapter_files,
 )
+from llgbm.lora.shapes import LinearShape
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError, content_hash, split_revision
 from llgbm.system.cache import describe_file

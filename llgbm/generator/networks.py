@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llgbm.lora.adapters import LinearShape, LoraBatch, LoraSpec
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.lora.shapes import LinearShape
 from llgbm.runtime import UserError
 
 

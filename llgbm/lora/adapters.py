@@ -6,9 +6,8 @@ Shapes: A adapters, R rank, V values of a whole adapter.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from llgbm.lora.plain import check_plain, check_types
-from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.lora.shapes import LoraSpec
+from llgbm.runtime import UserError, split_revision
 from llgbm.system.documents import decode, parse_json
 from llgbm.system.lineage import card, signed, with_lineage
 from llgbm.system.output import ADAPTER_PATTERNS, CARD, Output
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,128 +33,7 @@ _KEY = re.compile(
 )
 # Kinds of numbers that weights are read in; whole numbers are those of quantised adapters.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Parts of a model that are no part of its text decoder, by their usual names.
-OTHER_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 StateDict = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One Linear layer of the base: its dotted name, its input and its output width.
-
-    `is_transposed` marks GPT-2's Conv1D, which keeps its weight as [in, out].
-    """
-
-    name: str
-    n_in: int
-    n_out: int
-    is_transposed: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Last part of the name, such as `q_proj`."""
-        return self.name.rsplit(".", 1)[-1]
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """All shapes of an adapter, read off the base model that it is for."""
-
-    modules: tuple[LinearShape, ...]
-    rank: int
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"the LoRA rank is {self.rank}; it must be at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"the LoRA alpha is {self.alpha}; it must be a number above 0")
-
-    @classmethod
-    def from_model(
-        cls,
-        model: nn.Module,
-        rank: int,
-        alpha: float,
-        target_modules: Sequence[str] = TARGET_MODULES,
-    ) -> LoraSpec:
-        """Read the Linear layers called `target_modules` off a model's text decoder, in its own order.
-
-        Raises UserError for a name without such a layer, and for the experts of a mixture: they read tokens of several
-        texts at once, so that adapters would mix.
-        """
-        wanted = set(target_modules)
-        found = tuple(s for s in _text_layers(model) if s.kind in wanted)
-        missing = wanted - {shape.kind for shape in found}
-        if missing:
-            raise UserError(
-                f"the base model has no Linear layer called {', '.join(sorted(missing))}: "
-                "name target modules that it has"
-            )
-        experts = [shape.name for shape in found if _EXPERT.search(shape.name)]
-        if experts:
-            raise UserError(
-                f"{experts[0]} is an expert of a mixture, which reads tokens of several texts at once: adapters of "
-                "several tasks would mix there; name target modules of its attention only"
-            )
-        return cls(found, rank, alpha)
-
-    @property
-    def scaling(self) -> float:
-        """Factor on B A, alpha / rank (Hu et al. 2021, section 4.1)."""
-        return self.alpha / self.rank
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """Kinds of layer that an adapter touches, sorted."""
-        return tuple(sorted({shape.kind for shape in self.modules}))
-
-    @property
-    def is_transposed(self) -> bool:
-        """Say if all layers are Conv1D, which PEFT calls `fan_in_fan_out`."""
-        return bool(self.modules) and all(shape.is_transposed for shape in self.modules)
-
-    @property
-    def pieces(self) -> tuple[tuple[str, str, tuple[int, int]], ...]:
-        """(module, "A" or "B", shape) of each matrix, in the order of a flat adapter."""
-        return tuple(
-            piece
-            for m in self.modules
-            for piece in ((m.name, "A", (self.rank, m.n_in)), (m.name, "B", (m.n_out, self.rank)))
-        )
-
-    @property
-    def n_values(self) -> int:
-        """Return the number of values in an adapter."""
-        return sum(rows * columns for _, _, (rows, columns) in self.pieces)
-
-    @property
-    def hash(self) -> str:
-        return content_hash(self)
-
-
-def linear_shape(name: str, module: nn.Module) -> LinearShape | None:
-    """Return the shape of a layer that can be adapted, Linear or GPT-2's Conv1D; None for any other."""
-    if isinstance(module, nn.Linear):
-        return LinearShape(name, module.in_features, module.out_features)
-    kind = type(module)
-    # By name: importing transformers takes seconds.
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        n_in, n_out = module.get_parameter("weight").shape
-        return LinearShape(name, n_in, n_out, is_transposed=True)
-    return None
-
-
-def _text_layers(model: nn.Module) -> Iterator[LinearShape]:
-    """Yield the linear layers of a model's text decoder; its head and its towers for images are no part of that."""
-    find: Any = getattr(model, "get_decoder", None)
-    inside = set((find() if find else model).modules())
-    for name, module in model.named_modules():
-        is_text = module in inside and not OTHER_TOWERS & set(name.split("."))
-        shape = linear_shape(name, module)
-        if is_text and shape is not None:
-            yield shape
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
-    LinearShape,
     LoraSpec,
     StateDict,
-    linear_shape,
     read_adapter_config,
     read_adapter_weights,
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
+from llgbm.lora.shapes import LinearShape, linear_shape
 from llgbm.runtime import UserError
 from llgbm.system.documents import brief
 

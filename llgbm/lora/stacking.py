@@ -57,7 +57,8 @@ def stack_adapters(model: nn.Module, mixture: Mixture) -> tuple[dict[str, Tensor
     from peft import get_peft_model_state_dict
 
     with _injected(model, mixture) as peft_model:
-        peft_model.base_model.add_weighted_adapter(
+        lora_model: Any = peft_model.base_model
+        lora_model.add_weighted_adapter(
             _names(mixture), list(mixture.weights), STACKED, mixture.way, svd_rank=mixture.rank
         )
         state = get_peft_model_state_dict(peft_model, adapter_name=STACKED)
@@ -108,7 +109,7 @@ def _injected(model: nn.Module, mixture: Mixture) -> Iterator[PeftModel]:
                 fan_in_fan_out=adapter.spec.is_transposed,
             )
             if peft_model is None:
-                peft_model = PeftModel(model, own, adapter_name=name)  # type: ignore[arg-type]
+                peft_model = PeftModel(model, own, adapter_name=name)
             else:
                 peft_model.add_adapter(name, own)
             wanted = {_with_prefix(key): value for key, value in adapter.state.items()}

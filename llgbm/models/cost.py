@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llgbm.lora.adapters import LoraSpec, linear_shape
+from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.blocks import has_known_blocks
+from llgbm.lora.shapes import linear_shape
 from llgbm.models.encoding import EncodedPairs
 from llgbm.runtime import UserError
 

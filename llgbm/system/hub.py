@@ -117,13 +117,13 @@ def _rename_bases(stage: Path, kind: str, base: str | None) -> Iterator[str]:
     for path in sorted(stage.rglob("adapter_config.json")):
         config = _read(path)
         old = str(config.get("base_model_name_or_path") or "")
-        if new := _renamed(old, base):
-            name, revision = split_revision(new)
+        if there := _renamed(old, base):
+            name, revision = split_revision(there)
             config |= {"base_model_name_or_path": name, "revision": revision}
             _write(path, config)
             _renew_card(path.parent, config)
             if kind == "adapter":
-                yield _told(path.name, old, new)
+                yield _told(path.name, old, there)
 
 
 def _base_named(facts: Mapping[str, Any]) -> str:

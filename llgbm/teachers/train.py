@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llgbm.lora.adapters import TARGET_MODULES, LoraBatch, LoraSpec, StateDict
+from llgbm.lora.adapters import LoraBatch, LoraSpec, StateDict
+from llgbm.lora.shapes import TARGET_MODULES
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples

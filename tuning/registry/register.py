@@ -28,9 +28,11 @@ from tuning.registry.champions import (
     settle,
 )
 from tuning.registry.versions import (
+    REGISTERED,
     RegisteredVersion,
     check_name,
     download,
+    note_origin,
     registry_client,
     resolve,
     versions_of,
@@ -47,13 +49,8 @@ if TYPE_CHECKING:
     from tuning.tracking.runs import TrialResult
     from tuning.tracking.study import StudyTracker
 
-REGISTERED = "llgbm.registered"
-LINEAGE_TAGS = (
-    *("llgbm.study", "llgbm.study_id", "llgbm.trial_id", "llgbm.config"),
-    REGISTERED,
-)
 KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
-BUNDLE_FILE, ORIGIN_FILE = "generator.json", "origin.json"
+BUNDLE_FILE = "generator.json"
 MODEL_FILE = Path(__file__).with_name("served.py")
 PACKAGES = (
     "mlflow",
@@ -142,14 +139,8 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="llgbm-generator-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         bundle = bundle_of(client, version, folder)
-        _note_origin(bundle, {**version.tags, REGISTERED: f"{version.name}/{version.version}"})
+        note_origin(bundle, {**version.tags, REGISTERED: f"{version.name}/{version.version}"})
         return bundle
-
-
-def _note_origin(bundle: Path, tags: Mapping[str, str]) -> None:
-    """Write beside a bundle what tags say of its origin, for the lineage of its adapters."""
-    known = {tag.removeprefix("llgbm."): tags[tag] for tag in LINEAGE_TAGS if tags.get(tag)}
-    (bundle / ORIGIN_FILE).write_text(json.dumps(known, indent=1, sort_keys=True))
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
@@ -235,7 +226,7 @@ def _log_model(
         with tempfile.TemporaryDirectory() as folder:
             own = Path(folder) / "bundle"
             shutil.copytree(bundle, own)
-            _note_origin(own, tags)
+            note_origin(own, tags)
             _save_model(Path(folder) / "model", own, run_id, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         status = "READY"

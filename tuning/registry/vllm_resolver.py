@@ -45,7 +45,7 @@ def register() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    class GeneratorResolver(LoRAResolver):  # type: ignore[misc]
+    class GeneratorResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             found = await asyncio.to_thread(adapters.find, base_model_name, lora_name)
             if found is None:
