@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llgbm.commands import bank, evaluate, generators, hub, merge, serve, show, teachers, tryout
+from llgbm.commands import (
+    bank,
+    evaluate,
+    generators,
+    hub,
+    load,
+    merge,
+    serve,
+    show,
+    teachers,
+    tryout,
+)
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 
 NAME = "llgbm"
@@ -23,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog=program_name(), description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (generators, show, tryout, merge, hub, serve, evaluate, teachers, bank):
+    for command in (generators, show, tryout, merge, hub, load, serve, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
 

@@ -57,7 +57,7 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
     headers = {"Content-Type": "application/json"}
     request = Request(f"{url.rstrip('/')}/invocations", json.dumps(body).encode(), headers)
     try:
-        with _opener(url).open(request, timeout=timeout) as answer:
+        with opener(url).open(request, timeout=timeout) as answer:
             return json.load(answer)
     except HTTPError as error:
         raise UserError(
@@ -72,7 +72,7 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
         raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
 
 
-def _opener(url: str) -> OpenerDirector:
+def opener(url: str) -> OpenerDirector:
     """Return what opens an address: through the proxies of the environment, but past them to this machine."""
     if is_loopback(urlsplit(url).hostname or ""):
         return build_opener(ProxyHandler({}))
