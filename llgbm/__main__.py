@@ -1,5 +1,6 @@
 """What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
-asks a served generator for one, `evaluate` scores one; `models` says which are registered and which is champion.
+asks a server or the hub for one, `show` says where one comes from, `try` shows its answers, `evaluate` scores it,
+`merge`, `stack` and `push` hand it on; `models` says which generators are registered, `serve` serves the champion.
 """
 
 from __future__ import annotations
@@ -8,54 +9,39 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from llgbm.commands import bank, evaluate, teachers
-from llgbm.commands.generators import _add_models, fetch, generate
+from llgbm.commands import (
+    bank,
+    evaluate,
+    generators,
+    hub,
+    load,
+    merge,
+    serve,
+    show,
+    teachers,
+    tryout,
+)
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
-from llgbm.system.output import named_path
 
-PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
+NAME = "llgbm"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line. A wrong option ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m llgbm", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name(), description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser(
-        "generate", help="write a PEFT adapter from the unlabelled prompts of a task"
-    )
-    make.add_argument(
-        "--model",
-        required=True,
-        help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
-    )
-    make.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
-    make.add_argument(
-        "--out", required=True, type=named_path, help="the folder that the adapter is written to"
-    )
-    make.add_argument(
-        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
-    )
-    make.set_defaults(do=generate)
-    ask = commands.add_parser(
-        "fetch", help="ask a served generator (`mlflow models serve`) for an adapter"
-    )
-    ask.add_argument("--url", required=True, help="the server, such as http://127.0.0.1:5001")
-    ask.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
-    ask.add_argument(
-        "--out", required=True, type=named_path, help="the folder that the adapter is written to"
-    )
-    ask.set_defaults(do=fetch)
-    _add_models(
-        commands.add_parser(
-            "models", help="list, show, promote and roll back registered generators"
-        )
-    )
-    for command in (evaluate, teachers, bank):
+    for command in (generators, show, tryout, merge, hub, load, serve, evaluate, teachers, bank):
         command.add_parser(commands)
     return parser.parse_args(arguments)
+
+
+def program_name() -> str:
+    """Return how this program was called: by its command, or as a module."""
+    return NAME if Path(sys.argv[0]).stem == NAME else f"python -m {NAME}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +57,11 @@ def print_result(result: Any) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run as the program `llgbm`; return its exit status."""
     speak_utf8()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from llgbm.runtime import UserError
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.system.lineage import card, read_lineage, split_weights
+from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -38,11 +39,14 @@ def fetch_adapter(
     not answer within `timeout` seconds or answers something else.
     """
     texts = check_prompts(prompts)
-    output = Output(folder, ADAPTER_PATTERNS)
+    output = carded_output(folder)
     weights, config = _adapter_of(url, _ask(url, texts, timeout))
+    lineage = read_lineage(weights)
     with output.writing() as stage:
         (stage / WEIGHTS_FILE).write_bytes(weights)
         (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
+        if lineage and CARD in output.patterns:
+            (stage / CARD).write_text(card(lineage, config), encoding="utf-8")
     return output.path
 
 
@@ -53,7 +57,7 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
     headers = {"Content-Type": "application/json"}
     request = Request(f"{url.rstrip('/')}/invocations", json.dumps(body).encode(), headers)
     try:
-        with _opener(url).open(request, timeout=timeout) as answer:
+        with opener(url).open(request, timeout=timeout) as answer:
             return json.load(answer)
     except HTTPError as error:
         raise UserError(
@@ -68,7 +72,7 @@ def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
         raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
 
 
-def _opener(url: str) -> OpenerDirector:
+def opener(url: str) -> OpenerDirector:
     """Return what opens an address: through the proxies of the environment, but past them to this machine."""
     if is_loopback(urlsplit(url).hostname or ""):
         return build_opener(ProxyHandler({}))
@@ -116,15 +120,10 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Check that the bytes are as long as their header says (format: 8 bytes length, a JSON header, the values)."""
-    header = int.from_bytes(data[:8], "little")
-    if len(data) < 8 + header:
+    """Say if the bytes are as long as their header says, and a lineage in it can be read."""
+    try:
+        split_weights(data)
+        read_lineage(data)
+    except (KeyError, TypeError, ValueError):
         return False
-    tensors = {
-        key: value
-        for key, value in json.loads(data[8 : 8 + header]).items()
-        if key != "__metadata__"
-    }
-    return bool(tensors) and len(data) == 8 + header + max(
-        tensor["data_offsets"][1] for tensor in tensors.values()
-    )
+    return True

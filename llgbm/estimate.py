@@ -211,7 +211,7 @@ class WorldSketch:
         self.base, self.tokenizer = _base_without_weights(config)
         teachers, tasks = config.teachers, config.suite.split.tasks
         if config.bank is None:
-            self.spec = LoraSpec.from_model(self.base, teachers.rank, teachers.alpha)
+            self.spec = teachers.spec_of(self.base)
             self.n_teachers = teachers.per_task * len(tasks)
         else:
             found = read_manifest(Path(config.bank.path))

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llgbm.delta import EncodedProbes, read_states
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import TARGET_MODULES, StateDict
+from llgbm.lora.adapters import StateDict
 from llgbm.lora.apply import Applied, adapters_applied, final_hidden, head_logits, states_at
+from llgbm.lora.shapes import TARGET_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +84,11 @@ class FunctionalLoRA:
         batch = LoraBatch.from_state_dicts([lora_weights])
         batch.check(self.spec)
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        for name in batch.a:
+        for shape in self.spec.modules:
+            name = shape.name
             update = batch.b[name][0] @ batch.a[name][0]
+            if shape.is_transposed:
+                update = update.T
             parameters[f"{name}.weight"] = parameters[f"{name}.weight"] + self.spec.scaling * update
         return parameters
 

@@ -13,7 +13,7 @@ from llgbm.generator import GeneratorConfig, LoraGenerator
 from llgbm.generator.bundle import load_generator, save_generator
 from llgbm.generator.networks import Standardiser
 from llgbm.lora import LoraSpec
-from llgbm.lora.adapters import LinearShape
+from llgbm.lora.shapes import LinearShape
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 WIDTH = 6

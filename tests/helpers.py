@@ -91,3 +91,16 @@ def rows(topic: str, count: int, start: int = 0) -> list[dict[str, str]]:
 
 def write_rows(folder: Path, name: str, content: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_minilm_bundle(folder: Path) -> None:
+    """Write an untrained generator that is conditioned on MiniLM's embeddings."""
+    from llgbm.generator import make_generator
+    from llgbm.generator.bundle import GeneratorBundle, load_generator
+    from llgbm.generator.networks import GeneratorConfig
+
+    made, facts = load_generator(ROOT / "tests" / "data" / "formats" / "bundles" / "default")
+    config = GeneratorConfig(**facts["generator"])
+    folder.mkdir()
+    generator = make_generator(config, made.spec, 384, made.standardiser, 0)
+    GeneratorBundle.save(folder, generator, config, {**facts, "encoder": "minilm"})

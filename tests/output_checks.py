@@ -11,7 +11,7 @@ from dnd.output import RECORD, STAGE
 from hypothesis import strategies as st
 from stopping import PATTERNS, disk_full, interrupt, kill, write
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 PROMPTS = {"train": ["count : a b =>", "count : c =>"], "evaluation": ["count : d e =>"]}
 

@@ -16,6 +16,7 @@ from llgbm.world import World, build_world
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.dry_run import show_preview
 from tuning.registry.register import register_best
+from tuning.report.answers import publish_answers
 from tuning.report.document import publish_report
 from tuning.report.record import log_baselines
 from tuning.studies.options import Options
@@ -98,6 +99,7 @@ def run_study(job: Job) -> int:
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
         keep_adapters(job, study, results)
         registered = register_best(study, worlds, results, tracker, job.options.stores.cache_folder)
+        publish_answers(tracker, worlds_by_trial(job, study), results, study.metric)
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))
     finished = [result for result in results if result.status == "FINISHED"]
@@ -108,9 +110,13 @@ def keep_adapters(job: Job, study: Study, results: Sequence[TrialResult]) -> Non
     """Write the adapters of the best trials, if only theirs are kept."""
     stores = job.options.stores
     if stores.keep_artifacts == "best":
-        by_trial = {trial.id: job.worlds[trial.world.hash] for trial in study.trials}
         best = best_trials(results, study.metric, stores.keep_best or 1)
-        keep_best_adapters(job.tracker.client, by_trial, best)
+        keep_best_adapters(job.tracker.client, worlds_by_trial(job, study), best)
+
+
+def worlds_by_trial(job: Job, study: Study) -> dict[str, World]:
+    """Return the world of each trial by the trial's id."""
+    return {trial.id: job.worlds[trial.world.hash] for trial in study.trials}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-if __name__ == "__main__":
+def run_command() -> int:
+    """Run as the program `llgbm-ablation`; return its exit status."""
     speak_utf8()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())

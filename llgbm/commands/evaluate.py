@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llgbm.commands.adapters import adapter_system, load_base_of, parse_named
 from llgbm.commands.generators import open_bundle
 from llgbm.commands.rules import add_row_rules, row_rules
-from llgbm.runtime import UserError, is_folder, pick_device, say
+from llgbm.runtime import UserError, pick_device, say
 from llgbm.system.output import named_path
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _on_synthetic_task(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(arguments.adapter) != 1 or arguments.tasks or arguments.generator:
         raise UserError("--task takes one --adapter, and neither --tasks nor --generator")
     base = _load_base(arguments)
-    system = _adapter_system(base, arguments.adapter[0])
+    system = adapter_system(base, arguments.adapter[0])
     assert system.spec is not None and system.adapter is not None
     return {
         "task": arguments.task,
@@ -113,7 +113,7 @@ def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
     systems = [System("base")]
     if arguments.shots:
         systems.append(System(f"{arguments.shots} examples in context", shots=arguments.shots))
-    systems += [_adapter_system(base, named) for named in arguments.adapter]
+    systems += [adapter_system(base, named) for named in arguments.adapter]
     results = []
     for task in arguments.tasks:
         count = min(arguments.examples or 256, len(suite.datasets[task].rows["evaluation"]))
@@ -128,41 +128,13 @@ def _on_datasets(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_base(arguments: argparse.Namespace) -> Base:
-    from llgbm.lora.adapters import read_adapter_config
     from llgbm.models.load import load_base
 
-    if not arguments.base and not arguments.adapter:
+    if arguments.adapter:
+        return load_base_of(parse_named(arguments.adapter[0])[1], arguments.base)
+    if not arguments.base:
         raise UserError("there is no base: name it with --base")
-    if arguments.base:
-        return load_base(arguments.base, pick_device())
-    config = read_adapter_config(_parse(arguments.adapter[0])[1])
-    named, revision = config["base_model_name_or_path"], config["revision"]
-    if not named:
-        raise UserError(f"{arguments.adapter[0]} does not name its base: name it with --base")
-    return load_base(f"{named}@{revision}" if revision else named, pick_device())
-
-
-def _parse(named: str) -> tuple[str, Path]:
-    """Return name and folder of `NAME=DIR`, or of `DIR`, which names itself and may hold an `=` too."""
-    name, sign, folder = named.partition("=")
-    if not sign or "/" in name or is_folder(named):
-        path = Path(named).expanduser()
-        return path.name or path.resolve().name, path
-    path = Path(folder).expanduser()
-    return name or path.name, path
-
-
-def _adapter_system(base: Base, named: str) -> System:
-    from llgbm.evaluation.benchmark import System
-    from llgbm.lora import LoraBatch
-    from llgbm.lora.external import read_external
-
-    name, folder = _parse(named)
-    plain = read_external(folder, base.model)
-    for text in plain.converted:
-        say(f"{name}, converted to plain LoRA: {text}")
-    batch = LoraBatch.from_state_dicts([plain.state])
-    return System(name, batch.to(base.model.device), plain.spec)
+    return load_base(arguments.base, pick_device())
 
 
 def _generated_system(

@@ -5,12 +5,61 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import say, uncollected
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.runtime import UserError, say, uncollected
+from llgbm.system.output import carded_output, named_path
 from llgbm.tasks.prompts import read_prompts
+
+PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
+REPOSITORY = "owner/name, or owner/name@revision"
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 
 if TYPE_CHECKING:
     from llgbm.generator.bundle import GeneratorBundle
+
+
+def add_parser(commands: Any) -> None:
+    """Register `generate`, `fetch` and `models`."""
+    _add_generate(commands)
+    _add_fetch(commands)
+    _add_models(
+        commands.add_parser(
+            "models", help="list, show, promote and roll back registered generators"
+        )
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    make = commands.add_parser(
+        "generate", help="write a PEFT adapter from the unlabelled prompts of a task"
+    )
+    make.add_argument(
+        "--model",
+        required=True,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
+    )
+    make.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
+    make.add_argument(
+        "--out", required=True, type=named_path, help="the folder that the adapter is written to"
+    )
+    make.add_argument(
+        "--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16"
+    )
+    make.add_argument(
+        "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
+    )
+    make.set_defaults(do=generate)
+
+
+def _add_fetch(commands: Any) -> None:
+    ask = commands.add_parser(
+        "fetch", help="ask a served generator for an adapter, or the hub for what was pushed"
+    )
+    source = ask.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", help="a server (`llgbm serve`), such as http://127.0.0.1:5001")
+    source.add_argument("--hub", metavar="REPO", help=REPOSITORY)
+    ask.add_argument("--prompts", type=named_path, help=f"with --url: {PROMPTS_HELP}")
+    ask.add_argument("--out", required=True, type=named_path, help="the folder that is written")
+    ask.set_defaults(do=fetch)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +89,17 @@ def models(arguments: argparse.Namespace) -> Any:
 
 
 def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ask a served generator; return where the adapter is."""
+    """Ask a served generator, or the hub; return where the answer is."""
+    if arguments.hub:
+        from llgbm.commands.hub import fetch_from_hub
+
+        if arguments.prompts:
+            raise UserError("--prompts go with --url: what is on the hub is made already")
+        return fetch_from_hub(arguments.hub, arguments.out)
     from llgbm.client import fetch_adapter
 
+    if not arguments.prompts:
+        raise UserError("--url needs --prompts: the server generates an adapter from them")
     prompts = read_prompts(arguments.prompts)
     fetch_adapter(arguments.url, prompts, arguments.out)
     return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
@@ -50,11 +107,15 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write an adapter; return its folder, its base and the number of prompts."""
-    Output(arguments.out, ADAPTER_PATTERNS)
+    carded_output(arguments.out)
+    if arguments.dtype not in ADAPTER_DTYPES:
+        raise UserError(
+            f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
+        )
     prompts = read_prompts(arguments.prompts)
     with uncollected():
         bundle = open_bundle(arguments.model, arguments.tracking_uri)
-        bundle.save_adapter(prompts, arguments.out)
+        bundle.save_adapter(prompts, arguments.out, arguments.dtype)
     base = bundle.facts["base_path"]
     say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
     return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}
@@ -66,3 +127,21 @@ def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
     from tuning.registry import fetch_bundle
 
     return GeneratorBundle.load(fetch_bundle(address, tracking_uri))
+
+
+def registered_model(address: str | None, tracking_uri: str | None) -> tuple[str, str]:
+    """Return `models:/NAME/VERSION` of a registered generator, by default the only champion, and its store.
+
+    Raises UserError where there is none, or several models and no address.
+    """
+    from tuning.registry.versions import CHAMPION, all_models, registry_client, resolve
+
+    with registry_client(tracking_uri) as client:
+        if address is None:
+            names = [model.name for model in all_models(client)]
+            if len(names) != 1:
+                told = ", ".join(names) or "none at all"
+                raise UserError(f"name a model with --model: there are {told}")
+            address = f"{names[0]}@{CHAMPION}"
+        version = resolve(client, address)
+        return f"models:/{version.name}/{version.version}", str(client.tracking_uri)

@@ -45,6 +45,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device", default="auto", help="such as cuda or cpu (default: cuda where there is one)"
     )
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers that are adapted, such as qkv_proj or c_attn (default: q_proj to down_proj)",
+    )
     _add_sizes(parser)
     _add_limits(parser)
     parser.set_defaults(do=do)
@@ -124,7 +130,7 @@ def do(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(arguments: argparse.Namespace, suite: Suite) -> Any:
-    from llgbm.teachers.train import SFTConfig, TeacherConfig, fitted
+    from llgbm.teachers.train import SFTConfig, TeacherConfig, fitted, named_targets
 
     teachers = TeacherConfig(
         rank=arguments.rank,
@@ -136,6 +142,7 @@ def _config(arguments: argparse.Namespace, suite: Suite) -> Any:
         seed=arguments.seed,
         trajectories=arguments.trajectories,
         max_tokens=arguments.max_tokens,
+        target_modules=named_targets(arguments.target_modules),
     )
     names = ("method", "checkpoints", "every", "accumulation", "gradient_checkpointing", "at_once")
     return SFTConfig(fitted(teachers, suite), **{name: getattr(arguments, name) for name in names})

@@ -18,15 +18,29 @@ from llgbm.generator import generator_config, make_generator
 from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
 from llgbm.lora.adapters import (
-    LinearShape,
     LoraSpec,
     adapter_config,
-    adapter_output,
+    pack_weights,
     write_adapter_files,
 )
+from llgbm.lora.shapes import LinearShape
 from llgbm.models.load import Base, load_base
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.system.cache import describe_file
+from llgbm.system.documents import read_json
+from llgbm.system.lineage import (
+    begin_lineage,
+    license_of,
+    portable_base,
+    portable_name,
+    prompts_facts,
+)
+from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
+
+ORIGIN_FILE = "origin.json"
+# What a lineage tells of a generator, where its bundle knows it.
+GENERATOR_FACTS = ("registered", "study", "study_id", "trial_id", "config", "size")
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,9 @@ class GeneratorBundle:
     @classmethod
     def load(cls, folder: Path) -> GeneratorBundle:
         """Read a bundle. Raises UserError where the folder holds none."""
-        return cls(*load_generator(Path(folder)))
+        generator, facts = load_generator(Path(folder))
+        origin = read_origin(Path(folder))
+        return cls(generator, {**facts, **origin, "generator_hash": _hash(Path(folder), facts)})
 
     @staticmethod
     def save(
@@ -82,17 +98,71 @@ class GeneratorBundle:
 
     def adapter_config(self) -> dict[str, Any]:
         """Content of `adapter_config.json` for its adapters."""
-        return adapter_config(self.generator.spec, self.facts["base_path"])
+        return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
 
-    def save_adapter(self, prompts: Sequence[str], folder: str | Path) -> None:
-        """Write the adapter for these prompts as a PEFT folder, whole or not at all.
+    def lineage(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return where the adapter for these prompts comes from."""
+        facts = self.facts
+        base = portable_base(facts["base_path"])
+        name, commit = split_revision(base)
+        known = {key: facts[key] for key in GENERATOR_FACTS if facts.get(key)}
+        found = {
+            "generator": {"hash": facts.get("generator_hash"), **known},
+            "base": {
+                "name": portable_name(name),
+                "commit": commit,
+                "hash": facts["base_hash"],
+                "license": facts.get("base_license") or license_of(facts["base_path"]),
+            },
+            "bank": {"hash": facts["bank_hash"]},
+            "encoder": {
+                "name": portable_name(facts["encoder"]),
+                "hash": facts.get("encoder_hash"),
+            },
+            "prompts": prompts_facts(check_prompts(prompts)),
+            "heldout": facts.get("heldout"),
+        }
+        return begin_lineage(f"generated from {len(prompts)} prompts") | found
 
-        Raises UserError as `generate`, and before anything else for a folder as `llgbm.lora.save_adapter`.
+    def pack_adapter(self, prompts: Sequence[str]) -> bytes:
+        """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
+        return pack_weights(self.generate(prompts), self.adapter_config(), self.lineage(prompts))[0]
+
+    def save_adapter(
+        self, prompts: Sequence[str], folder: str | Path, dtype: str = "float32"
+    ) -> None:
+        """Write the adapter for these prompts as a PEFT folder with its card, whole or not at all.
+
+        `dtype` names a floating type of torch. Raises UserError as `generate`, and before anything else for a folder as
+        `llgbm.lora.save_adapter`.
         """
-        output = adapter_output(folder)
-        state = self.generate(prompts)
+        output = carded_output(folder)
+        kind = getattr(torch, dtype)
+        state = {key: value.to(kind) for key, value in self.generate(prompts).items()}
         with output.writing() as stage:
-            write_adapter_files(stage, state, self.adapter_config())
+            write_adapter_files(
+                stage,
+                state,
+                self.adapter_config(),
+                self.lineage(prompts),
+                CARD in output.patterns,
+            )
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Return what the registry wrote beside a bundle: its version and its study; nothing where there is no such file.
+
+    Raises UserError for a torn file.
+    """
+    path = folder / ORIGIN_FILE
+    found = read_json(path, "fetch the generator again") if path.is_file() else {}
+    return {key: value for key, value in found.items() if key in GENERATOR_FACTS}
+
+
+def _hash(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Hash a generator by its weights, its config and the shapes of its adapters."""
+    weights = describe_file(folder / "generator.safetensors")[1]
+    return content_hash("generator", weights, facts["generator"], facts["spec"])
 
 
 def save_generator(

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llgbm.lora.adapters import LinearShape, LoraBatch, LoraSpec
+from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.lora.shapes import LinearShape
 from llgbm.runtime import UserError
 
 POOLINGS = ("mean", "attention")
@@ -173,9 +174,9 @@ class ModuleCodeGenerator(LoraGenerator):
         self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.outlet = ResidualBlock(hidden, config.dropout)
-        shapes = {m.kind: m for m in spec.modules}
+        shapes = dict(zip(_head_names(spec), spec.modules, strict=True))
         self.heads = nn.ModuleDict(
-            {kind: make_head(hidden, spec.rank, m) for kind, m in shapes.items()}
+            {name: make_head(hidden, spec.rank, m) for name, m in shapes.items()}
         )
 
     @property
@@ -201,8 +202,8 @@ class ModuleCodeGenerator(LoraGenerator):
     def _rows_of_kinds(self) -> dict[str, list[int]]:
         """Indices in the specification of the modules of each kind."""
         rows: dict[str, list[int]] = {}
-        for row, module in enumerate(self.spec.modules):
-            rows.setdefault(module.kind, []).append(row)
+        for row, name in enumerate(_head_names(self.spec)):
+            rows.setdefault(name, []).append(row)
         return rows
 
 
@@ -218,6 +219,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+def _head_names(spec: LoraSpec) -> list[str]:
+    """Return the name of each module's head: its kind, with the widths where a kind has several (GPT-2's c_proj)."""
+    widths: dict[str, set[tuple[int, int]]] = {}
+    for module in spec.modules:
+        widths.setdefault(module.kind, set()).add((module.n_in, module.n_out))
+    several = {kind for kind, found in widths.items() if len(found) > 1}
+    return [f"{m.kind}_{m.n_in}_{m.n_out}" if m.kind in several else m.kind for m in spec.modules]
 
 
 def make_head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:

@@ -6,7 +6,6 @@ Shapes: A adapters, R rank, V values of a whole adapter.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from llgbm.lora.plain import check_plain, check_types
-from llgbm.lora.targets import text_layers
-from llgbm.runtime import UserError, content_hash, split_revision
+from llgbm.lora.shapes import LoraSpec
+from llgbm.runtime import UserError, split_revision
 from llgbm.system.documents import decode, parse_json
-from llgbm.system.output import ADAPTER_PATTERNS, Output
+from llgbm.system.lineage import card, signed, with_lineage
+from llgbm.system.output import ADAPTER_PATTERNS, CARD, Output
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,98 +33,7 @@ _KEY = re.compile(
 )
 # Kinds of numbers that weights are read in; whole numbers are those of quantised adapters.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 StateDict = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One Linear layer of the base: its dotted name, its input and its output width."""
-
-    name: str
-    n_in: int
-    n_out: int
-
-    @property
-    def kind(self) -> str:
-        """Last part of the name, such as `q_proj`."""
-        return self.name.rsplit(".", 1)[-1]
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """All shapes of an adapter, read off the base model that it is for."""
-
-    modules: tuple[LinearShape, ...]
-    rank: int
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"the LoRA rank is {self.rank}; it must be at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"the LoRA alpha is {self.alpha}; it must be a number above 0")
-
-    @classmethod
-    def from_model(
-        cls,
-        model: nn.Module,
-        rank: int,
-        alpha: float,
-        target_modules: Sequence[str] = TARGET_MODULES,
-    ) -> LoraSpec:
-        """Read the Linear layers called `target_modules` off a model's text decoder, in its own order.
-
-        Raises UserError for a name without such a layer, and for the experts of a mixture: they read tokens of several
-        texts at once, so that adapters would mix.
-        """
-        wanted = set(target_modules)
-        found = tuple(
-            LinearShape(name, module.in_features, module.out_features)
-            for name, module in text_layers(model).items()
-            if name.rsplit(".", 1)[-1] in wanted
-        )
-        missing = wanted - {shape.kind for shape in found}
-        if missing:
-            raise UserError(
-                f"the base model has no Linear layer called {', '.join(sorted(missing))}: name target modules that it "
-                "has, or train its adapters with PEFT and take them over with `bank import`"
-            )
-        experts = [shape.name for shape in found if _EXPERT.search(shape.name)]
-        if experts:
-            raise UserError(
-                f"{experts[0]} is an expert of a mixture, which reads tokens of several texts at once: adapters of "
-                "several tasks would mix there; name target modules of its attention only"
-            )
-        return cls(found, rank, alpha)
-
-    @property
-    def scaling(self) -> float:
-        """Factor on B A, alpha / rank (Hu et al. 2021, section 4.1)."""
-        return self.alpha / self.rank
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """Kinds of layer that an adapter touches, sorted."""
-        return tuple(sorted({shape.kind for shape in self.modules}))
-
-    @property
-    def pieces(self) -> tuple[tuple[str, str, tuple[int, int]], ...]:
-        """(module, "A" or "B", shape) of each matrix, in the order of a flat adapter."""
-        return tuple(
-            piece
-            for m in self.modules
-            for piece in ((m.name, "A", (self.rank, m.n_in)), (m.name, "B", (m.n_out, self.rank)))
-        )
-
-    @property
-    def n_values(self) -> int:
-        """Return the number of values in an adapter."""
-        return sum(rows * columns for _, _, (rows, columns) in self.pieces)
-
-    @property
-    def hash(self) -> str:
-        return content_hash(self)
 
 
 @dataclass(frozen=True)
@@ -272,7 +180,7 @@ def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "target_modules": sorted(spec.target_modules),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.is_transposed,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
@@ -281,14 +189,31 @@ def adapter_config(spec: LoraSpec, base: str) -> dict[str, Any]:
     }
 
 
-def write_adapter_files(folder: Path, state: StateDict, config: Mapping[str, Any]) -> None:
-    """Write one adapter's weights and config into an existing folder."""
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in state.items()},
-        folder / ADAPTER_WEIGHTS,
-        {"format": "pt"},
-    )
+def pack_weights(
+    state: StateDict, config: Mapping[str, Any], lineage: Mapping[str, Any] | None = None
+) -> tuple[bytes, Mapping[str, Any] | None]:
+    """Return the content of a weights file, and the lineage in its metadata with the hashes of both files."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    if lineage is None:
+        return save(tensors, {"format": "pt"}), None
+    content = save(tensors)
+    lineage = signed(lineage, content, config)
+    return with_lineage(content, lineage), lineage
+
+
+def write_adapter_files(
+    folder: Path,
+    state: StateDict,
+    config: Mapping[str, Any],
+    lineage: Mapping[str, Any] | None = None,
+    with_card: bool = True,
+) -> None:
+    """Write one adapter's weights and config into an existing folder; with a lineage its card, too."""
+    content, lineage = pack_weights(state, config, lineage)
+    (folder / ADAPTER_WEIGHTS).write_bytes(content)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    if lineage and with_card:
+        (folder / CARD).write_text(card(lineage, config), encoding="utf-8")
 
 
 def adapter_output(folder: str | Path) -> Output:

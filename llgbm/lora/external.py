@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from llgbm.lora.adapters import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
-    LinearShape,
     LoraSpec,
     StateDict,
     read_adapter_config,
     read_adapter_weights,
 )
 from llgbm.lora.plain import CONVERTED_INIT, check_plain, is_empty
+from llgbm.lora.shapes import LinearShape, linear_shape
 from llgbm.lora.targets import head_of, text_layers
 from llgbm.runtime import UserError
 from llgbm.system.documents import brief
@@ -178,9 +178,11 @@ class AdapterReader:
                 f"the adapter in {folder} adapts {name}, the head, which only layers below it can be here: make it "
                 "without, or merge it into its base with PEFT"
             )
-        if not isinstance(layer, nn.Linear):
+        if linear_shape(name, layer) is None:
             kind = type(layer).__name__
-            raise UserError(f"the adapter in {folder} adapts {name}, a {kind}: only Linear can be")
+            raise UserError(
+                f"the adapter in {folder} adapts {name}, a {kind}: only Linear and Conv1D can be"
+            )
 
     def _check_targets(
         self, folder: Path, config: Mapping[str, Any], sides: Mapping[str, Any]
@@ -203,11 +205,11 @@ class AdapterReader:
     ) -> _Part:
         rank = int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
         alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
-        layer, a, b = self.layers[name], own["A"], own["B"]
-        assert isinstance(layer, nn.Linear)
+        layer, a, b = linear_shape(name, self.layers[name]), own["A"], own["B"]
+        assert layer is not None
         got, need = (
             (tuple(a.shape), tuple(b.shape)),
-            ((rank, layer.in_features), (layer.out_features, rank)),
+            ((rank, layer.n_in), (layer.n_out, rank)),
         )
         if got != need:
             raise UserError(
@@ -220,9 +222,7 @@ class AdapterReader:
         """Subtract the initial part, which PEFT took out of the base's own weight: [A; A0] and [B, -B0]."""
         key = (name, part.rank, part.scaling, init)
         if key not in self._initial:
-            layer = self.layers[name]
-            assert isinstance(layer, nn.Linear)
-            self._initial[key] = initial_part(layer, part.rank, part.scaling, init)
+            self._initial[key] = initial_part(self.layers[name], part.rank, part.scaling, init)
         a0, b0 = self._initial[key]
         return _Part(torch.cat([part.a, a0]), torch.cat([part.b, -b0], dim=1), part.scaling)
 
@@ -280,19 +280,21 @@ def targeted(model: nn.Module, config: Mapping[str, Any]) -> set[str]:
     targets = config["target_modules"]
     if targets == "all-linear":
         head = head_of(model)
-        targets = [n for n, m in leaves.items() if isinstance(m, nn.Linear) and m is not head]
+        targets = [n for n, m in leaves.items() if linear_shape(n, m) and m is not head]
     names = ("exclude_modules", "layers_to_transform", "layers_pattern")
     more = {name: config[name] for name in names if not is_empty(config.get(name))}
     own = LoraConfig(target_modules=targets, **more)
     return {name for name in leaves if check_target_module_exists(own, name)}
 
 
-def initial_part(layer: nn.Linear, rank: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+def initial_part(layer: nn.Module, rank: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
     """Return the A [R, in] and B [out, R] that PEFT starts an adapter of this layer with."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    copy = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
-    copy.weight.data = layer.weight.detach().clone().cpu()
+    shape, weight = linear_shape("", layer), layer.get_parameter("weight").detach().cpu()
+    assert shape is not None
+    copy = nn.Linear(shape.n_in, shape.n_out, bias=False, dtype=weight.dtype)
+    copy.weight.data = weight.T.contiguous() if shape.is_transposed else weight.clone()
     holder = nn.Sequential(copy)
     config = LoraConfig(
         r=rank,

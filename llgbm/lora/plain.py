@@ -40,7 +40,8 @@ PLAIN: dict[str, Callable[[Any], bool]] = {
             *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
             *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
             *("layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
-            *("runtime_config", "eva_config"),
+            # PEFT goes by the layer, whatever is written here.
+            *("runtime_config", "eva_config", "fan_in_fan_out"),
         ),
         _anything,
     ),

@@ -1,4 +1,4 @@
-"""Layers of a model that an adapter may have: Linear layers of its text decoder, which its head is no part of."""
+"""Layers of a model that an adapter may have: linear ones of its text decoder, which its head is no part of."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from torch import nn
 OTHER_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
 
 
-def text_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the Linear layers of a model's text decoder by name, without its head and its towers for images."""
+def is_conv1d(module: nn.Module) -> bool:
+    """Say if a layer is GPT-2's Conv1D, a linear layer that keeps its weight as [in, out]."""
+    kind = type(module)
+    # By name: importing transformers takes seconds.
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def text_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model's text decoder by name, without its head and its towers for images."""
     decoder = _ask(model, "get_decoder") or model
     inside = set(getattr(decoder, "language_model", decoder).modules()) - {head_of(model)}
-    named = [(n, m) for n, m in model.named_modules() if m in inside and isinstance(m, nn.Linear)]
-    return {name: module for name, module in named if not OTHER_TOWERS & set(name.split("."))}
+    named = [(name, module) for name, module in model.named_modules() if module in inside]
+    linear = [(n, m) for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)]
+    return {name: module for name, module in linear if not OTHER_TOWERS & set(name.split("."))}
 
 
 def head_of(model: nn.Module) -> Any:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.blocks import has_known_blocks
+from llgbm.lora.shapes import linear_shape
 from llgbm.models.encoding import EncodedPairs
 from llgbm.runtime import UserError
 
@@ -165,11 +164,8 @@ class BaseShape:
 def _linear_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Weights of each Linear layer but the LM head."""
     head = model.get_output_embeddings()
-    return {
-        name: module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    shapes = (linear_shape(n, m) for n, m in model.named_modules() if m is not head)
+    return {shape.name: shape.n_in * shape.n_out for shape in shapes if shape is not None}
 
 
 def _is_at_marks(name: str, last: str) -> bool:

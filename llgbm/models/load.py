@@ -250,6 +250,7 @@ def find_model(name: str | Path, download: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+    patterns.append("README.md")  # it names the licence
     try:
         found = snapshot_download(
             hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download
@@ -327,6 +328,14 @@ def base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:
 def _identity_files(folder: Path) -> list[Path]:
     """List weights, configs, and everything that a tokenizer reads."""
     return sorted(set(chain.from_iterable(map(folder.glob, IDENTITY_FILES))))
+
+
+def folder_is_named(folder: Path, hash: str) -> bool:
+    """Say if a folder's files have a base's hash, in whichever dtype it is used."""
+    for dtype in DTYPES.values():
+        if hash in (base_hash(folder, dtype), older_base_hash(folder, dtype)):
+            return True
+    return False
 
 
 def older_base_hash(path: str | Path, dtype: torch.dtype = torch.float32) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from dnd import output
 from dnd.output import ADAPTER_PATTERNS, STAGE, flush, flush_tree, make_folders
+from dnd.own_files import own_files
 
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, say
 
 __all__ = [
     "ADAPTER_PATTERNS",
     "STAGE",
     "Output",
+    "carded_output",
     "check_name",
     "disk_errors",
     "flush",
@@ -23,11 +26,26 @@ __all__ = [
     "named_path",
 ]
 
+CARD = "README.md"
+
 
 class Output(output.Output):
     """Folder that files are written into. Raises UserError where it cannot be, or holds others' files."""
 
     error = UserError
+
+
+def carded_output(path: str | Path, patterns: Sequence[str] = ADAPTER_PATTERNS) -> Output:
+    """Check a folder for an adapter with a README card; a README of the user's own stays, and no card is written.
+
+    Raises UserError as `Output`.
+    """
+    output = Output(path, patterns)
+    folder = output.folder
+    if (folder / CARD).exists() and CARD not in own_files(folder):
+        say(f"{output.path} has a {CARD} of its own, which stays: no card is written")
+        return output
+    return Output(path, (CARD, *patterns))
 
 
 def disk_errors(folder: Path) -> AbstractContextManager[None]:

@@ -54,7 +54,7 @@ def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
 
 def build_bank(root: Path, base: Base, suite: Suite, config: TeacherConfig) -> Bank:
     """Train the bank of a suite, or find it: named by base, suite, config and the version of this code."""
-    spec = LoraSpec.from_model(base.model, config.rank, config.alpha)
+    spec = config.spec_of(base.model)
     key = bank_key(base.hash, suite, config)
 
     def write(folder: Path) -> None:
@@ -141,7 +141,7 @@ def make_bank(base: Base, suite: Suite, config: SFTConfig, out: Path) -> Bank:
 
     out = check_bank_address(out).path
     teachers = config.teachers
-    spec = LoraSpec.from_model(base.model, teachers.rank, teachers.alpha)
+    spec = teachers.spec_of(base.model)
     target = BankWriter(out, base, spec, {**config.settings, "data": suite.fingerprint})
     runs = []
     for task in suite.split.tasks:

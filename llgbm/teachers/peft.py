@@ -48,6 +48,7 @@ def peft_adapter(base: Base, spec: LoraSpec) -> Iterator[PeftModel]:
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         target_modules=list(spec.target_modules),
+        fan_in_fan_out=spec.is_transposed,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base.model, config)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llgbm.lora.adapters import LoraBatch, LoraSpec, StateDict
+from llgbm.lora.shapes import TARGET_MODULES
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples
@@ -46,6 +47,11 @@ class TeacherConfig:
     target: float = 0.0
     rounds: int = 1
     max_tokens: int = 24
+    target_modules: tuple[str, ...] = TARGET_MODULES
+
+    def spec_of(self, model: nn.Module) -> LoraSpec:
+        """Return the shapes of adapters of a base. Raises UserError for a target module that it does not have."""
+        return LoraSpec.from_model(model, self.rank, self.alpha, self.target_modules)
 
     def __post_init__(self) -> None:
         counts = (self.per_task, self.steps, self.examples, self.trajectories, self.max_tokens)
@@ -62,6 +68,13 @@ class TeacherConfig:
                 f"teachers train for at least one round, until an accuracy of 0 to 1, not for {self.rounds} until "
                 f"{self.target:g}"
             )
+
+
+def named_targets(named: Sequence[str] | None) -> tuple[str, ...]:
+    """Return target modules in an order that does not depend on how they were typed; the default for none."""
+    if not named or set(named) == set(TARGET_MODULES):
+        return TARGET_MODULES
+    return tuple(sorted(set(named)))
 
 
 @dataclass(frozen=True)
@@ -243,9 +256,11 @@ class SFTConfig:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
         found = {name: value for name, value in asdict(self).items() if name not in savers}
-        # Banks that were made before there was this setting have its default.
-        if self.teachers.max_tokens == TeacherConfig.max_tokens:
-            del found["teachers"]["max_tokens"]
+        found["teachers"]["target_modules"] = list(self.teachers.target_modules)
+        # Banks that were made before there were these settings have their defaults.
+        for name in ("max_tokens", "target_modules"):
+            if getattr(self.teachers, name) == getattr(TeacherConfig, name):
+                del found["teachers"][name]
         return found
 
 

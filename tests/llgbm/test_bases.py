@@ -49,7 +49,8 @@ FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "cohere2": (["q_proj", "down_proj"], {"logit_scale": 0.25}),
     "granite": (["q_proj", "down_proj"], {"logits_scaling": 8.0, "embedding_multiplier": 3.0}),
     "phi": (["q_proj", "dense", "fc2"], {}),
-    "phi3": (["qkv_proj", "down_proj"], {}),
+    "phi3": (["qkv_proj", "gate_up_proj", "down_proj"], {}),
+    "gpt2": (["c_attn", "c_fc", "c_proj"], {}),
     "olmo2": (["q_proj", "down_proj"], {}),
     "starcoder2": (["q_proj", "c_proj"], {}),
     "stablelm": (["q_proj", "down_proj"], {}),
@@ -86,6 +87,7 @@ def test_a_family_has_the_logits_of_the_model_and_of_peft(kind: str, tmp_path: P
 
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base").float().eval()
     config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    config.fan_in_fan_out = kind == "gpt2"
     get_peft_model(fresh, config).save_pretrained(tmp_path / "adapter")
     plain = read_external(tmp_path / "adapter", base.model)
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base").float().eval()

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from llgbm.lora import LoraBatch, LoraSpec, products
-from llgbm.lora.adapters import TARGET_MODULES
 from llgbm.lora.apply import Applied, adapters_applied, final_hidden, states_at, states_at_marks
 from llgbm.lora.blocks import at_positions, can_run
+from llgbm.lora.shapes import TARGET_MODULES
 
 VOCABULARY = 50
 LLAMA3 = {

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import TARGET_MODULES, LinearShape
 from llgbm.lora.apply import adapters_applied, final_hidden, head_logits
+from llgbm.lora.shapes import TARGET_MODULES, LinearShape
 from llgbm.models.cost import BaseShape
 from llgbm.runtime import UserError
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from llgbm.delta import DeltaTable, EncodedProbes, measure_deltas
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.adapters import LinearShape
 from llgbm.lora.apply import adapters_applied, final_hidden
+from llgbm.lora.shapes import LinearShape
 from llgbm.models.load import Base
 from llgbm.runtime import UserError, freeze_gc
 from llgbm.training import TrainingConfig, train

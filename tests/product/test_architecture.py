@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
-
-from llgbm.generator import make_generator
-from llgbm.generator.bundle import GeneratorBundle, load_generator
-from llgbm.generator.networks import GeneratorConfig
+from helpers import ROOT, write_minilm_bundle
 
 # A module imports only from those before it. A new module gets its place here.
 ORDER = (
@@ -122,15 +118,6 @@ def test_a_command_loads_the_libraries_that_it_needs(
     )
     loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
     assert done.returncode == 0 and loaded == needed, (loaded, done.stderr)
-
-
-def write_minilm_bundle(folder: Path) -> None:
-    """Write an untrained generator that is conditioned on MiniLM's embeddings."""
-    made, facts = load_generator(ROOT / "tests" / "data" / "formats" / "bundles" / "default")
-    config = GeneratorConfig(**facts["generator"])
-    folder.mkdir()
-    generator = make_generator(config, made.spec, 384, made.standardiser, 0)
-    GeneratorBundle.save(folder, generator, config, {**facts, "encoder": "minilm"})
 
 
 def test_every_core_module_imports_where_ray_and_mlflow_are_not_installed() -> None:

@@ -29,6 +29,7 @@ from formats import (
 from helpers import ROOT
 from safetensors.torch import load_file
 
+from llgbm.commands.adapters import read_own_lineage
 from llgbm.evaluation.baselines import known_baselines
 from llgbm.generator import GENERATORS
 from llgbm.generator.bundle import GeneratorBundle
@@ -78,6 +79,18 @@ def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
     for key, values in wanted.items():
         torch.testing.assert_close(wrote[key], values, rtol=0, atol=1e-5)
     assert bundle.adapter_config()["base_model_name_or_path"] == str(BASE)
+
+
+def test_a_lineage_of_version_1_is_read_and_holds() -> None:
+    lineage = read_own_lineage(Path("adapter"))
+    assert lineage is not None and lineage["version"] == 1
+    assert lineage["made"] == "1970-01-01T00:00:00+00:00"
+    assert load_base(BASE).is_named(lineage["base"]["hash"])
+    wrote, wanted = load_file("adapter/adapter_model.safetensors"), Path("bundles/default")
+    for key, values in load_file(f"{wanted}.safetensors").items():
+        torch.testing.assert_close(wrote[key], values, rtol=0, atol=1e-5)
+    facts = GeneratorBundle.load(wanted).facts
+    assert lineage["generator"]["hash"] == facts["generator_hash"]
 
 
 @pytest.mark.parametrize("folder", [Path("bank"), Path("bank-2")], ids=["version 1", "version 2"])

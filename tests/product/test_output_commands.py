@@ -19,6 +19,7 @@ from dnd.training import TrainSettings, newest_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from output_checks import (
+    CARD,
     CONFIG,
     OTHERS,
     STOPS,
@@ -54,9 +55,17 @@ NAMES = ("generate", "fetch", "bank")
     out=st.sampled_from("nb."),
 )
 def test_no_command_that_fails_anywhere_loses_a_file(
-    name: str, others: Any, at: int, stop: Any, out: str, commands: Any, user: Path
+    name: str,
+    others: Any,
+    at: int,
+    stop: Any,
+    out: str,
+    commands: Any,
+    user: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`n`: a new folder, `b`: one beside which and in which the user has files, `.`: the current one."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # twice the same is the same, but for the date
     for path in user.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     prepare_in = user / "b" if out == "b" else user
@@ -126,8 +135,9 @@ def test_into_the_current_folder_beside_others_files(
     for _ in range(2):
         assert main([*commands[name], "--out", "."]) == 0
         after = tree(user)
+        card = {CARD} if name == "generate" else set()  # what is served here has no lineage
         assert (
-            set(after) - set(before) == {WEIGHTS, CONFIG, RECORD}
+            set(after) - set(before) == {WEIGHTS, CONFIG, RECORD} | card
             and {k: after[k] for k in before} == before
         )
     capsys.readouterr()
@@ -166,6 +176,7 @@ def test_links_are_followed_and_the_home_is_expanded(
         assert os.readlink(user / "link") == "real" and set(tree(user / "real")) == {
             WEIGHTS,
             CONFIG,
+            CARD,
             RECORD,
         }
     assert main([*commands["generate"], "--out", "~/deep/er"]) == 0
@@ -179,7 +190,7 @@ def test_links_are_followed_and_the_home_is_expanded(
 def test_names_of_255_letters_are_written(commands: Any, user: Path) -> None:
     for _ in range(2):
         assert main([*commands["generate"], "--out", "x" * 255]) == 0
-    assert set(tree(user / ("x" * 255))) == {WEIGHTS, CONFIG, RECORD}
+    assert set(tree(user / ("x" * 255))) == {WEIGHTS, CONFIG, CARD, RECORD}
 
 
 @pytest.fixture(params=["tmpfs", "bind"])
@@ -203,6 +214,7 @@ def test_a_mounted_folder_is_filled_in_place(
     # Both files change: no single step can do it.
     state = tiny_adapters.to_state_dicts()[0]
     save_adapter(mounted, state, adapter_config(tiny_spec, "another/base"))
+    # The card of what was there before goes with it.
     assert set(tree(mounted)) == {WEIGHTS, CONFIG, RECORD}
     assert all(torch.equal(value, state[key]) for key, value in load_adapter(mounted).items())
     assert main([*commands["bank"], "--out", "mounted/bank"]) == 0

@@ -12,6 +12,8 @@ import torch
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load
 
+from llgbm.lora.adapters import pack_weights
+
 
 class WordBundle:
     """A real generator of adapters, small enough to check by hand: the weight counts the words of the prompts."""
@@ -22,6 +24,9 @@ class WordBundle:
             "layer.lora_A.weight": torch.full((3, 2), count).T,
             "layer.lora_B.weight": torch.ones(3, 2),
         }
+
+    def pack_adapter(self, prompts: list[str]) -> bytes:
+        return pack_weights(self.generate(prompts), self.adapter_config())[0]
 
     def adapter_config(self) -> dict[str, object]:
         return {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}

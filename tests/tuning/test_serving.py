@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
 from helpers import free_port, serving
+from hub_stand_in import hub_stand_in, point_at
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from llgbm.__main__ import main
 from llgbm.client import fetch_adapter
 from llgbm.generator import GeneratorConfig, make_generator
 from llgbm.generator.bundle import GeneratorBundle
@@ -76,22 +81,9 @@ def store(
 
 @pytest.fixture(scope="module")
 def served(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The champion, served."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        MODEL,
-        "--env-manager",
-        "local",
-    ]
-    log = tmp_path_factory.mktemp("served") / "log"
-    with serving(
-        [*command, "-h", "127.0.0.1"], log, "ping", {**os.environ, "MLFLOW_TRACKING_URI": store}
-    ) as url:
+    """The champion, served by the command of this program: the store has one model."""
+    command = [sys.executable, "-m", "llgbm", "serve", "--tracking-uri", store]
+    with serving(command, tmp_path_factory.mktemp("served") / "log", "ping") as url:
         yield url
 
 
@@ -122,9 +114,48 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
         json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab"
     )
     assert config == own
+    cards = [(tmp_path / name / "README.md").read_text() for name in "ab"]
+    assert "`tiny/1`" not in cards[0] and "| generator registered | `tiny/1` |" in cards[1]
+    assert all("| generator study id | `id` |" in text for text in cards)
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(base, tmp_path / "a")
     assert loaded.peft_config["default"].r == config["r"]
+
+
+def test_the_server_listens_on_this_machine_only(served: str) -> None:
+    port = int(served.rsplit(":", 1)[1])
+    (own,) = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+    }
+    assert own == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "models:/tiny@best"], "no alias 'best'"),
+        (["--model", "folder"], "no model 'folder'|no model address"),
+        (["--port", "70000"], "between 1 and 65535"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    options: list[str], words: str, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--tracking-uri", store, *options]) == 2
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_server_of_several_models_needs_a_name(
+    study: StudyTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names in ("none at all", "one, two"):
+        assert main(["serve", "--tracking-uri", study.tracking_uri]) == 2
+        assert f"there are {names}" in capsys.readouterr().err
+        for name in ("one", "two"):
+            if names == "none at all":
+                study.client.create_registered_model(name)
 
 
 def test_prompts_that_the_server_refuses_are_told(served: str, tmp_path: Path) -> None:
@@ -236,3 +267,60 @@ def test_the_client_needs_neither_torch_nor_mlflow() -> None:
         ).stdout
         == "[]\n"
     )
+
+
+def test_the_whole_life_of_an_adapter(
+    served: str,
+    store: str,
+    tiny_base: Base,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From prompts to a generated adapter, through every command, to the hub and back, the same to the last bit."""
+
+    def command(line: str) -> Any:
+        assert main(line.split()) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]) if printed.startswith("{") else printed
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(12)[None], use_cache=False).logits
+
+    def with_adapter(folder: str) -> Any:
+        return PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32), folder
+        )
+
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text(PROMPTS[0])
+    Path("two.txt").write_text("something else : violin")
+    # Born twice over, by a command and by a server.
+    command(f"generate --model {MODEL} --tracking-uri {store} --prompts one.txt --out one")
+    command(f"fetch --url {served} --prompts two.txt --out two")
+    shown = command("show one --json")
+    assert shown["lineage"]["generator"]["registered"] == "tiny/1"
+    assert shown["base_files"].endswith("the ones that the adapter was made for")
+    # Tried, merged, stacked and swapped.
+    assert "prompt" in command("try --adapter one two --prompts one.txt --max-tokens 4 --out page")
+    assert Path("page/answers.html").is_file()
+    command("merge --adapter one --out merged")
+    command("stack --adapter one two --out both")
+    wanted = {name: logits(with_adapter(name)) for name in ("one", "two", "both")}
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted["one"], atol=1e-4, rtol=0)
+    model = with_adapter("one")
+    hotswap_adapter(model, "two", adapter_name="default")
+    torch.testing.assert_close(logits(model), wanted["two"], atol=1e-5, rtol=0)
+    assert len(command("show both --json")["lineage"]["adapters"]) == 2
+    # Published, fetched back and verified.
+    with hub_stand_in() as hub:
+        point_at(hub, tmp_path / "cache", monkeypatch)
+        assert "would_push" in command("push both --repo me/both") and not hub.commits
+        commit = command("push both --repo me/both --yes")["pushed"]["commit"]
+        command(f"fetch --hub me/both@{commit} --out back")
+    found = command(f"show back --base {tiny_base.path} --json")
+    assert found["lineage"] == command("show both --json")["lineage"]
+    torch.testing.assert_close(logits(with_adapter("back")), wanted["both"], atol=0, rtol=0)
+    assert (wanted["one"] - wanted["two"]).abs().max() > 1e-3

@@ -28,9 +28,11 @@ from tuning.registry.champions import (
     settle,
 )
 from tuning.registry.versions import (
+    REGISTERED,
     RegisteredVersion,
     check_name,
     download,
+    note_origin,
     registry_client,
     resolve,
     versions_of,
@@ -136,7 +138,9 @@ def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
         version = resolve(client, uri)
         folder = Path(tempfile.mkdtemp(prefix="llgbm-generator-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return bundle_of(client, version, folder)
+        bundle = bundle_of(client, version, folder)
+        note_origin(bundle, {**version.tags, REGISTERED: f"{version.name}/{version.version}"})
+        return bundle
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
@@ -220,7 +224,10 @@ def _log_model(
     status: Literal["READY", "FAILED"] = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder) / "model", bundle, run_id, logged.model_id)
+            own = Path(folder) / "bundle"
+            shutil.copytree(bundle, own)
+            note_origin(own, tags)
+            _save_model(Path(folder) / "model", own, run_id, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         status = "READY"
     finally:

@@ -54,14 +54,11 @@ class GeneratorModel(PythonModel):
         )
 
     def _adapter(self, prompts: list[str]) -> str:
-        from safetensors.torch import save
-
         try:
-            generated = self.bundle.generate(prompts)
+            content = self.bundle.pack_adapter(prompts)
         except ValueError as error:  # what a user can mend, such as an encoder that is another
             raise _refusal(str(error)) from error
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in generated.items()}
-        return base64.b64encode(save(state, metadata={"format": "pt"})).decode("ascii")
+        return base64.b64encode(content).decode("ascii")
 
 
 def _prompts(index: int, text: Any) -> list[str]:

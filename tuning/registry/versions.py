@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+ORIGIN_FILE = "origin.json"
+REGISTERED = "llgbm.registered"
+LINEAGE_TAGS = (
+    *("llgbm.study", "llgbm.study_id", "llgbm.trial_id", "llgbm.config"),
+    REGISTERED,
+)
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -147,3 +154,9 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     own = Path(tempfile.mkdtemp(dir=folder))
     download_artifacts(source, dst_path=str(own), tracking_uri=client.tracking_uri)
     return own
+
+
+def note_origin(bundle: Path, tags: Mapping[str, str]) -> None:
+    """Write beside a bundle what tags say of its origin, for the lineage of its adapters."""
+    known = {tag.removeprefix("llgbm."): tags[tag] for tag in LINEAGE_TAGS if tags.get(tag)}
+    (bundle / ORIGIN_FILE).write_text(json.dumps(known, indent=1, sort_keys=True))

@@ -367,5 +367,5 @@ def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
     if options.smoke:
         world = smoke_world(world)
     given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
-    changed = {name: value for name, value in given.items() if value is not None}
+    changed: dict[str, Any] = {name: own for name, own in given.items() if own is not None}
     return replace(world, teachers=replace(world.teachers, **changed))

@@ -149,6 +149,11 @@ class StudyArguments:
     dtype: str = _option(BASE, "float32 (default), bfloat16 or float16", "TYPE", "float32")
     rank: int | None = _option(BASE, "LoRA rank (default: that of the size, else 8)", "N")
     alpha: float | None = _option(BASE, "LoRA alpha (default: twice the rank)", "X")
+    target_modules: tuple[str, ...] | None = _option(
+        BASE,
+        "layers that are adapted, such as qkv_proj or c_attn (default: q_proj to down_proj)",
+        "NAME",
+    )
     teacher_steps: int | None = _option(BASE, "steps of each teacher (default: 150)", "N")
     teacher_rate: float | None = _option(BASE, "learning rate of teachers (default: 5e-4)", "X")
     adapters_per_task: int | None = _option(BASE, "teachers a task (of datasets: parts; 4)", "N")

@@ -15,11 +15,18 @@ from llgbm.tasks.forms import RowRules
 from llgbm.tasks.suite import Suite
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
-from llgbm.teachers.train import TeacherConfig, fitted
+from llgbm.teachers.train import TeacherConfig, fitted, named_targets
 from llgbm.world import WorldConfig
 from tuning.studies.options import StudyArguments
 
-ABOUT_TEACHERS = ("rank", "alpha", "teacher_steps", "teacher_rate", "adapters_per_task")
+ABOUT_TEACHERS = (
+    "rank",
+    "alpha",
+    "target_modules",
+    "teacher_steps",
+    "teacher_rate",
+    "adapters_per_task",
+)
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows", "longest_row")
 
 
@@ -119,6 +126,7 @@ def _teachers(arguments: StudyArguments, published: Any) -> TeacherConfig:
         per_task=(4 if arguments.data else 1) if count is None else count,
         steps=TeacherConfig.steps if steps is None else steps,
         learning_rate=5e-4 if rate is None else rate,
+        target_modules=named_targets(arguments.target_modules),
     )
 
 

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors.torch import save_file
 
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora.adapters import LoraBatch, adapter_config, write_adapter_files
+from llgbm.system.lineage import license_of
 from llgbm.training import Outcome
 from llgbm.world import World
+from tuning.significance import student_interval
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.runs import TrialResult
 from tuning.tracking.store import store_errors
@@ -91,7 +94,13 @@ def write_artifacts(
     """Write the generator, deltas, per-task numbers and settings into a folder."""
     (folder / "generator").mkdir()
     GeneratorBundle.save(
-        folder / "generator", outcome.generator, trial.config.generator, bundle_facts(trial, world)
+        folder / "generator",
+        outcome.generator,
+        trial.config.generator,
+        {
+            **bundle_facts(trial, world),
+            "heldout": heldout_facts(results["test"].accuracy_by_task),
+        },
     )
     for part in ("val", "test"):
         result, tasks = results[part], list(results[part].accuracy_by_task)
@@ -115,6 +124,17 @@ def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
         "bank_hash": world.bank.hash,
         "encoder": world.data.encoder,
         "encoder_hash": world.data.encoder_hash,
+        "base_license": license_of(world.base.folder),
         "trial_id": trial.id,
         "config": trial.name,
+    }
+
+
+def heldout_facts(accuracy_by_task: Mapping[str, float]) -> dict[str, Any]:
+    """Return the mean accuracy over held-out tasks with its 95 % interval, None where there is no spread."""
+    values = np.array(list(accuracy_by_task.values()))
+    return {
+        "accuracy": float(values.mean()),
+        "interval": student_interval(values),
+        "tasks": len(values),
     }
