@@ -25,7 +25,14 @@ from tuning.studies import Study
 from tuning.studies.options import Options
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
-from tuning.sweep.cluster import Node, check_resources, memory_fraction, start_ray
+from tuning.sweep.cluster import (
+    START_ATTEMPTS,
+    Node,
+    Resources,
+    check_resources,
+    memory_fraction,
+    start_ray,
+)
 from tuning.sweep.run import Job
 from tuning.sweep.worker import (
     MAX_RESTARTS,
@@ -242,3 +249,31 @@ def test_causes_are_one_sentence_and_a_broken_process_alone_is_tried_again(
     )
     assert cause_of(UserError("no such thing"), setting) == "no such thing"
     assert cause_of(KeyError("x"), setting) == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize("misses", [2, 99])
+def test_a_busy_machine_gets_more_attempts_at_ray_and_then_one_sentence(
+    misses: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray gives a start half a minute, whatever the load; only its answer is put in here."""
+    import ray
+
+    starts = []
+
+    def init(**_: Any) -> None:
+        starts.append(1)
+        if len(starts) <= misses:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    for name, function in (("init", init), ("shutdown", lambda: None)):
+        monkeypatch.setattr(ray, name, function)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("tuning.sweep.cluster.terminate_as_interrupt", lambda: None)
+    resources = Resources(1.0, 0.0, 1, (Node(2.0, 0.0),))
+    if misses > START_ATTEMPTS:
+        with pytest.raises(UserError, match="too busy: end other work"):
+            start_ray(resources)
+        assert len(starts) == START_ATTEMPTS
+    else:
+        start_ray(resources)
+        assert len(starts) == misses + 1 and "attempt 2 of 4" in capsys.readouterr().err

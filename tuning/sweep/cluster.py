@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llgbm.runtime import UserError
+from llgbm.runtime import UserError, say
 from tuning.studies.options import RunOptions
 from tuning.sweep.places import check_cluster, check_ray_folder, require_token, show_token
 from tuning.tracking.store import pass_proxies
@@ -40,6 +40,9 @@ SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# How often a start of Ray is tried; a machine under load makes it miss its own limit.
+START_ATTEMPTS = 4
+LATE = "timed out during startup"
 OBJECT_STORE_BYTES = 512 * 2**20
 CUDA_CONTEXT_BYTES = 700 * 2**20
 
@@ -158,23 +161,44 @@ def take_share(threads: int, gpus: float) -> None:
 
 
 def start_ray(resources: Resources, shared_bytes: int = 0) -> None:
-    """Start a local Ray, quietly, with room for `shared_bytes` of shared tensors; keep one that is running."""
+    """Start a local Ray, quietly, with room for `shared_bytes` of shared tensors; keep one that is running.
+
+    Raises UserError where it does not come up in several attempts, each of Ray's own half minute.
+    """
     require_token()
     quiet_ray()
     import ray
 
     if not ray.is_initialized():
-        (node,) = resources.nodes
-        ray.init(
-            address="local",  # never some cluster that happens to run on this machine
-            num_cpus=int(node.cpus),
-            num_gpus=int(node.gpus),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES + shared_bytes,
-        )
+        _start_with_patience(resources, OBJECT_STORE_BYTES + shared_bytes)
     terminate_as_interrupt()
+
+
+def _start_with_patience(resources: Resources, store_bytes: int) -> None:
+    import ray
+
+    (node,) = resources.nodes
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",  # never some cluster that happens to run on this machine
+                num_cpus=int(node.cpus),
+                num_gpus=int(node.gpus),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                object_store_memory=store_bytes,
+            )
+            return
+        except Exception as error:  # Ray raises it bare
+            if LATE not in str(error):
+                raise
+            ray.shutdown()
+            say(f"Ray did not start in time (attempt {attempt} of {START_ATTEMPTS})")
+    raise UserError(
+        "Ray does not start on this machine, which is too busy: end other work and run the same command again; what is "
+        "finished is kept"
+    )
 
 
 def leave_ray() -> None:
