@@ -207,6 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{name}, {view.removeprefix('LLGBM ')}: {page}?viewStateShareKey={key}{mode}")
     say(f"all: http://{HOST}:{arguments.port} (end with Ctrl-C)")
     options = ["--host", HOST, "--port", str(arguments.port), "--workers", "1"]
+    # Its jobs score traces of language models: processes that pages of runs do not need.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # Not an option, for everybody on the machine can read those.
     os.environ["MLFLOW_BACKEND_STORE_URI"] = with_login(uri)
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options])
