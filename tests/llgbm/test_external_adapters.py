@@ -84,6 +84,8 @@ ACCEPTED: dict[str, list[dict[str, Any]]] = {
     "qalora_group_size": [{}],
     "runtime_config": [{}],
     "eva_config": [{}],
+    # Of Conv1D it is true; PEFT sets it to false on Linear layers, and says so.
+    "fan_in_fan_out": [{}],
 }
 
 
@@ -209,7 +211,6 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "layer_replication": (lambda f: change(f, layer_replication=[[0, 2]]), "layer_replication"),
     "target_parameters": (lambda f: change(f, target_parameters=["w"]), "target_parameters"),
     "megatron": (lambda f: change(f, megatron_config={"a": 1}), "sets megatron_config"),
-    "fan_in_fan_out": (lambda f: change(f, fan_in_fan_out=True), "sets fan_in_fan_out"),
     "another type": (lambda f: change(f, peft_type="IA3"), "sets peft_type = 'IA3'"),
     "another task": (lambda f: change(f, task_type="SEQ_CLS"), "sets task_type"),
     "not known yet": (lambda f: change(f, use_quantum=3), "sets use_quantum = 3"),
