@@ -289,5 +289,5 @@ def test_a_study_shows_its_best_trial_and_each_configuration_has_a_summary(tmp_p
         assert metrics["heldout/accuracy/n"] == 3
         assert metrics["mean/loss/total"] > 0
     views = {name: keys for name, _, keys in prepare(tracker.tracking_uri)}
-    assert views["llgbm" + SUFFIX] == [SUMMARY_VIEW] and len(views["llgbm"]) == 2
+    assert views["llgbm" + SUFFIX] == [SUMMARY_VIEW] and len(views["llgbm"]) == 3
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]
