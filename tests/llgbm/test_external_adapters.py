@@ -84,7 +84,7 @@ ACCEPTED: dict[str, list[dict[str, Any]]] = {
     "qalora_group_size": [{}],
     "runtime_config": [{}],
     "eva_config": [{}],
-    # Of Conv1D it is true; PEFT sets it to false on Linear layers, and says so.
+    # True on Conv1D (`test_fused_layers`); on Linear layers see below.
     "fan_in_fan_out": [{}],
 }
 
@@ -113,6 +113,18 @@ def test_orthogonal_and_eva_adapters_have_the_logits_of_peft(
         change(tmp_path / init, init_lora_weights=True, eva_config=None)
         wanted = logits_of_peft(tiny_base, tmp_path / init)
         torch.testing.assert_close(logits_here(tiny_base, plain), wanted, atol=1e-5, rtol=0)
+
+
+def test_fan_in_fan_out_on_linear_layers_is_taken_as_peft_takes_it(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    """PEFT warns and sets it to false: such weights lie as all others do."""
+    train_with_peft(tiny_base, tmp_path)
+    change(tmp_path, fan_in_fan_out=True)
+    plain = read_external(tmp_path, tiny_base.model)
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module"):
+        wanted = logits_of_peft(tiny_base, tmp_path)
+    torch.testing.assert_close(logits_here(tiny_base, plain), wanted, atol=1e-5, rtol=0)
 
 
 def test_the_parity_test_holds_the_whole_allow_list() -> None:
