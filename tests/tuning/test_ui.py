@@ -132,6 +132,7 @@ def test_runs_are_nested_named_and_show_what_matters(
     assert len(children) == 3
 
 
+@pytest.mark.whole
 @needs_browser
 def test_the_charts_have_parallel_coordinates_over_lambdas_seed_and_held_out_accuracy(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
@@ -146,6 +147,7 @@ def test_the_charts_have_parallel_coordinates_over_lambdas_seed_and_held_out_acc
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "heldout/accuracy"})
 
 
+@pytest.mark.whole
 @needs_browser
 def test_curves_are_means_of_configurations_within_bands(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
@@ -159,6 +161,7 @@ def test_curves_are_means_of_configurations_within_bands(
     WebDriverWait(browser, PATIENCE).until(lambda b: b.execute_script(bands) >= 3, "no bands")
 
 
+@pytest.mark.whole
 @needs_browser
 def test_the_compare_page_shows_parallel_coordinates(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
