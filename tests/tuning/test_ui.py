@@ -157,7 +157,7 @@ def test_curves_are_means_of_configurations_within_bands(
         f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CURVES_VIEW}&compareRunsMode=CHART"
     )
     wait_for(browser, "Group by: llgbm.config", "Group: multitask", *CURVES[:2])
-    bands = "return document.querySelectorAll('.scatterlayer g.trace.is-band').length"
+    bands = "return document.querySelectorAll('.scatterlayer .fills path.js-fill').length"
     WebDriverWait(browser, PATIENCE).until(lambda b: b.execute_script(bands) >= 3, "no bands")
 
 
