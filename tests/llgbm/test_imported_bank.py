@@ -246,6 +246,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.whole
 def test_teachers_of_real_datasets_by_both_methods(qwen: Path, tmp_path: Path, capsys: Any) -> None:
     """One step each, in float32: the same weights from PEFT and from the batched primitive."""
     common = [

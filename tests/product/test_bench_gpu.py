@@ -55,12 +55,14 @@ def test_every_part_has_a_result(found: dict[str, Any]) -> None:
         assert found[part].keys() == {"result", "seconds"}, part
 
 
+@pytest.mark.whole
 def test_parity_is_exact_where_both_sides_are_the_cpu(found: dict[str, Any]) -> None:
     parity = found["parity"]["result"]
     assert parity["float32"] == {"states": 0.0, "gradients": 0.0}
     assert 0 < parity["bfloat16"]["states"] < 0.05 and 0 < parity["bfloat16"]["gradients"] < 0.1
 
 
+@pytest.mark.whole
 def test_baselines_rates_and_estimates_are_there(found: dict[str, Any]) -> None:
     assert found["delta"]["result"]["over_ours"].keys() == {
         "peft_in_turn",

@@ -288,6 +288,7 @@ StudyTracker.open(None, Path(sys.argv[1]), "ablation")
 """
 
 
+@pytest.mark.whole
 def test_a_driver_that_dies_while_it_makes_the_store_spoils_nothing(tmp_path: Path) -> None:
     assert (
         subprocess.run(

@@ -122,6 +122,7 @@ def test_a_served_champion_answers_prompts_with_the_adapter_that_it_would_write_
     assert loaded.peft_config["default"].r == config["r"]
 
 
+@pytest.mark.whole
 def test_the_server_listens_on_this_machine_only(served: str) -> None:
     port = int(served.rsplit(":", 1)[1])
     (own,) = {

@@ -178,6 +178,7 @@ def test_the_compare_page_shows_parallel_coordinates(
     wait_until_drawn(browser, {"lambda_weight", "lambda_delta", "seed", "heldout/accuracy"})
 
 
+@pytest.mark.whole
 def test_only_this_machine_is_served(served: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
         try:
