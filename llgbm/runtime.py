@@ -200,7 +200,7 @@ def pick_device(name: str = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # neither an unknown device nor one without values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch built without CUDA
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
             f"the device {name!r} cannot be used ({reason}): name cpu, cuda or cuda:N"

@@ -29,8 +29,6 @@ GENERATORS: dict[str, Maker] = {
     "hyperconv": HyperConvGenerator,
     "mixture": MixtureGenerator,
 }
-# Of generators with widths of their own; one of another package names its class as `config_class`.
-CONFIGS: dict[str, type[GeneratorConfig]] = {"mixture": MixtureConfig}
 
 
 def make_generator(
@@ -44,7 +42,7 @@ def make_generator(
     maker = find_generator(config.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("generator", seed))
-        return maker(spec, condition_width, standardiser, config)
+        return maker(spec, condition_width, standardiser, settled(config))
 
 
 def find_generator(name: str) -> Maker:
@@ -61,8 +59,8 @@ def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
 
     Raises UserError for an unknown generator, an option that it does not have, or a value that is none.
     """
-    own = getattr(find_generator(name), "config_class", GeneratorConfig)
-    kind = CONFIGS.get(name, own)
+    # A generator with widths of its own names the dataclass of them.
+    kind = getattr(find_generator(name), "config_class", GeneratorConfig)
     defaults = {field.name: field.default for field in fields(kind) if field.name != "name"}
     if unknown := sorted(options.keys() - defaults.keys()):
         raise UserError(

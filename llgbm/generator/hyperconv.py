@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from llgbm.generator.networks import (
     GeneratorConfig,
-    LoraGenerator,
-    ResidualBlock,
     Standardiser,
-    make_pool,
+    TrunkGenerator,
 )
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 
@@ -67,7 +65,7 @@ KERNEL_SIZE = 3
 OLDER_NAMES = {"start_UXY": "start_TXY", "spread_UXY": "spread_TXY"}
 
 
-class HyperConvGenerator(LoraGenerator):
+class HyperConvGenerator(TrunkGenerator):
     """Decoder of Drag-and-Drop LLMs (`dnd`), which predicts all tokens of an adapter at once.
 
     Two additions adapt it. A residual trunk and a linear layer turn the pooled prompts into the decoder's features, so
@@ -85,15 +83,9 @@ class HyperConvGenerator(LoraGenerator):
         standardiser: Standardiser,
         config: GeneratorConfig,
     ) -> None:
-        super().__init__(spec, condition_width, standardiser)
+        super().__init__(spec, condition_width, standardiser, config)
         self._tokens = TokenStandardiser(spec)
         features = hyperconv_features(*self._tokens.shape)
-        self.pool = make_pool(config.pooling, condition_width)
-        self.norm = nn.LayerNorm(condition_width)
-        self.inlet = nn.Linear(condition_width, config.hidden)
-        self.trunk = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks)
-        )
         self.layout = nn.Linear(config.hidden, math.prod(features[0]))
         self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
         start, spread = token_statistics(self._tokens, standardiser)
@@ -106,10 +98,7 @@ class HyperConvGenerator(LoraGenerator):
         return self._tokens
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.inlet(self.norm(self.pool(condition_ANC)))
-        for block in self.trunk:
-            state_AH = block(state_AH)
-        features = self.layout(state_AH).unflatten(1, self.decoder.condition_dim)
+        features = self.layout(self.read(condition_ANC)).unflatten(1, self.decoder.condition_dim)
         return self.start_UXY + self.spread_UXY * self.decoder(features)
 
 

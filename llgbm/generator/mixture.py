@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from llgbm.generator.networks import (
     GeneratorConfig,
-    LoraGenerator,
-    ResidualBlock,
     Standardiser,
-    make_pool,
+    TrunkGenerator,
 )
 from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError
@@ -33,8 +31,10 @@ class MixtureConfig(GeneratorConfig):
             raise UserError(f"a mixture of {self.bases} bases writes nothing: give at least 1")
 
 
-class MixtureGenerator(LoraGenerator):
+class MixtureGenerator(TrunkGenerator):
     """Weigh learned bases [bases, V] by a code of the pooled prompts; without blocks the map is linear."""
+
+    config_class = MixtureConfig
 
     def __init__(
         self,
@@ -43,27 +43,14 @@ class MixtureGenerator(LoraGenerator):
         standardiser: Standardiser,
         config: GeneratorConfig,
     ) -> None:
-        super().__init__(spec, condition_width, standardiser)
-        n_bases = getattr(config, "bases", MixtureConfig.bases)
-        self.pool = make_pool(config.pooling, condition_width)
-        self.norm = nn.LayerNorm(condition_width)
-        self.inlet = nn.Linear(condition_width, config.hidden)
-        self.trunk = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks)
-        )
-        self.code = nn.Linear(config.hidden, n_bases)
-        self.bases = nn.Linear(n_bases, spec.n_values)
+        super().__init__(spec, condition_width, standardiser, config)
+        assert isinstance(config, MixtureConfig)  # `make_generator` sees to it
+        self.code = nn.Linear(config.hidden, config.bases)
+        self.bases = nn.Linear(config.bases, spec.n_values)
         # Small, so that training starts from the mean adapter.
-        nn.init.normal_(self.bases.weight, std=0.1 / n_bases**0.5)
+        nn.init.normal_(self.bases.weight, std=0.1 / config.bases**0.5)
         nn.init.zeros_(self.bases.bias)
 
-    @property
-    def standardiser(self) -> Standardiser:
-        return self.statistics
-
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.inlet(self.norm(self.pool(condition_ANC)))
-        for block in self.trunk:
-            state_AH = block(state_AH)
-        found: Tensor = self.bases(self.code(state_AH))
+        found: Tensor = self.bases(self.code(self.read(condition_ANC)))
         return found

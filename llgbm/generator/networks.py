@@ -147,7 +147,37 @@ def make_pool(pooling: str, width: int) -> nn.Module:
     return AttentionPool(width) if pooling == "attention" else MeanPool()
 
 
-class ModuleCodeGenerator(LoraGenerator):
+class TrunkGenerator(LoraGenerator):
+    """Generator that reads the pooled prompts by a residual trunk; what is written from its state is a subclass's."""
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        condition_width: int,
+        standardiser: Standardiser,
+        config: GeneratorConfig,
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        self.pool = make_pool(config.pooling, condition_width)
+        self.norm = nn.LayerNorm(condition_width)
+        self.inlet = nn.Linear(condition_width, config.hidden)
+        self.trunk = nn.ModuleList(
+            ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks)
+        )
+
+    @property
+    def standardiser(self) -> TokenMap:
+        return self.statistics
+
+    def read(self, condition_ANC: Tensor) -> Tensor:
+        """State [A, H] of the trunk for prompt embeddings [A, N, C]."""
+        state_AH: Tensor = self.inlet(self.norm(self.pool(condition_ANC)))
+        for block in self.trunk:
+            state_AH = block(state_AH)
+        return state_AH
+
+
+class ModuleCodeGenerator(TrunkGenerator):
     """Default generator: residual trunk, a FiLM code for every module (Perez et al. 2018), linear heads.
 
     The trunk reads the pooled prompts. The code of a (layer, module) modulates the trunk's output. One head per kind
@@ -163,14 +193,8 @@ class ModuleCodeGenerator(LoraGenerator):
         standardiser: Standardiser,
         config: GeneratorConfig,
     ) -> None:
-        super().__init__(spec, condition_width, standardiser)
+        super().__init__(spec, condition_width, standardiser, config)
         n_modules, hidden = len(spec.modules), config.hidden
-        self.pool = make_pool(config.pooling, condition_width)
-        self.norm = nn.LayerNorm(condition_width)
-        self.inlet = nn.Linear(condition_width, hidden)
-        self.trunk = nn.ModuleList(
-            ResidualBlock(hidden, config.dropout) for _ in range(config.blocks)
-        )
         self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.outlet = ResidualBlock(hidden, config.dropout)
@@ -179,14 +203,8 @@ class ModuleCodeGenerator(LoraGenerator):
             {name: make_head(hidden, spec.rank, m) for name, m in shapes.items()}
         )
 
-    @property
-    def standardiser(self) -> Standardiser:
-        return self.statistics
-
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.inlet(self.norm(self.pool(condition_ANC)))
-        for block in self.trunk:
-            state_AH = block(state_AH)
+        state_AH = self.read(condition_ANC)
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
         written: dict[int, Tensor] = {}
         kinds = self._rows_of_kinds()

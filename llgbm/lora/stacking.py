@@ -102,9 +102,12 @@ def _injected(model: nn.Module, mixture: Mixture) -> Iterator[PeftModel]:
     peft_model: Any = None
     try:
         for name, adapter in zip(_names(mixture), mixture.adapters, strict=True):
+            alpha: Any = (
+                adapter.spec.alpha
+            )  # PEFT computes with any number; its annotation says int
             own = LoraConfig(
                 r=adapter.spec.rank,
-                lora_alpha=adapter.spec.alpha,  # type: ignore[arg-type]
+                lora_alpha=alpha,
                 target_modules=[m.name for m in adapter.spec.modules],
                 fan_in_fan_out=adapter.spec.is_transposed,
             )

@@ -1,4 +1,4 @@
-"""What goes to the hub and comes from it: adapters, banks, generators, merged models. No torch.
+"""Push adapters, banks, generators and merged models to the hub, and fetch them from it. No torch.
 
 Only files that are listed here travel. `huggingface_hub` does the talking; HF_ENDPOINT names another hub.
 """

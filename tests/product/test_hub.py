@@ -1,4 +1,4 @@
-"""What is pushed to the hub and fetched back, through `huggingface_hub` and a stand-in of the hub."""
+"""Push to the hub and fetch back, through `huggingface_hub` and a stand-in of the hub."""
 
 from __future__ import annotations
 

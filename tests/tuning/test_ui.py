@@ -98,6 +98,12 @@ def runs(folder: Path) -> tuple[str, list[str]]:
     ]
 
 
+def open_view(
+    browser: webdriver.Chrome, served: str, experiment: str, view: str, mode: str = ""
+) -> None:
+    browser.get(f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={view}{mode}")
+
+
 def text_of(browser: webdriver.Chrome) -> str:
     """What the page says, the titles of its charts among it."""
     return str(browser.execute_script("return document.body.textContent"))
@@ -124,7 +130,7 @@ def test_runs_are_nested_named_and_show_what_matters(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
 ) -> None:
     experiment, children = runs(finished[0])
-    browser.get(f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={STUDIES_VIEW}")
+    open_view(browser, served, experiment, STUDIES_VIEW)
     wait_for(browser, "phase_4_5", "matching runs", *METRICS[:2])
     assert "multitask, seed 0" not in text_of(browser)
     browser.find_element(By.CSS_SELECTOR, ".ag-cell button[type='button']").click()
@@ -138,9 +144,7 @@ def test_the_charts_have_parallel_coordinates_over_lambdas_seed_and_held_out_acc
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
 ) -> None:
     experiment, _ = runs(finished[0])
-    browser.get(
-        f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CHARTS_VIEW}&compareRunsMode=CHART"
-    )
+    open_view(browser, served, experiment, CHARTS_VIEW, "&compareRunsMode=CHART")
     wait_for(
         browser, "LLGBM: λ, seed and held-out accuracy", "multitask, seed 0", "weight-only, seed 0"
     )
@@ -153,9 +157,7 @@ def test_curves_are_means_of_configurations_within_bands(
     finished: tuple[Path, str], served: str, browser: webdriver.Chrome
 ) -> None:
     experiment, _ = runs(finished[0])
-    browser.get(
-        f"{served}/#/experiments/{experiment}/runs?viewStateShareKey={CURVES_VIEW}&compareRunsMode=CHART"
-    )
+    open_view(browser, served, experiment, CURVES_VIEW, "&compareRunsMode=CHART")
     wait_for(browser, "Group by: llgbm.config", "Group: multitask", *CURVES[:2])
     bands = "return document.querySelectorAll('.scatterlayer .fills path.js-fill').length"
     WebDriverWait(browser, PATIENCE).until(lambda b: b.execute_script(bands) >= 3, "no bands")
