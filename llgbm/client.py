@@ -51,25 +51,42 @@ def fetch_adapter(
 
 
 def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
+    check_address(url)
+    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(prompts)]]}}
+    silent = "no generator is served at {}: start `mlflow models serve`, or correct the address"
+    answer = post_json(f"{url.rstrip('/')}/invocations", body, timeout, "the prompts", silent)
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
+
+
+def check_address(url: str) -> None:
+    """Raise UserError unless this is the address of a server."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url!r} is no address of a server: write http://host:port")
-    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(prompts)]]}}
+
+
+def post_json(url: str, body: Any, timeout: float, sent: str, silent: str) -> bytes:
+    """Send JSON to an address; return the answer.
+
+    Raises UserError where the server refuses what is `sent`, with its reason, or where none answers: `silent` says so
+    of the address and the cause.
+    """
     headers = {"Content-Type": "application/json"}
-    request = Request(f"{url.rstrip('/')}/invocations", json.dumps(body).encode(), headers)
+    request = Request(url, json.dumps(body).encode(), headers)
+    where = url.removesuffix("/invocations")
     try:
         with opener(url).open(request, timeout=timeout) as answer:
-            return json.load(answer)
+            found: bytes = answer.read()
     except HTTPError as error:
         raise UserError(
-            f"the server at {url} refused the prompts (HTTP {error.code}: {_complaint(error)})"
+            f"the server at {where} refused {sent} (HTTP {error.code}: {_complaint(error)})"
         ) from error
     except (URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise UserError(
-            f"no generator is served at {url} ({reason}): start `mlflow models serve`, or correct the address"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"the server at {url} answers no JSON: it serves no generator") from error
+        raise UserError(silent.format(f"{where} ({reason})")) from error
+    return found
 
 
 def opener(url: str) -> OpenerDirector:

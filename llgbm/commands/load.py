@@ -6,9 +6,6 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import Request
 
 from llgbm.runtime import UserError
 from llgbm.system.output import named_path
@@ -17,7 +14,7 @@ from llgbm.system.output import named_path
 PATHS = {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}
 TENSORS = "/load_lora_adapter_from_tensors"
 SECONDS = 120.0
-MOST_BYTES = 100_000  # of an answer
+MOST_LETTERS = 100_000  # of an answer
 
 
 def add_parser(commands: Any) -> None:
@@ -40,10 +37,10 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises UserError for an adapter that was changed, and a server that refuses it or does not answer.
     """
+    from llgbm.client import check_address, post_json
     from llgbm.commands.adapters import read_own_lineage
 
-    if urlsplit(arguments.url).scheme not in ("http", "https"):
-        raise UserError(f"{arguments.url!r} is no address of a server: write http://host:port")
+    check_address(arguments.url)
     if arguments.tensors and arguments.server != "sglang":
         raise UserError("--tensors go to sglang only: vllm loads from a folder that it can read")
     folder = arguments.adapter.expanduser().resolve()
@@ -55,8 +52,15 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
         body |= tensors_payload(folder)
     else:
         body["lora_path"] = str(folder)
-    answer = _post(arguments.url.rstrip("/") + place, body)
-    return {"loaded": body["lora_name"], "server": arguments.url, "answer": answer}
+    url = arguments.url.rstrip("/") + place
+    answer = post_json(url, body, SECONDS, "the adapter", "no server answers at {}").decode(
+        "utf-8", "replace"
+    )
+    return {
+        "loaded": body["lora_name"],
+        "server": arguments.url,
+        "answer": _answer(answer[:MOST_LETTERS], url),
+    }
 
 
 def tensors_payload(folder: Path) -> dict[str, Any]:
@@ -80,24 +84,12 @@ def tensors_payload(folder: Path) -> dict[str, Any]:
     }
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
-    from llgbm.client import opener
-
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with opener(url).open(request, timeout=SECONDS) as answer:
-            text = answer.read(MOST_BYTES).decode("utf-8", "replace")
-    except HTTPError as error:
-        told = " ".join(error.read(MOST_BYTES).decode("utf-8", "replace").split())[:300]
-        raise UserError(f"the server at {url} refused (HTTP {error.code}: {told})") from error
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(
-            f"no server answers at {url} ({getattr(error, 'reason', error)})"
-        ) from error
+def _answer(text: str, url: str) -> Any:
+    """Read what a server answers; vLLM answers with a sentence. Raises UserError where SGLang says that it failed."""
     try:
         found = json.loads(text)
-    except ValueError:  # vLLM answers with a sentence
+    except ValueError:
         return text
     if isinstance(found, dict) and found.get("success") is False:
-        raise UserError(f"the server at {url} refused ({found.get('error_message')})")
+        raise UserError(f"the server at {url} refused the adapter ({found.get('error_message')})")
     return found

@@ -13,15 +13,13 @@ from llgbm.models.encoding import prompt_tokens
 from llgbm.models.load import Base
 from llgbm.models.scoring import Continuation, continuations
 from llgbm.runtime import progress
+from llgbm.system.documents import COLOURS
 
 FORMAT_VERSION = 1
 CUT = " […]"
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a6069; --page: #fff; --line: #d9dce1; --band: #f4f6f8;
-  --right: #0a7a4b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #a2a9b4; --page: #16181c; --line: #343942;
-  --band: #1f2329; --right: #4cc38a; } }
-* { box-sizing: border-box; }
+OWN_STYLE = """
+:root { --right: #0a7a4b; }
+@media (prefers-color-scheme: dark) { :root { --right: #4cc38a; } }
 body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; }
@@ -37,6 +35,7 @@ pre { margin: 0; font: .95rem/1.5 ui-monospace, monospace; white-space: pre-wrap
 .same { color: var(--right); }
 .none, .cut { color: var(--soft); font-style: italic; }
 """
+STYLE = COLOURS + OWN_STYLE
 
 
 @dataclass(frozen=True)

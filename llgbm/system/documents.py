@@ -1,4 +1,4 @@
-"""Read files of text and JSON that users bring: past byte-order marks, never with a traceback."""
+"""Read files of text and JSON that users bring: past byte-order marks, never with a traceback; colours of pages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import Any
 
 from llgbm.runtime import UserError
 
+# Colours of every page that is written, in light and dark.
+COLOURS = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a6069; --page: #ffffff; --line: #d9dce1; --band: #f4f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #a2a9b4; --page: #16181c; --line: #343942;
+  --band: #1f2329; } }
+* { box-sizing: border-box; }
+"""
 # The marks of UTF-16 begin those of UTF-32.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -11,13 +11,12 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from llgbm.system.documents import COLOURS
+
 MAY_BREAK = "\u200b"
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a6069; --page: #ffffff; --line: #d9dce1; --band: #f4f6f8;
-  --link: #0b5cad; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #a2a9b4; --page: #16181c; --line: #343942;
-  --band: #1f2329; --link: #7db8f5; } }
-* { box-sizing: border-box; }
+OWN_STYLE = """
+:root { --link: #0b5cad; }
+@media (prefers-color-scheme: dark) { :root { --link: #7db8f5; } }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 nav { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .5rem 1rem;
   display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; z-index: 1; }
@@ -37,6 +36,7 @@ img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(
 img + em, p > em:only-child { color: var(--soft); font-size: .9rem; }
 code { background: var(--band); padding: .1em .3em; border-radius: 3px; font-size: .88em; }
 """
+STYLE = COLOURS + OWN_STYLE
 
 
 def html_page(markdown: str, folder: Path) -> str:
