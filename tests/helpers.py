@@ -11,9 +11,11 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Quiet(BaseHTTPRequestHandler):
+    """Handler that writes no log; a subclass answers."""
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def answering(
+    handler: type[BaseHTTPRequestHandler],
+    host: str = "127.0.0.1",
+    kind: type[ThreadingHTTPServer] = ThreadingHTTPServer,
+) -> Iterator[int]:
+    """Answer requests in this process; yield the port."""
+    with kind((host, 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextmanager
 def serving(
-    command: Sequence[str], log: Path, health: str, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    health: str,
+    env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[str]:
     """Run a program that takes `--port`; yield its address once `/health` answers there, end it afterwards."""
     port = free_port()
@@ -43,7 +73,11 @@ def serving(
     with log.open("w") as stream:
         command = [*command, "--port", str(port)]
         process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env={**(env or os.environ), "PATH": path}
+            command,
+            stdout=stream,
+            stderr=stream,
+            env={**(env or os.environ), "PATH": path},
+            cwd=folder,
         )
         try:
             wait_for(process, f"{url}/{health}", log)

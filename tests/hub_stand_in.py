@@ -6,15 +6,14 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from helpers import Quiet, answering
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -55,7 +54,7 @@ class Hub:
         return hashlib.sha1(described.encode() + b"".join(files.values())).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     """Answers by the path of a request."""
 
     hub: Hub
@@ -145,9 +144,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(text)
 
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
 
 def point_at(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library, which has read its environment already, take this hub for its own."""
@@ -165,12 +161,6 @@ def hub_stand_in() -> Iterator[Hub]:
     """Run a hub on a free port of this machine."""
     hub = Hub()
     own = type("Own", (Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), own) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(own) as port:
+        hub.url = f"http://127.0.0.1:{port}"
+        yield hub

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import Quiet, answering
 
 from llgbm.client import fetch_adapter, is_loopback
 from llgbm.runtime import UserError
@@ -17,7 +17,7 @@ from llgbm.runtime import UserError
 REASON = "row 0: `prompts` must be a JSON list of one or more texts, got 'x'"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     """Refuses as MLflow's server does: the prompts, and then the reason."""
 
     def do_POST(self) -> None:
@@ -27,28 +27,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({**told, "stack_trace": "Traceback\n" * 99}).encode())
 
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
 
 class OverIPv6(ThreadingHTTPServer):
     address_family = socket.AF_INET6
 
 
-def serving(kind: type[ThreadingHTTPServer], host: str) -> Iterator[int]:
-    with kind((host, 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    yield from serving(ThreadingHTTPServer, "127.0.0.1")
+    with answering(Handler) as own:
+        yield own
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,8 @@ def port_of_ipv6() -> Iterator[int]:
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     try:
-        yield from serving(OverIPv6, "::1")
+        with answering(Handler, "::1", OverIPv6) as own:
+            yield own
     except OSError:
         pytest.skip("no IPv6 here")
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import Quiet, answering
 from output_checks import one_sentence
 from safetensors.torch import load, load_file, save
 
@@ -33,7 +32,7 @@ def server() -> Iterator[tuple[str, list[Any]]]:
     """Address of a server, and the requests that it was sent."""
     asked: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             asked.append((self.path, json.loads(body)))
@@ -42,15 +41,8 @@ def server() -> Iterator[tuple[str, list[Any]]]:
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", asked
-        running.shutdown()
-        thread.join()
+    with answering(Handler) as port:
+        yield f"http://127.0.0.1:{port}", asked
 
 
 def test_a_folder_is_named_as_each_server_documents(

@@ -6,15 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, Quiet, answering, free_port
 from made_study import make_study
 
 from llgbm.runtime import UserError
@@ -80,7 +78,7 @@ def test_a_bad_port_of_a_store_is_one_sentence(uri: str) -> None:
 
 
 def test_a_port_that_cannot_be_served_at_is_one_sentence() -> None:
-    with answering(200) as port, pytest.raises(UserError, match=f"port {port} cannot be used"):
+    with with_codes(200) as port, pytest.raises(UserError, match=f"port {port} cannot be used"):
         check_free(port)
     with pytest.raises(UserError, match="--port is 70000"):
         check_free(70000)
@@ -95,10 +93,10 @@ def test_auto_with_a_dead_cluster_ends_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def answering(health: int, api: int = 500) -> Iterator[int]:
+def with_codes(health: int, api: int = 500) -> Iterator[int]:
     """A server on this machine that answers `/health` and everything else with these codes; yields its port."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             code = health if self.path == "/health" else api
             body = b'{"error_code": "UNAUTHENTICATED", "message": "You are not authenticated."}'
@@ -109,25 +107,17 @@ def answering(health: int, api: int = 500) -> Iterator[int]:
 
         do_POST = do_GET
 
-        def log_message(self, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as port:
+        yield port
 
 
 def test_a_missing_login_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    with answering(401) as port, pytest.raises(UserError, match="HTTP 401.*USERNAME") as error:
+    with with_codes(401) as port, pytest.raises(UserError, match="HTTP 401.*USERNAME") as error:
         usable_uri(f"http://127.0.0.1:{port}")
     refusal(error)
-    with answering(200, 401) as port, pytest.raises(UserError, match="asks for a login") as error:
+    with with_codes(200, 401) as port, pytest.raises(UserError, match="asks for a login") as error:
         StudyTracker.open(f"http://127.0.0.1:{port}", tmp_path, "x")
     refusal(error)
 
@@ -137,7 +127,7 @@ def test_loopback_goes_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "example.org")
-    with answering(200) as port:
+    with with_codes(200) as port:
         assert usable_uri(f"http://127.0.0.1:{port}/") == f"http://127.0.0.1:{port}"
     pass_proxies()
     assert os.environ["NO_PROXY"] == "example.org,localhost,127.0.0.1,::1"

@@ -8,10 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import psutil
 import pytest
 import requests
 import torch
-from helpers import free_port, serving
+from helpers import Quiet, answering, free_port, serving
 from hub_stand_in import hub_stand_in, point_at
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -171,27 +169,18 @@ def test_prompts_that_the_server_refuses_are_told(served: str, tmp_path: Path) -
 
 
 @contextmanager
-def answering(body: bytes, status: int = 200) -> Iterator[str]:
+def saying(body: bytes, status: int = 200) -> Iterator[str]:
     """A server that says the same to everyone."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 WEIGHTS = save({"layer.lora_A.weight": torch.ones(2, 3)})
@@ -207,7 +196,7 @@ def answer(weights: bytes = WEIGHTS, config: object = None) -> bytes:
 
 
 def test_an_answer_becomes_a_folder_and_replaces_an_earlier_adapter(tmp_path: Path) -> None:
-    with answering(answer()) as url:
+    with saying(answer()) as url:
         for _ in range(2):
             assert fetch_adapter(url, PROMPTS, str(tmp_path / "adapter")) == tmp_path / "adapter"
         (tmp_path / "mine").mkdir()
@@ -236,7 +225,7 @@ def test_an_answer_becomes_a_folder_and_replaces_an_earlier_adapter(tmp_path: Pa
 def test_what_is_no_adapter_is_refused_in_one_sentence(
     body: bytes, message: str, tmp_path: Path
 ) -> None:
-    with answering(body) as url, pytest.raises(UserError, match=message) as error:
+    with saying(body) as url, pytest.raises(UserError, match=message) as error:
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")
     assert "\n" not in str(error.value) and not (tmp_path / "adapter").exists()
 
@@ -246,7 +235,7 @@ def test_a_refusal_carries_the_servers_reason(tmp_path: Path) -> None:
         {"error_code": "BAD_REQUEST", "message": "row 0:\n`prompts` must be\na JSON list"}
     ).encode()
     with (
-        answering(refusal, 400) as url,
+        saying(refusal, 400) as url,
         pytest.raises(UserError, match="HTTP 400: row 0: `prompts` must be a JSON"),
     ):
         fetch_adapter(url, PROMPTS, tmp_path / "adapter")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import quote
-from urllib.request import urlopen
 
 import pytest
+from helpers import serving
 from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -32,37 +29,13 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return chosen.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def served(finished: tuple[Path, str]) -> Iterator[str]:
+def served(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the server that `make ui` starts, over the store of the finished sweep."""
-    port = free_port()
-    command = [sys.executable, "-m", "tuning.ui", "--port", str(port)]
-    process = subprocess.Popen(
-        command, cwd=finished[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_until_healthy(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urlopen(f"{address}/health", timeout=5).close()
-            return
-        except (URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-    pytest.fail(f"the server at {address} does not answer (exit status {process.poll()})")
+    command = [sys.executable, "-m", "tuning.ui"]
+    log = tmp_path_factory.mktemp("ui") / "log"
+    with serving(command, log, "health", folder=finished[0]) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
