@@ -12,7 +12,7 @@ from dnd.output import RECORD
 from output_checks import (
     PROMPTS,
 )
-from test_serving import answer, answering
+from test_serving import answer, saying
 
 from llgbm.generator import GeneratorConfig, make_generator
 from llgbm.generator.bundle import GeneratorBundle
@@ -48,7 +48,7 @@ def bundle(
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
-    with answering(answer()) as url:
+    with saying(answer()) as url:
         yield url
 
 
