@@ -77,7 +77,7 @@ def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: 
     generator = GeneratorBundle.load(
         Path(client.download_artifacts(run_id, "generator", str(folder)))
     ).generator
-    device = world.data.values_AV.device
+    device = world.data.device
     for part in ADAPTER_PARTS:
         rows = list(world.data.rows[part])
         adapters = generator.to(device).generate(world.data.conditions.evaluation_ANC[rows])
