@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llgbm.lora.adapters import LoraBatch, load_adapter
-from llgbm.runtime import UserError, content_hash, free_memory, say
+from llgbm.runtime import UserError, content_hash, free_memory, pick_device, say
 from llgbm.system.cache import build_entry
 from llgbm.teachers.bank import Bank
 
@@ -93,7 +93,8 @@ def is_streamed(n_values: int, stream: str = "auto") -> bool:
         )
     if stream != "auto":
         return stream == "on"
-    return 4 * IN_MEMORY * n_values > free_memory("cpu") / 2
+    free = min(free_memory("cpu"), free_memory(pick_device()))
+    return 4 * IN_MEMORY * n_values > free / 2
 
 
 def build_table(cache: Path, bank: Bank) -> BankTable:
