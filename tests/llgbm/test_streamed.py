@@ -14,10 +14,11 @@ import pytest
 import torch
 from test_evaluation_memory import Sizes
 
+from llgbm import estimate
 from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaCache
 from llgbm.estimate import BLOCKS, WorldSketch
-from llgbm.evaluation.baselines import evaluate_baselines
+from llgbm.evaluation.baselines import mean_adapter, nearest_teacher, no_adapter, teacher
 from llgbm.evaluation.metrics import evaluate_generator
 from llgbm.generator import generator_config
 from llgbm.generator.networks import Standardiser
@@ -42,6 +43,7 @@ def streamed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Experime
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of columns that the toy adapters have several of."""
     monkeypatch.setattr(table, "BLOCK_BYTES", 2**19)
+    monkeypatch.setattr(estimate, "BLOCK_BYTES", 2**19)
 
 
 def test_rows_have_the_bits_of_the_bank(world: World, streamed: ExperimentData) -> None:
@@ -82,9 +84,10 @@ def test_a_training_has_the_same_losses_bit_for_bit(
 
 
 def test_baselines_are_the_same(world: World, streamed: ExperimentData) -> None:
-    found = [evaluate_baselines(d, world.lora_model) for d in (world.data, streamed)]
-    first, second = ({n: r.metrics for n, r in one.items()} for one in found)
-    assert first == second
+    rows = list(world.data.rows["test"])
+    for baseline in (no_adapter, teacher, mean_adapter, nearest_teacher):
+        first, second = (baseline(d, world.lora_model, rows) for d in (world.data, streamed))
+        assert torch.equal(first, second)
 
 
 def test_deltas_are_measured_with_the_same_bits(world: World, tmp_path: Path) -> None:
