@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import tomllib
@@ -163,7 +164,7 @@ class Field:
         process.start()
         process.join(seconds)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with the programs that it started
             process.join()
         return json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
 

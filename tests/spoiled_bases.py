@@ -66,6 +66,10 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "quantised (bitsandbytes)",
     ),
     "quantised oddly": (lambda f: change(f / "config.json", quantization_config=[4]), "unnamed"),
+    "another head": (
+        lambda f: change(f / "config.json", architectures=["Qwen2ForSequenceClassification"]),
+        "a Qwen2ForSequenceClassification, whose head writes no text",
+    ),
     "no writer of text": (lambda f: change(f / "config.json", model_type="vit"), "token by token"),
 }
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
