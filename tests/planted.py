@@ -66,14 +66,18 @@ class Defect:
             yield
         finally:
             place.write_text(text, encoding="utf-8")
-            os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # what was compiled holds again
+            os.utime(
+                place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns)
+            )  # what was compiled holds again
 
 
 @functools.cache
 def places() -> dict[str, str]:
     """Return the files of tests by what follows `test_` in their names, which no two share."""
     found = (ROOT / "tests").rglob("test_*.py")
-    return {path.stem.removeprefix("test_"): str(path.relative_to(ROOT / "tests")) for path in found}
+    return {
+        path.stem.removeprefix("test_"): str(path.relative_to(ROOT / "tests")) for path in found
+    }
 
 
 @functools.cache
@@ -229,7 +233,9 @@ def toothless(defects: Iterable[Defect], say: Any = print) -> list[str]:
             say(f"{number}/{len(defects)} {'NOT SEEN' if lived else 'seen'} {defect.name}", *lived)
             wrong += [f"{test} passes with a defect in {defect.name}" for test in lived]
         outcomes = field.run(tests, seconds=1800)
-        wrong += [f"{test} {outcomes.get(test)} without a defect" for test in failing(tests, outcomes)]
+        wrong += [
+            f"{test} {outcomes.get(test)} without a defect" for test in failing(tests, outcomes)
+        ]
     return wrong
 
 
