@@ -122,7 +122,7 @@ def _child(copy: Path, base: Path, tests: Sequence[str], told: Path) -> None:
     """Run tests of the copy in this process, which ends with them."""
     import pytest
 
-    os.setsid()
+    os.setpgrp()
     log = os.open(base / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
