@@ -1,4 +1,4 @@
-"""Term, generator, encoder and suite of another package in a whole sweep: planned, trained, reported under their names."""
+"""Parts of another package in a whole sweep: planned, trained, reported under their names."""
 
 from __future__ import annotations
 
