@@ -4,7 +4,7 @@
     python benchmarks/bench_main_job.py --quick          # the smoke study; says nothing but that it runs
 
 Cold means an empty cache, so that the world is built first; warm is the same command again in another empty folder with
-that cache. The parts of the world are those that the command tells (`banks …: built in 154 s`); `sweep` is all the rest:
+that cache. The parts of the world are those that the command tells (`banks …: built in 154 s`); `sweep` is the rest:
 imports, Ray, trials, baselines, registration and report. Processor seconds are those of the command and of all that it
 waited for. The last line of standard output is one JSON object; see `record.py` for where it goes.
 """
@@ -45,8 +45,7 @@ def run_once(cache: Path, arguments: Sequence[str]) -> dict[str, Any]:
             [*command, "--cache", str(cache)],
             cwd=folder,
             check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
         )
     wall = time.perf_counter() - started
