@@ -16,9 +16,8 @@ COLOURS = """
   --band: #1f2329; } }
 * { box-sizing: border-box; }
 """
-# The marks of UTF-16 begin those of UTF-32.
+# The marks of UTF-16 begin those of UTF-32. That of UTF-8 stands around a text, as blanks do.
 MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -35,8 +34,7 @@ def decode(content: bytes, errors: str = "strict") -> str:
     """
     for mark, encoding in MARKS:
         if content.startswith(mark):
-            strict = "strict" if encoding != "utf-8-sig" else errors
-            return content.decode(encoding, strict)
+            return content.decode(encoding)
     return content.decode("utf-8", errors)
 
 

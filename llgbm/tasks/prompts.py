@@ -16,7 +16,7 @@ from llgbm.tasks.rows import SUFFIXES
 NEEDED = (
     "name a text file with one prompt a line or with blank lines between prompts, or one of JSON"
 )
-_FIRST_CHOICE = re.compile(r"\s*\(?[A1]\s*[:.)]\s*\S")
+_FIRST_CHOICE = re.compile(r"\s*[\[(]?\s*[A1]\s*[:.)\]]\s*\S")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises UserError for a missing, unreadable or empty file, and for a prompt that no tokenizer can read.
     """
-    text = read_text(path, NEEDED, "surrogateescape").lstrip("\ufeff")
+    text = read_text(path, NEEDED, "surrogateescape")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     prompts, how = _parted(path, text)
     prompts = check_prompts(prompts, str(path))
