@@ -117,7 +117,7 @@ def _versions_of(client: MlflowClient, study_id: str) -> list[ModelVersion]:
 def _pack_version(
     client: MlflowClient, version: ModelVersion, archive: zipfile.ZipFile, folder: Path
 ) -> dict[str, Any]:
-    from tuning.registry.register import bundle_of
+    from tuning.registry.fetch import bundle_of
 
     name = f"versions/{version.name}-{version.version}"
     _add(archive, bundle_of(client, version, folder), name)
