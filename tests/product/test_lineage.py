@@ -128,7 +128,7 @@ def edit_lineage(folder: Path, text: str) -> None:
         (edit_weights, "the weights of the adapter"),
         (lambda f: edit_config(f, lora_alpha=7), "the config of the adapter"),
         (lambda f: edit_lineage(f, "{"), "lineage is"),
-        (lambda f: edit_lineage(f, '{"version": 99}'), "another version"),
+        (lambda f: edit_lineage(f, '{"version": 99}'), "newer llgbm"),
         (lambda f: edit_lineage(f, '{"version": 1, "base": "x"}'), "no table of base"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), "truncated"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from tuning.registry.champions import Rivals
 from tuning.registry.fetch import BUNDLE_FILE
 from tuning.registry.register import Score, register_generator
 from tuning.registry.versions import RegisteredVersion
+from tuning.sweep.artifacts import PER_TASK, read_per_task
 from tuning.tracking.runs import finite
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def read_candidates(
     for trial in done:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(tracker.download_artifacts(trial.run_id, "per_task.json", folder))
-                figures = json.loads(path.read_text())["val"][metric.removeprefix("val/")]
+                path = Path(tracker.download_artifacts(trial.run_id, PER_TASK, folder))
+                figures = read_per_task(path)["val"][metric.removeprefix("val/")]
                 per_task = {str(task): float(value) for task, value in figures.items()}
                 if finite(per_task) != per_task:
                     raise ValueError(f"its {metric} by task is not finite")

@@ -24,6 +24,7 @@ from tuning.report.summaries import keep_summaries
 from tuning.report.words import caveats, count, headlines
 from tuning.tracking.study import StudyTracker
 
+FORMAT_VERSION = 1  # of results.json
 # Final metrics of the best trial that its study shows, too.
 NUMBERS = ("heldout/", "val/", "train/")
 PICTURES = (
@@ -69,7 +70,8 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
     (out / "results.json").write_text(
-        json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8"
+        json.dumps({"version": FORMAT_VERSION, **result_json(record)}, indent=1, allow_nan=False),
+        encoding="utf-8",
     )
     _write_csv(out / "results.csv", record)
 

@@ -32,6 +32,7 @@ from tuning.report.groups import (
 )
 from tuning.report.names import Renaming
 from tuning.report.plots import CURVES
+from tuning.sweep.artifacts import PER_TASK, read_per_task
 from tuning.tracking.notes import read_gates
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, measured, read_trials
 from tuning.tracking.store import connect, store_errors
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAPS_PER_SIZE = 4
-PER_TASK = "per_task.json"
 DELTAS = "deltas"
 OPENED_TAG = "llgbm.sealed_opened"
 
@@ -192,7 +192,7 @@ class _Artifacts:
             path = self._fetch(trial, PER_TASK)
             if path is None:
                 return {}
-            found = json.loads(path.read_text())["test"]["accuracy"]
+            found = read_per_task(path)["test"]["accuracy"]
             return {str(task): float(value) for task, value in found.items()}
         except (
             Exception

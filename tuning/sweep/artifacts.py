@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora.adapters import LoraBatch, adapter_config, write_adapter_files
+from llgbm.system.documents import check_format
 from llgbm.system.lineage import license_of
 from llgbm.training import Outcome
 from llgbm.world import World
@@ -25,6 +26,9 @@ from tuning.tracking.store import store_errors
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# Format of what a trial keeps: `per_task.json`, which names it, `config.json` and `deltas`. Version 1 did not name it.
+FORMAT_VERSION = 2
+PER_TASK = "per_task.json"
 ADAPTER_PARTS = ("val", "test")
 
 
@@ -107,12 +111,22 @@ def write_artifacts(
         (folder / "deltas").mkdir(exist_ok=True)
         tensors = {"predicted": result.delta_AD.cpu(), "teacher": result.teacher_delta_AD.cpu()}
         save_file(tensors, folder / "deltas" / f"{part}.safetensors", {"tasks": json.dumps(tasks)})
-    per_task = {
+    per_task: dict[str, Any] = {"version": FORMAT_VERSION}
+    per_task |= {
         part: {"accuracy": result.accuracy_by_task, "delta_cosine": result.cosine_by_task}
         for part, result in results.items()
     }
-    (folder / "per_task.json").write_text(json.dumps(per_task, indent=1))
+    (folder / PER_TASK).write_text(json.dumps(per_task, indent=1))
     (folder / "config.json").write_text(json.dumps(trial.config.as_dict(), indent=1))
+
+
+def read_per_task(path: Path) -> dict[str, Any]:
+    """Read numbers by task. Raises UserError for a file of a newer format, ValueError for one that is torn."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no table")
+    check_format(found.get("version", 1), FORMAT_VERSION, path.name)
+    return found
 
 
 def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
