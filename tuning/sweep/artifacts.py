@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
-from llgbm.lora.adapters import LoraBatch, adapter_config, write_adapter_files
+from llgbm.lora.adapters import LoraBatch, write_adapter_files
 from llgbm.system.documents import check_format
 from llgbm.system.lineage import license_of
 from llgbm.training import Outcome
@@ -33,22 +33,22 @@ ADAPTER_PARTS = ("val", "test")
 
 
 def write_adapters(
-    folder: Path, world: World, part: str, adapters: LoraBatch, tasks: Sequence[str]
+    folder: Path, world: World, part: str, adapters: LoraBatch, bundle: GeneratorBundle
 ) -> None:
-    """Write each adapter as a PEFT folder, `adapters/<part>/<task>/`."""
-    config = adapter_config(world.bank.spec, world.base.path)
-    for task, state in zip(tasks, adapters.to_state_dicts(), strict=True):
-        own = folder / "adapters" / part / task
+    """Write each adapter of a part as a PEFT folder with its lineage and card, `adapters/<part>/<task>/`."""
+    config, data = bundle.adapter_config(), world.data
+    for row, state in zip(data.rows[part], adapters.to_state_dicts(), strict=True):
+        own = folder / "adapters" / part / data.tasks[row]
         own.mkdir(parents=True)
-        write_adapter_files(own, state, config)
+        prompts = world.bank.prompts(data.adapter_ids[row])["evaluation"]
+        write_adapter_files(own, state, config, bundle.lineage(prompts))
 
 
 def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartResult]) -> None:
-    """Write the adapters that a trial generated for validation and test tasks."""
+    """Write the adapters that a trial generated for validation and test tasks beside its `generator`."""
+    bundle = GeneratorBundle.load(folder / "generator")
     for part in ADAPTER_PARTS:
-        write_adapters(
-            folder, world, part, results[part].adapters, list(results[part].accuracy_by_task)
-        )
+        write_adapters(folder, world, part, results[part].adapters, bundle)
 
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
@@ -67,7 +67,7 @@ def keep_best_adapters(
 ) -> None:
     """Generate the adapters of these trials again, from the generators that they kept, and log them.
 
-    `worlds` by trial id. A second call writes the same files. Raises UserError if the store fails.
+    `worlds` by trial id. A second call writes the same adapters. Raises UserError if the store fails.
     """
     for result in results:
         with store_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
@@ -76,16 +76,13 @@ def keep_best_adapters(
 
 
 def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: Path) -> None:
-    from llgbm.generator.bundle import GeneratorBundle
-
-    generator = GeneratorBundle.load(
-        Path(client.download_artifacts(run_id, "generator", str(folder)))
-    ).generator
+    bundle = GeneratorBundle.load(Path(client.download_artifacts(run_id, "generator", str(folder))))
     device = world.data.values_AV.device
     for part in ADAPTER_PARTS:
         rows = list(world.data.rows[part])
-        adapters = generator.to(device).generate(world.data.conditions.evaluation_ANC[rows])
-        write_adapters(folder, world, part, adapters, [world.data.tasks[row] for row in rows])
+        generator = bundle.generator.to(device)
+        adapters = generator.generate(world.data.conditions.evaluation_ANC[rows])
+        write_adapters(folder, world, part, adapters, bundle)
 
 
 def write_artifacts(
