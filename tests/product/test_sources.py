@@ -26,4 +26,6 @@ def test_a_method_names_its_source(name: str) -> None:
     _, found, source = text.partition("Source: ")
     assert found and (source.startswith("ours") or re.search(PAPER, source)), text
     # Identifiers of arXiv are year and month, a point, and four digits (until 2014) or five.
-    assert all(re.fullmatch(r"\d{4}\.\d{4,5}", one) for one in re.findall(r"arXiv ([\d.]+\d)", text))
+    assert all(
+        re.fullmatch(r"\d{4}\.\d{4,5}", one) for one in re.findall(r"arXiv ([\d.]+\d)", text)
+    )
