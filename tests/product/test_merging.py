@@ -39,8 +39,13 @@ def logits(model: Any) -> Tensor:
 
 
 def with_adapter(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
-    model = PeftModel.from_pretrained(model_of(base), str(folder))
-    return logits(model.to(dtype))
+    # PEFT casts what it loads to float32, unless it is told not to; the adapter is rounded as the base is.
+    model = PeftModel.from_pretrained(
+        model_of(base, dtype), str(folder), autocast_adapter_dtype=False
+    )
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return logits(model)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
