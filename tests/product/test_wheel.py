@@ -95,7 +95,10 @@ def like_pip() -> dict[str, str]:
         "find-links": "UV_FIND_LINKS",
         "cert": "SSL_CERT_FILE",
     }
-    return own | {named[key]: value for key, value in known.items() if key in named}
+    found = {named[key]: value for key, value in known.items() if key in named}
+    if "UV_FIND_LINKS" in found:  # pip parts several by spaces
+        found["UV_FIND_LINKS"] = ",".join(found["UV_FIND_LINKS"].split())
+    return own | found
 
 
 @pytest.fixture(scope="module")

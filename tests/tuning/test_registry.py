@@ -324,33 +324,23 @@ def test_a_registered_bundle_is_fetched_bit_by_bit(
     assert "tiny" in (fetch_bundle(address, study.tracking_uri) / "generator.json").read_text()
 
 
-def test_copies_of_killed_processes_are_deleted_by_the_next_fetch(
-    study: StudyTracker, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address = register(study, bundle).uri
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    left = tmp_path / "temporary" / f"{COPY}0123"
-    left.mkdir(parents=True)
-    (left / "generator.safetensors").write_bytes(b"0" * 1000)
-    left.with_suffix(LOCK).touch()  # the system gave the lock back when its process was killed
-    fetched = [fetch_bundle(address, study.tracking_uri) for _ in range(2)]
-    assert fetched[0] != fetched[1] and all((own / "generator.json").is_file() for own in fetched)
-    kept = {path.name for path in left.parent.iterdir()}
-    assert left.name not in kept and left.with_suffix(LOCK).name not in kept and len(kept) == 4
-
-
-def test_loading_a_generator_leaves_no_copy(
+def test_no_copy_of_a_generator_outlives_its_use(
     study: StudyTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = register(study, FOLDER / "bundles" / "default").uri
-    place = tmp_path / "temporary"
+    place, uri = tmp_path / "temporary", study.tracking_uri
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
-    bundle = load_bundle(address, study.tracking_uri)
-    assert bundle.facts["registered"] == f"{NAME}/1" and not list(place.iterdir())
+    assert load_bundle(address, uri).facts["registered"] == f"{NAME}/1"
     with pytest.raises(UserError, match="no version 7"):
-        load_bundle(f"models:/{NAME}/7", study.tracking_uri)
+        load_bundle(f"models:/{NAME}/7", uri)
     assert not list(place.iterdir())
+    (place / f"{COPY}left").mkdir()
+    (place / f"{COPY}left{LOCK}").touch()  # the system gave it back when its process was killed
+    fetched = [fetch_bundle(address, uri) for _ in range(2)]
+    assert fetched[0] != fetched[1] and all((own / "generator.json").is_file() for own in fetched)
+    kept = {path.name for path in place.iterdir()}
+    assert len(kept) == 4 and not kept & {f"{COPY}left", f"{COPY}left{LOCK}"}
 
 
 def test_the_store_can_come_from_the_environment_or_the_folder(
