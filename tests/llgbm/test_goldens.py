@@ -72,9 +72,11 @@ def test_logits_are_those_of_peft(
     ids, mask = adapters["ids"], adapters["mask"]
     with torch.no_grad():
         logits = lora_model.forward_with_lora(batch, ids, mask)
+        unpadded = lora_model.forward_with_lora(batch, ids[:1])  # the first text is the longest
     for index, own in enumerate(batch.to_state_dicts()):
         wanted = adapters[f"{index}.logits"]
         torch.testing.assert_close(logits[index][mask.bool()], wanted, **CLOSE)
+        torch.testing.assert_close(unpadded[index, 0], wanted[: ids.shape[1]], **CLOSE)
         parameters = lora_model.apply_lora_weights(own)
         merged = functional_call(lora_model.model, parameters, (ids, mask), tie_weights=True)
         torch.testing.assert_close(merged.logits[mask.bool()], wanted, **CLOSE)
