@@ -1,8 +1,9 @@
 """Datasets in files, whose rows `rows` and `forms` read. One dataset is one task.
 
 A dataset `X` lies in `X_train.json` (or `X.json`) and `X_test.json` or `X_validation.json` (also `_valid`, `_val`,
-`_dev`), or the same with `.jsonl`. Where there is one file only, half of its rows, at most 640, are kept from training. What is kept from training is
-parted in two: rows whose prompts condition a generator at evaluation, and rows to score on.
+`_dev`), or the same with `.jsonl`. Where there is one file only, half of its rows, at most 640, are kept from training.
+What is kept from training is parted in two: rows whose prompts condition a generator at evaluation, and rows to score
+on.
 """
 
 from __future__ import annotations
