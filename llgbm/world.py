@@ -112,10 +112,8 @@ class WorldConfig:
             raise UserError(
                 "a world of given teachers has no seed: leave --world-seed or --bank out"
             )
-        suite = self.suite
-        if isinstance(suite, SyntheticSuite):
-            suite = replace(suite, split_seed=seed)
         pretrain, teachers = replace(self.pretrain, seed=seed), replace(self.teachers, seed=seed)
+        suite = self.suite.with_seed(seed)
         return replace(self, suite=suite, pretrain=pretrain, teachers=teachers)
 
 
@@ -267,8 +265,7 @@ def gather_data(
     sets = delta_probe_sets(suite, bank, base)
 
     def table(probe_set: ProbeSet) -> DeltaTable:
-        store = DeltaCache.build(cache, base, bank, probe_set, batch)
-        return store.table(base, probe_set)
+        return DeltaCache.build(cache, base, bank, probe_set, batch).table(base, probe_set)
 
     rows, families = rows_by_part(suite, bank), tuple(suite.task(task).family for task in tasks)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
@@ -367,9 +364,7 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1)
-        if world.base is None
-        else world.suite,
+        suite=world.suite.toy() if world.base is None else world.suite,
         pretrain=replace(world.pretrain, steps=60, batch_size=32, target=0.0, rounds=1),
         teachers=replace(
             world.teachers,

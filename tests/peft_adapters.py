@@ -34,6 +34,8 @@ def train_with_peft(base: Base, folder: Path, **settings: Any) -> None:
             if "lora_" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if settings["target_modules"] == "all-linear":  # as older versions of PEFT leave it in the file
+        change(folder, target_modules="all-linear")
 
 
 def logits_of_peft(base: Base, folder: Path) -> Tensor:

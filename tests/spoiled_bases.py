@@ -52,7 +52,10 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no utf-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff\xfe"}'), "config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[1]"), "no JSON object"),
     "a pointer of a config": (lambda f: (f / "config.json").write_bytes(POINTER), "git lfs pull"),
-    "unknown type": (lambda f: change(f / "config.json", model_type="unheard"), "unheard"),
+    "unknown type": (
+        lambda f: change(f / "config.json", model_type="unheard"),
+        "knows no models of type 'unheard'",
+    ),
     "no type": (lambda f: change(f / "config.json", model_type=None), "config.json"),
     "code of its own": (
         lambda f: change(f / "config.json", model_type="mine", auto_map={"AutoConfig": "x.Mine"}),
@@ -63,6 +66,10 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "quantised (bitsandbytes)",
     ),
     "quantised oddly": (lambda f: change(f / "config.json", quantization_config=[4]), "unnamed"),
+    "another head": (
+        lambda f: change(f / "config.json", architectures=["Qwen2ForSequenceClassification"]),
+        "a Qwen2ForSequenceClassification, whose head writes no text",
+    ),
     "no writer of text": (lambda f: change(f / "config.json", model_type="vit"), "token by token"),
 }
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -87,7 +87,7 @@ def _defaults() -> dict[str, Any]:
 
 def check_types(config: Mapping[str, Any]) -> None:
     """Raise ValueError for fields of types that PEFT would not write."""
-    if not math.isfinite(float(config["lora_alpha"])):
+    if not 0 < float(config["lora_alpha"]) < math.inf:
         raise ValueError(f"its lora_alpha is {config['lora_alpha']}")
     base = config.get("base_model_name_or_path")
     if not (base is None or isinstance(base, str)):

@@ -6,9 +6,6 @@ from typing import Any
 
 from torch import nn
 
-# Parts of models that read images or sounds beside text.
-OTHER_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
-
 
 def is_conv1d(module: nn.Module) -> bool:
     """Say if a layer is GPT-2's Conv1D, a linear layer that keeps its weight as [in, out]."""
@@ -22,8 +19,7 @@ def text_layers(model: nn.Module) -> dict[str, nn.Module]:
     decoder = _ask(model, "get_decoder") or model
     inside = set(getattr(decoder, "language_model", decoder).modules()) - {head_of(model)}
     named = [(name, module) for name, module in model.named_modules() if module in inside]
-    linear = [(n, m) for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)]
-    return {name: module for name, module in linear if not OTHER_TOWERS & set(name.split("."))}
+    return {n: m for n, m in named if isinstance(m, nn.Linear) or is_conv1d(m)}
 
 
 def head_of(model: nn.Module) -> Any:

@@ -62,7 +62,24 @@ def read_config(folder: Path) -> PretrainedConfig:
                 folder, f"a {kind} model reads images beside text: name a model of text alone"
             )
         raise refusal(folder, f"a {kind} model does not write text token by token")
+    if other := _other_head(config):
+        raise refusal(folder, f"it is a {other}, whose head writes no text: name a model that does")
     return config
+
+
+def _other_head(config: PretrainedConfig) -> str | None:
+    """Return the class of a checkpoint whose head is known to the library as one of another task."""
+    from transformers.models.auto import modeling_auto
+
+    kind, named = config.model_type, config.architectures
+    if not isinstance(named, list) or not named:
+        return None
+    writes = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    for task in ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"):
+        other = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(kind)
+        if named[0] == other != writes:
+            return other
+    return None
 
 
 def _unknown_type(kind: Any) -> str:

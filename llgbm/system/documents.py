@@ -16,9 +16,8 @@ COLOURS = """
   --band: #1f2329; } }
 * { box-sizing: border-box; }
 """
-# The marks of UTF-16 begin those of UTF-32.
+# The marks of UTF-16 begin those of UTF-32. That of UTF-8 stands around a text, as blanks do.
 MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -28,6 +27,17 @@ MARKS = (
 AROUND = "\ufeff \t\r\n"
 
 
+def check_format(version: Any, newest: int, what: str) -> None:
+    """Raise UserError for a format that is newer than this program, ValueError for no number; `what` names the file."""
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"version {version!r}")
+    if version > newest:
+        raise UserError(
+            f"{what} is of format {version}, and this version of llgbm reads formats up to {newest}: "
+            "install a newer llgbm"
+        )
+
+
 def decode(content: bytes, errors: str = "strict") -> str:
     """Decode the content of a file: UTF-8, or what its byte-order mark says. Raises ValueError for other bytes.
 
@@ -35,8 +45,7 @@ def decode(content: bytes, errors: str = "strict") -> str:
     """
     for mark, encoding in MARKS:
         if content.startswith(mark):
-            strict = "strict" if encoding != "utf-8-sig" else errors
-            return content.decode(encoding, strict)
+            return content.decode(encoding)
     return content.decode("utf-8", errors)
 
 

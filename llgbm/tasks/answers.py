@@ -29,8 +29,8 @@ _CORRECTION = re.compile(
 )
 _WORDS = r"(?:\s+[\w'-]+){0,5}?"
 VERDICT = (
-    rf"\b(?:answer|choice|option|solution|guess|pick|one)\b(?:{_WORDS}\s+(?:is|equals|(?:should|must|would|will|has to)"
-    r"\s+be)\b|\s*[:=])\s*:?\s*"
+    rf"\b(?:answer|choice|option|letter|solution|guess|pick|one)\b(?:{_WORDS}\s+"
+    r"(?:is|equals|(?:should|must|would|will|has to)\s+be)\b|\s*[:=])\s*:?\s*"
 )
 NOT = (
     r"(?:\bnot|n't|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\brul(?:e|es|ed|ing) out"
@@ -50,11 +50,9 @@ def cut(response: str) -> str:
 
 def plain_markup(text: str) -> str:
     """Return a text without emphasis, quotes, code marks and LaTeX's commands for text."""
-    return (
-        re.sub(r"```\w*|[*`\"\u201c\u201d]", "", plain_commands(text, ""))
-        .replace("\u2019", "'")
-        .strip()
-    )
+    text = re.sub(r"```\w*|[*`\"\u201c\u201d]", "", plain_commands(text, ""))
+    text = re.sub("[\u2018\u2019]", "'", text)
+    return re.sub(r"(?<!\w)'(\w)'(?!\w)", r"\1", text).strip()
 
 
 def plain_commands(text: str, before: str) -> str:
@@ -90,18 +88,18 @@ def read_text(response: str) -> str | None:
 _ADVERB = r"(?:(?:necessarily|entirely|completely|actually|really|always|quite|exactly|strictly|generally)\s+)?"
 _BOTH = re.compile(
     r"\[?\btrue\b\]?\s*(?:/|,|\bor\b)\s*\[?\bfalse\b\]?|\[?\bfalse\b\]?\s*(?:/|,|\bor\b)\s*\[?\btrue\b\]?"
-    r"|\bneither true nor false\b|\byes\s*(?:/|or)\s*no\b|\bno\s*(?:/|or)\s*yes\b",
+    r"|\bneither true nor false\b|\byes\s*(?:/|or|and)\s*no\b|\bno\s*(?:/|or|and)\s*yes\b",
     re.I,
 )
-_TRUE = ("true", "yes", "correct", "right", "accurate", "t")
+_TRUE = ("true", "yes", "yep", "yeah", "correct", "right", "accurate", "t")
 _TRUTH_TIERS = (
     r"(?:\\boxed\s*\{|<answer>|####)\s*\[?(true|false|yes|no)\b",
     r"\[\s*(true|false)\s*\]",
     rf"{VERDICT}\W{{0,3}}(true|false|yes|no)\b",
-    r"^\W{0,3}(true|false|yes|no)\b(?! (?:one|idea|information|way)\b)",
+    r"^\W{0,3}(true|false|yes|yep|yeah|no|nope)\b(?! (?:one|idea|information|way)\b)",
     r"\b(true|false)\b",
     r"^\W*(t|f|correct|incorrect|right|wrong)\W*$",
-    r"\b(?:statement|claim|assertion|sentence|this|that|it)\s+(?:is|was)\s+(correct|right|accurate|incorrect|wrong"
+    r"\b(?:statement|claim|assertion|sentence|this|that|it)(?:\s+(?:is|was)|'s)\s+(correct|right|accurate|incorrect|wrong"
     r"|inaccurate)\b",
 )
 

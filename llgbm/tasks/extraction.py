@@ -13,9 +13,11 @@ from llgbm.tasks.picks import ChoiceReader
 
 Kind = Literal["choice", "truth", "number", "text"]
 # Raised when a response may be read as another answer than before: accuracies of datasets in files depend on it.
-READING_VERSION = 1
+READING_VERSION = 2
 KINDS: tuple[Kind, ...] = ("choice", "truth", "number", "text")
-_CHOICE_LINE = re.compile(r"^\s*(?P<label>[A-Z]|\d)\s*[:.)]\s*(?P<text>\S.*)$")
+_CHOICE_LINE = re.compile(
+    r"^\s*(?:[\[(]\s*)?(?P<label>[A-Z]|\d)\s*(?:[\])]\s*[:.]?|[:.])\s*(?P<text>\S.*)$"
+)
 _CLOSING_LINE = re.compile(r"^please answer the question choosing from\b", re.I)
 _ASKED: Mapping[Kind, re.Pattern[str]] = {
     "choice": re.compile(r"\[(?:[A-Z]|\d)\]"),
@@ -29,9 +31,10 @@ INVISIBLE = dict.fromkeys([0xFEFF, 0x00AD, 0x200B, 0x2060])
 
 
 def choices(prompt: str) -> dict[str, str]:
-    """Choices that a prompt offers, by label: its last run of lines `A: …`, `B: …` (or `1: …`) from the first on.
+    """Choices that a prompt offers, by label: its last run of lines `A: …`, `B: …` from the first on.
 
-    Lines of the question itself that look alike (`A: …` in a dialogue) belong to an earlier run. Empty for none.
+    Labels may be numbers, and stand in brackets. Lines of the question itself that look alike (`A: …` in a dialogue)
+    belong to an earlier run. Empty for none.
     """
     runs: list[dict[str, str]] = []
     for line in prompt.splitlines():

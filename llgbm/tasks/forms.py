@@ -150,7 +150,7 @@ def _turn(turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise BadRow(f"has a turn that is a {type(turn).__name__} and no object")
     named = turn.get("role", turn.get("from"))
-    role = ROLES.get(named) if isinstance(named, str) else None
+    role = ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
         raise BadRow(f"has a turn of {str(named)[:40]!a}, which is none of system, user, assistant")
     content = turn.get("content", turn.get("value"))

@@ -22,6 +22,7 @@ _PICKED = (
 )
 _IS = r"(?:is|would\s+be|must\s+be|seems(?:\s+to\s+be)?)\s+(?:(?:the|most|my|probably|clearly|only)\s+)*"
 _SO = r"\b(?:so|thus|therefore|hence|but)\b,?\s+(?:(?:it\s+is|it's|it\s+must\s+be|must\s+be)\s+)?"
+_SURELY = r"definitely|certainly|clearly|surely|probably"
 # Before the text of a choice.
 _NAMES = rf"(?:{VERDICT}|\\boxed\s*\{{|<answer>|\bit\s+is\s+|\bit's\s+|{_PICKED}\s)"
 
@@ -123,7 +124,8 @@ class ChoiceReader:
             text,
             rf"\b(?i:option|choice|pick|choose|select|letter|label)\s+({final})",
             rf"(?i:{_SO})({label})(?=\W*$|[.,\n])",
-            rf"\b(?i:it\s+is|it's|it\s+must\s+be)\s+({label})(?=\W*$|[.,\n])",
+            rf"\b(?i:it\s+is|it's|must\s+be|{_SURELY})\s+({label})(?=\W*$|[.,\n])",
+            rf"(?<!\w)({self.listed})\s+is\W*$",
         )
         yield self._find(text, rf"(?:\n|[.!?]\s)\W{{0,3}}({label})\W{{0,2}}$")
 
@@ -133,7 +135,7 @@ class ChoiceReader:
         if alone:
             return alone
         counted = self._find(text, rf"(?<!\w)({self.listed})[).:]\s")
-        if len(counted) >= min(3, len(self.offered)):
+        if len(counted) >= min(3, len(self.offered) or 3):
             return set()
         start = rf"^\W{{0,3}}(?:(?i:option|choice|answer)\s+)?({self.label})"
         found = self._find(text, rf"{start}(?:\W{{0,2}}$|[.):,;]|\s*[-\u2013\n]|\s+(?:{_SINCE})\b)")

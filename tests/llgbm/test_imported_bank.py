@@ -325,8 +325,8 @@ def lay_out(foreign: Path, root: Path, places: dict[str, float]) -> None:
     ("places", "wanted"),
     [
         (
-            ["ARC-e/checkpoint-50", "ARC-e/checkpoint-100", "BoolQ/checkpoint-50"],
-            ["ARC-e/checkpoint-100", "ARC-e/checkpoint-50", "BoolQ/checkpoint-50"],
+            ["ARC-e/checkpoint-50", "ARC-e/checkpoint-600", "ARC-e/checkpoint-1000"],
+            ["ARC-e/checkpoint-1000", "ARC-e/checkpoint-600", "ARC-e/checkpoint-50"],
         ),
         (["ARC-e", "ARC-e/checkpoint-50"], ["ARC-e", "ARC-e/checkpoint-50"]),
         (["ARC-e/final", "BoolQ/final"], ["ARC-e/final", "BoolQ/final"]),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from llgbm.__main__ import main
 from llgbm.models.load import Base
-from llgbm.tasks.extraction import extract
+from llgbm.tasks.extraction import choices, extract
 
 TEACHERS = ["teachers", "--data", "data", "--tasks", "river", "--steps", "1", "--checkpoints", "1"]
 TEACHERS += ["--every", "1", "--max-tokens", "2", "--out", "bank", "--base"]
@@ -163,19 +163,38 @@ def test_prompts_of_several_lines_are_as_many_as_they_are(
     assert "prompt 2 of odd.json" in one_sentence(capsys) and not (user / "other").exists()
 
 
-ASKED = "Which is it?\n[A] a dog\n[B] a cat\n[C] a cow"
+LAYOUTS = ("[{}] {}", "({}) {}", "{}: {}", "{}. {}", "{}) {}")
+ANIMALS = {"A": "a dog", "B": "a cat", "C": "a cow"}
 ANSWERS = [
     ("choice", "[B], a cat, as (C) is no pet.", "B"),
     ("choice", "The answer is B, a cat. [A] is a dog.", "B"),
     ("choice", "B is the correct answer.", "B"),
     ("choice", "\\boxed{B}", "B"),
     ("choice", "I would go with B.", "B"),
+    ("choice", "B) a cat\nA is a dog.", "B"),
+    ("choice", "A.", "A"),
+    ("choice", "a cat", "B"),
+    ("choice", "A cat.", "B"),
+    ("choice", "It is a cat", "B"),
+    ("choice", "The answer is 'B'.", "B"),
+    ("choice", "The letter is B", "B"),
+    ("choice", "Must be B.", "B"),
+    ("choice", "Definitely B!", "B"),
+    ("choice", "C is not correct, B is.", "B"),
+    ("choice", "A. No wait, B.", "B"),
     ("number", "The answer is 20 - 5 = 15.", "15"),
     ("number", "#### 3/4", "3/4"),
+    ("truth", "That's right", "True"),
+    ("truth", "Yes and no", None),
+    ("truth", "Nope", "False"),
+    ("truth", "Yep, it is.", "True"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "text", "wanted"), ANSWERS, ids=[text for _, text, _ in ANSWERS])
-def test_an_answer_is_what_its_sentence_says(kind: str, text: str, wanted: str) -> None:
-    found = extract(kind, ASKED, text)
-    assert found == wanted or (text == "#### 3/4" and found is None)
+def test_an_answer_is_what_its_sentence_says(kind: str, text: str, wanted: str | None) -> None:
+    for layout in LAYOUTS:
+        lines = [layout.format(*choice) for choice in ANIMALS.items()]
+        asked = "\n".join(["Which is it?", *lines])
+        assert choices(asked) == ANIMALS
+        assert extract(kind, asked, text) == wanted

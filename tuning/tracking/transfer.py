@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, say
+from llgbm.system.documents import check_format
 from llgbm.system.output import disk_errors
 from tuning.tracking.curves import read_points
 from tuning.tracking.ownership import DRIVER_TAG, HOLD_TAG
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-FORMAT = "llgbm study 1"
+FORMAT_VERSION = 1
+FORMAT = "llgbm study"
 CONTENT = "study.json"
 # Of MLflow's own tags, those that describe a run; the others are of the process that made it.
 KEPT_TAGS = ("mlflow.note.content", "mlflow.runName", PARENT_TAG)
@@ -80,7 +82,7 @@ def _pack(
         _pack_folder(client, run.info.run_id, archive, folder)
     versions = _versions_of(client, parent.data.tags[STUDY_ID_TAG])
     content = {
-        "format": FORMAT,
+        "format": f"{FORMAT} {FORMAT_VERSION}",
         "parent": run_id,
         "experiment": client.get_experiment(experiment_id).name,
         "runs": [_described(run, points[run.info.run_id]) for run in runs],
@@ -117,7 +119,7 @@ def _versions_of(client: MlflowClient, study_id: str) -> list[ModelVersion]:
 def _pack_version(
     client: MlflowClient, version: ModelVersion, archive: zipfile.ZipFile, folder: Path
 ) -> dict[str, Any]:
-    from tuning.registry.register import bundle_of
+    from tuning.registry.fetch import bundle_of
 
     name = f"versions/{version.name}-{version.version}"
     _add(archive, bundle_of(client, version, folder), name)
@@ -187,13 +189,17 @@ def _read(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(archive.read(CONTENT))
         known = {run["id"] for run in content["runs"]}
-        whole = content["format"] == FORMAT and content["parent"] in known
+        kind, _, version = content["format"].rpartition(" ")
+        check_format(int(version), FORMAT_VERSION, str(file))
+        whole = kind == FORMAT and content["parent"] in known
         _summary(content)
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is no exported study of this program ({error!r})") from error
     names = [PurePosixPath(name) for name in archive.namelist()]
     if not whole or any(name.is_absolute() or ".." in name.parts for name in names):
-        raise UserError(f"{file} is no exported study of this program, or of a newer version")
+        raise UserError(f"{file} is no exported study of this program")
     damaged = archive.testzip()
     if damaged:
         raise UserError(f"{file} is damaged at {damaged}: export the study again")
