@@ -89,7 +89,7 @@ class BaseShape:
             first_linear=sum(n for name, n in sizes.items() if _reads_the_embedding(name)),
             first_adapted=spec.rank * sum(m.n_in for m in first),
             low=spec.rank * len(spec.modules),
-            element=model.get_input_embeddings().weight.element_size(),
+            element=model.get_input_embeddings().get_parameter("weight").element_size(),
             last_linear=lean * sum(n for name, n in sizes.items() if _is_at_marks(name, last)),
             last_adapted=lean
             * spec.rank

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,17 +31,17 @@ IN_MEMORY = 2
 
 @dataclass(frozen=True)
 class BankTable:
-    """Table [A, V] in a file, float32. Indexing by rows reads these alone; nothing stays mapped, pickles are short."""
+    """Table [A, V] in a file, float32. Indexing by rows reads these alone, and a pickle holds the file's name only.
+
+    The file is read, not mapped: mapped pages count as memory of the trial.
+    """
 
     path: Path
 
-    def _mapped(self, mode: str = "r") -> np.ndarray:
-        return np.load(self.path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
-
     @property
     def shape(self) -> tuple[int, int]:
-        rows, values = self._mapped().shape
-        return rows, values
+        with self.path.open("rb") as stream:
+            return _read_shape(stream)
 
     @property
     def nbytes(self) -> int:
@@ -51,23 +52,44 @@ class BankTable:
         return self.shape[0]
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Tensor:
-        return torch.from_numpy(np.array(self._mapped()[rows]))
+        n_rows, width = self.shape
+        wanted = range(n_rows)[rows] if isinstance(rows, slice) else rows
+        return self._read(wanted, 0, width)
+
+    def _read(self, rows: Sequence[int], first: int, last: int) -> Tensor:
+        """Read the columns from `first` to before `last` of some rows. Raises UserError for a torn file."""
+        found = np.empty((len(rows), last - first), np.float32)
+        with self.path.open("rb") as stream:
+            n_rows, width = _read_shape(stream)
+            begins = stream.tell()
+            for place, row in enumerate(rows):
+                stream.seek(begins + found.itemsize * (range(n_rows)[row] * width + first))
+                own = np.fromfile(stream, np.float32, last - first)
+                if len(own) < last - first:
+                    raise UserError(f"{self.path} is torn: remove its folder, it is built again")
+                found[place] = own
+        return torch.from_numpy(found)
 
     def columns(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yield the values of some rows, block of columns after block, each [rows, columns]."""
-        mapped = self._mapped()
-        width = max(1024, BLOCK_BYTES // (4 * len(rows)) // 1024 * 1024)
-        for start in range(0, mapped.shape[1], width):
-            block = mapped[:, start : start + width]
-            yield torch.from_numpy(np.stack([block[row] for row in rows]))
+        width, n_values = max(1024, BLOCK_BYTES // (4 * len(rows)) // 1024 * 1024), self.shape[1]
+        for start in range(0, n_values, width):
+            yield self._read(rows, start, min(start + width, n_values))
 
     def lazy(self) -> Tensor:
-        """Return the table as a tensor whose pages are read when they are used, for a pass over all rows."""
-        return torch.from_numpy(self._mapped("c"))
+        """Return the table as a tensor whose pages are read when they are used, for one pass over all rows."""
+        return torch.from_numpy(np.load(self.path, mmap_mode="c", allow_pickle=False))
 
     def to(self, device: str | torch.device) -> BankTable:
         """Return itself: rows go to a device when they are read."""
         return self
+
+
+def _read_shape(stream: BinaryIO) -> tuple[int, int]:
+    """Read the header of a table; return its rows and columns."""
+    np.lib.format.read_magic(stream)
+    (rows, columns), _, _ = np.lib.format.read_array_header_1_0(stream)
+    return rows, columns
 
 
 def open_values(

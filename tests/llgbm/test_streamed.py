@@ -65,6 +65,26 @@ def test_means_and_deviations_have_the_same_bits(world: World, streamed: Experim
     assert torch.equal(whole.mean_V, pieces.mean_V) and torch.equal(whole.scale_V, pieces.scale_V)
 
 
+def test_the_file_is_not_mapped(world: World, streamed: ExperimentData) -> None:
+    """Mapped pages count as memory of the trial: a pass over all columns would hold the whole table."""
+    values, maps = streamed.values_AV, Path("/proc/self/maps")
+    assert isinstance(values, BankTable)
+    if not maps.is_file():
+        pytest.skip("this system does not list what a process has mapped")
+    for _ in values.columns([0, 1]):
+        assert str(values.path.parent) not in maps.read_text()
+    kept = values.lazy()
+    assert kept.is_contiguous() and str(values.path.parent) in maps.read_text()
+
+
+def test_a_torn_table_is_said(streamed: ExperimentData, tmp_path: Path) -> None:
+    values = streamed.values_AV
+    assert isinstance(values, BankTable)
+    (tmp_path / "values.npy").write_bytes(values.path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is torn"):
+        BankTable(tmp_path / "values.npy")[:]
+
+
 @pytest.mark.parametrize("generator", ["default", "hyperconv"])
 def test_a_training_has_the_same_losses_bit_for_bit(
     generator: str, world: World, streamed: ExperimentData, config: TrainingConfig

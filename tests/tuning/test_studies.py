@@ -207,6 +207,11 @@ def test_what_does_not_go_together_is_one_sentence(arguments: list[str], words: 
         (["--search", "random", "--lambda-delta", "0", "--probe-chunk", "1"], "--probe-chunk is"),
         (["--probe-chunk", "64"], "splits nothing"),
         (["--keep-best", "2"], "--keep-best is for --keep-artifacts best"),
+        (
+            ["--stream-bank", "often"],
+            "unknown choice for --stream-bank 'often'; there are: auto, on, off",
+        ),
+        (["--stream-bank", "on", "--address", "auto"], "reads a file of this machine"),
         (["--keep-artifacts", "best", "--keep-best", "0"], "at least 1"),
         (["--keep-artifacts", "some"], "all, best, none"),
         (["--retry-failed", "--search", "random", "--num-samples", "3"], "no new points"),
