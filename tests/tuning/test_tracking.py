@@ -19,11 +19,13 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port, mlflow_server, serving
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
 
 from llgbm.runtime import UserError
 from tuning.registry import Score, fetch_bundle, register_generator
 from tuning.tracking.runs import TrackingTarget, read_trials
-from tuning.tracking.store import connect, local_tracking_uri, redact
+from tuning.tracking.store import connect, local_tracking_uri, open_experiment, redact
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import FLUSH_ENTRIES, TrialTracker, finished_result
 
@@ -147,6 +149,25 @@ def test_a_study_is_continued_under_the_run_that_it_has(tmp_path: Path) -> None:
     assert study.begin("study", "id", {"steps": 5}, {}) == first
     study.supersede_study("id")
     assert study.begin("study", "id", {"steps": 5}, {}) != first
+
+
+def test_two_who_create_an_experiment_at_once_share_it(
+    study: StudyTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a server no lock is held between looking and creating."""
+    other = connect(study.tracking_uri)
+    find = type(study.client).get_experiment_by_name
+
+    def find_then_create(client: MlflowClient, name: str) -> Experiment | None:
+        found = find(client, name)
+        if found is None:
+            other.create_experiment(name)
+        return found
+
+    monkeypatch.setattr(type(study.client), "get_experiment_by_name", find_then_create)
+    own = open_experiment(study.client, "shared", None)
+    monkeypatch.undo()
+    assert own == open_experiment(other, "shared", None)
 
 
 def test_a_trial_opened_again_with_other_values_is_refused(study: StudyTracker) -> None:

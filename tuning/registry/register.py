@@ -38,6 +38,7 @@ from tuning.registry.versions import (
     versions_of,
 )
 from tuning.tracking.runs import finite
+from tuning.tracking.store import unless_there
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,7 +108,8 @@ def register_generator(
     rounded = {task: round(value, 6) for task, value in sorted(score.per_task.items())}
     all_tags[PER_TASK_TAG] = json.dumps(rounded)
     with registry_client(tracking_uri) as client:
-        _create_registered_model(client, name)
+        with unless_there():
+            client.create_registered_model(name)
         version = _find_version(client, name, all_tags) or _create_version(
             client, run_id, bundle, name, all_tags
         )
@@ -163,16 +165,6 @@ def _checked(folder: Path, asked: str) -> Path:
             "models:/name@alias."
         )
     return folder
-
-
-def _create_registered_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,23 @@ from tuning.tracking.runs import (
 from tuning.tracking.store import logins
 from tuning.tracking.study import StudyTracker
 
+HANDED_OUT_AGAIN = 3
+
+
+class GivenUp:
+    """Count how often Ray gave each trial up: whatever `max_failures`, it does if a reused worker died between trials.
+
+    Such a trial is handed out again, a few times. The searcher and the watcher count apart: they may be pickled apart.
+    """
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+
+    def starts_again(self, trial_id: str) -> bool:
+        """Return True if a trial that was given up just now is to be handed out again."""
+        self._times[trial_id] += 1
+        return self._times[trial_id] <= HANDED_OUT_AGAIN
+
 
 class QueueSearcher(Searcher):
     """Adapt a `TrialQueue` to Ray Tune: suggest `{"trial": TrialSpec}`, pass on results and ends.
@@ -41,16 +59,17 @@ class QueueSearcher(Searcher):
 
     def __init__(self, queue: TrialQueue) -> None:
         super().__init__()
-        self._queue = queue
+        self._queue, self._given_up = queue, GivenUp()
         self._trials: dict[str, TrialSpec] = {}
+        self._again: list[TrialSpec] = []
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial, None to be asked again later, or `Searcher.FINISHED`."""
-        spec = self._queue.ask()
+        """Return the next trial, None to be asked again later, or `Searcher.FINISHED` once no trial is open."""
+        spec = self._again.pop() if self._again else self._queue.ask()
         if spec is not None:
             self._trials[trial_id] = spec
             return {"trial": spec}
-        if self._queue.is_done():
+        if self._queue.is_done() and not self._trials:
             return Searcher.FINISHED
         return None
 
@@ -63,7 +82,9 @@ class QueueSearcher(Searcher):
     ) -> None:
         """Pass the end on; a trial without error and without result was interrupted and stays open."""
         spec = self._trials.pop(trial_id)
-        if error:
+        if error and self._given_up.starts_again(spec.id):
+            self._again.append(spec)
+        elif error:
             self._queue.tell(spec, None)
         elif result is not None:
             self._queue.tell(spec, result)
@@ -96,6 +117,7 @@ class Watcher(tune.Callback):
         self._seen: dict[str, int] = {}
         self._run_ids: dict[str, str] = {}
         self._pending: list[Callable[[], object]] = []
+        self._given_up = GivenUp()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the bar behind: over `ray://` none is shown."""
@@ -127,14 +149,17 @@ class Watcher(tune.Callback):
             self._end(spec, "FINISHED", stop)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Record why the worker of a trial died; Ray starts it again."""
+        """Record why the worker of a trial died; it is started again."""
         spec, cause = trial.config["trial"], death_of(trial)
         logger.warning("the worker of trial %s died and is started again: %s", spec.id, cause)
         self._update(partial(self._tracker.tag_trial, spec.id, {DEATH_TAG: cause}))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Set the status of a trial that Ray gave up."""
-        tags = {ERROR_TAG: "its worker died and could not be started again"}
+        """Record why Ray gave a trial up; set its status if it is not handed out again."""
+        if self._given_up.starts_again(trial.config["trial"].id):
+            self.on_trial_recover(iteration, trials, trial)
+            return
+        tags = {ERROR_TAG: f"its worker died {HANDED_OUT_AGAIN + 1} times before it started"}
         self._end(trial.config["trial"], "FAILED", tags)
 
     def _end(self, spec: TrialSpec, status: str, tags: Mapping[str, str]) -> None:

@@ -344,10 +344,28 @@ def make_database(path: Path) -> None:
     os.replace(aside, path)
 
 
+@contextmanager
+def unless_there() -> Iterator[None]:
+    """Let the creation of something pass that another process has created since it was looked for."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Return the id of an experiment, new or found, with its `artifacts` there if it is new.
+
+    Raises UserError if it was deleted.
+    """
     found = client.get_experiment_by_name(name)
     if found is None:
-        return client.create_experiment(name, artifact_location=artifacts)
+        with unless_there():
+            client.create_experiment(name, artifact_location=artifacts)
+        found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "active":
         return found.experiment_id
     raise UserError(
