@@ -33,7 +33,7 @@ logger = logging.getLogger("llgbm")
 MASK = "***"
 SHORTEST = 6  # letters of a secret that is looked for by its value
 # A password may hold a slash that should have been encoded; in `host:5000/x@y` there is none.
-LOGIN = re.compile(r"(?<=://)(?:[^\s/]*@|[^\s/:@]+:(?!\d+/)[^\s\"'@]*@)")
+LOGIN = re.compile(r"(?<=://)(?:[^\s/]*@|[\w.%+~-]+:(?!\d+/)[^\s\"'@]*@)")
 NAMED = re.compile(
     r"(?<![\w-])(password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|sig|signature)"
     r"([\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+",

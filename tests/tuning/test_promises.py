@@ -19,6 +19,7 @@ from llgbm.world import WorldConfig
 from tuning.arguments import parse_arguments
 from tuning.registry import Score, register_generator
 from tuning.registry.champions import champion_history, promote
+from tuning.registry.commands import list_models
 from tuning.registry.register import read_candidates
 from tuning.registry.turns import TURN_TAG, turn
 from tuning.registry.versions import aliases_of
@@ -126,6 +127,29 @@ def test_a_trial_that_another_finished_meanwhile_is_adopted(study: StudyTracker)
     (found,) = read_trials(study.tracking_uri, study.parent_run_id)
     assert (found.run_id, found.status) == (run_id, "FINISHED")
     assert MEMBER_TAG + study.parent_run_id in study.client.get_run(run_id).data.tags
+
+
+@pytest.mark.parametrize("what", ["models list", "a sweep in another experiment"])
+def test_whatever_starts_on_a_store_marks_what_dead_drivers_left(
+    study: StudyTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from tuning import run_ablation
+
+    run_id = opened(study, trial(0))
+    study.set_tags({f"{own.DRIVER_TAG}dead": _gone().as_text()})
+    if what == "models list":
+        list_models(study.tracking_uri)
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(run_ablation, "check_not_run", _enough)
+        asked = ["--smoke", "--experiment", "elsewhere", "--cache", str(tmp_path)]
+        with pytest.raises(UserError, match="enough"):
+            run_ablation.run(parse_arguments(asked))
+    assert status(study, run_id) == status(study, study.parent_run_id) == "KILLED"
+
+
+def _enough(*_: str) -> None:
+    raise UserError("enough was seen")
 
 
 def remove_artifacts(folder: Path, run_id: str) -> None:

@@ -200,7 +200,7 @@ def _read(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         known = {run["id"] for run in content["runs"]}
         whole = content["format"] == FORMAT and content["parent"] in known
         whole = whole and all(map(_is_whole, content["runs"]))
-        folders = [f"artifacts/{run_id}" for run_id in known]
+        folders = [str(PurePosixPath("artifacts", run_id)) for run_id in known]
         folders += [version["folder"] for version in content["versions"]]
         _summary(content)
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
