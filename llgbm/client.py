@@ -127,6 +127,8 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
         weights = base64.b64decode(row["adapter_safetensors_base64"], validate=True)
         config = json.loads(row["adapter_config"])
         whole = _is_safetensors(weights) and config["peft_type"] == "LORA"
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise UserError(
             f"the server at {url} answers no adapter: it serves something else than a generator"
@@ -137,10 +139,15 @@ def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Say if the bytes are as long as their header says, and a lineage in it can be read."""
+    """Say if the bytes are as long as their header says, and a lineage in it can be read.
+
+    Raises UserError for a lineage of a newer format.
+    """
     try:
         split_weights(data)
         read_lineage(data)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError):
         return False
     return True

@@ -125,7 +125,11 @@ def compute_base_activation(base: Base, probe_set: ProbeSet) -> Tensor:
 def compute_adapter_delta(
     base: Base, spec: LoraSpec, adapter: StateDict, probe_set: ProbeSet, base_activation: Tensor
 ) -> Tensor:
-    """Δ of one adapter on shared probes, [D]. Raises ValueError if `base_activation` has another width."""
+    """Δ of one adapter on shared probes, [D]. Raises ValueError if `base_activation` has another width.
+
+    Source: Xu et al. 2025, "Delta Activations: A Representation for Finetuned Large Language Models" (arXiv
+    2509.04442).
+    """
     probes = encode_probes(base.tokenizer, probe_set, ["shared"]).to(base.model.device)
     applied = Applied(LoraBatch.from_state_dicts([adapter]), spec.scaling)
     with torch.no_grad():

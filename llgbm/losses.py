@@ -22,6 +22,8 @@ def weight_loss(tokens_pred: Tensor, tokens_teacher: Tensor) -> Tensor:
     """Mean squared error over the values where the teacher is not NaN (padding).
 
     Raises ValueError for other shapes, an empty batch, a teacher that is all padding, NaN in the prediction.
+
+    Source: Liang et al. 2025, "Drag-and-Drop LLMs: Zero-Shot Prompt-to-Weights" (arXiv 2506.16406).
     """
     _check_pair("tokens", tokens_pred, tokens_teacher)
     plain = mse_loss(tokens_pred, tokens_teacher)
@@ -60,7 +62,10 @@ def delta_cosine(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:
 
 
 def delta_cosine_norm(delta_pred: Tensor, delta_teacher: Tensor) -> Tensor:
-    """Direction and relative norm, 1 - cos + (|pred| / |teacher| - 1)², [...]."""
+    """Direction and relative norm, 1 - cos + (|pred| / |teacher| - 1)², [...].
+
+    Source: ours.
+    """
     ratio = delta_pred.norm(dim=-1) / delta_teacher.norm(dim=-1).clamp_min(EPSILON)
     return delta_cosine(delta_pred, delta_teacher) + (ratio - 1).square()
 

@@ -111,10 +111,8 @@ class WorldConfig:
             raise UserError(
                 "a world of given teachers has no seed: leave --world-seed or --bank out"
             )
-        suite = self.suite
-        if isinstance(suite, SyntheticSuite):
-            suite = replace(suite, split_seed=seed)
         pretrain, teachers = replace(self.pretrain, seed=seed), replace(self.teachers, seed=seed)
+        suite = self.suite.with_seed(seed)
         return replace(self, suite=suite, pretrain=pretrain, teachers=teachers)
 
 
@@ -360,9 +358,7 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
     return replace(
         world,
         smoke=True,
-        suite=SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1)
-        if world.base is None
-        else world.suite,
+        suite=world.suite.toy() if world.base is None else world.suite,
         pretrain=replace(world.pretrain, steps=60, batch_size=32, target=0.0, rounds=1),
         teachers=replace(
             world.teachers,

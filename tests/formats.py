@@ -14,6 +14,8 @@ from tuning.report import StudyRecord
 FOLDER = Path(__file__).parent / "data" / "formats"
 # Relative to a copy of FOLDER, which is the current folder of whatever reads them.
 BASE, DATA, STORE = Path("base"), Path("data"), Path("store")
+# Of the first format, which did not say so, and of today.
+OLDER_BUNDLES, BUNDLES = Path("bundles"), Path("bundles-2")
 # The same entries as version 0.1.0 named them, and under the names of today.
 OLDER_CACHE, CACHE = Path("cache"), Path("cache-2")
 TOPICS = ("river", "stone", "cloud", "tiger")

@@ -25,9 +25,11 @@ import torch
 from formats import (
     ARGUMENTS,
     BASE,
+    BUNDLES,
     CACHE,
     DATA,
     FOLDER,
+    OLDER_BUNDLES,
     PROMPTS,
     ROOT_MARK,
     STORE,
@@ -83,14 +85,15 @@ def make_all(here: Path) -> None:
     DATA.mkdir()
     for topic in TOPICS:
         write_rows(DATA, topic, rows(topic, 32))
-    shutil.copytree(FOLDER / "bank", "bank")  # of version 1: nothing writes it any more
+    for older in ("bank", "bundles"):  # of version 1: nothing writes it any more
+        shutil.copytree(FOLDER / older, older)
     write_bank(Path("bank-2"))
     shutil.copy(HERE / "tiny_study.py", "study.py")
     write_cache(study_of(parse_arguments(ARGUMENTS)).worlds[0])
     if status := run_ablation([*ARGUMENTS, "--cache", str(CACHE), "--max-concurrent", "1"]):
         raise SystemExit(status)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for kept in (BASE, DATA, CACHE, Path("bank"), Path("bank-2")):
+    for kept in (BASE, DATA, CACHE, Path("bank"), Path("bank-2"), OLDER_BUNDLES):
         shutil.copytree(kept, FOLDER / kept, ignore=shutil.ignore_patterns(".*", "sweeps"))
     keep_store(here)
     keep_bundles(here)
@@ -161,9 +164,9 @@ def keep_bundles(here: Path) -> None:
         bundle = GeneratorBundle.load(own)
         relative = replace(bundle, facts={**bundle.facts, "base_path": str(BASE)})
         name = bundle.facts["generator"]["name"]
-        shutil.copytree(own, FOLDER / "bundles" / name)
-        write_json(FOLDER / "bundles" / name / "generator.json", relative.facts)
-        save_file(relative.generate(PROMPTS), FOLDER / "bundles" / f"{name}.safetensors")
+        shutil.copytree(own, FOLDER / BUNDLES / name)
+        write_json(FOLDER / BUNDLES / name / "generator.json", relative.facts)
+        save_file(relative.generate(PROMPTS), FOLDER / BUNDLES / f"{name}.safetensors")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -66,14 +66,18 @@ class Defect:
             yield
         finally:
             place.write_text(text, encoding="utf-8")
-            os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # what was compiled holds again
+            os.utime(
+                place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns)
+            )  # what was compiled holds again
 
 
 @functools.cache
 def places() -> dict[str, str]:
     """Return the files of tests by what follows `test_` in their names, which no two share."""
     found = (ROOT / "tests").rglob("test_*.py")
-    return {path.stem.removeprefix("test_"): str(path.relative_to(ROOT / "tests")) for path in found}
+    return {
+        path.stem.removeprefix("test_"): str(path.relative_to(ROOT / "tests")) for path in found
+    }
 
 
 @functools.cache
@@ -118,14 +122,14 @@ def _child(copy: Path, base: Path, tests: Sequence[str], told: Path) -> None:
     """Run tests of the copy in this process, which ends with them."""
     import pytest
 
-    os.setsid()
+    os.setpgrp()
     log = os.open(base / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(copy)
-    places = [str(copy), str(copy / "dnd_repo" / "workspace")]
-    sys.path[:0] = places
-    os.environ["PYTHONPATH"] = os.pathsep.join(places)
+    roots = [str(copy), str(copy / "dnd_repo" / "workspace")]
+    sys.path[:0] = roots
+    os.environ["PYTHONPATH"] = os.pathsep.join(roots)
     outcomes = Outcomes()
     options = ["-n", "0", "-m", "", "-p", "no:cacheprovider", f"--basetemp={base / 'tmp' / 'gw0'}"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are loaded
@@ -174,30 +178,20 @@ class Field:
             shutil.copytree(self.folder / "tmp" / "cache", self.folder / "cache")
 
     def survivors(self, defect: Defect) -> list[str]:
-        """Return the tests that do not fail with a defect planted."""
+        """Return the tests that do not fail with a defect planted; one that this machine skips is none."""
         with defect.planted(self.copy):
             outcomes = self.run(defect.tests)
-        failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
-        return [test for test in defect.tests if not any(is_of(name, test) for name in failed)]
+        kinds = {test: kinds_of(test, outcomes) for test in defect.tests}
+        return [test for test, own in kinds.items() if "failed" not in own and own != {"skipped"}]
 
 
-def is_of(case: str, test: str) -> bool:
-    """Return whether a case is the test named, or one of its cases."""
-    return case == test or case.startswith(f"{test}[")
+def kinds_of(test: str, outcomes: Mapping[str, str]) -> set[str]:
+    """Return the outcomes of a test in all its cases, or of the one case named."""
+    return {own for case, own in outcomes.items() if case == test or case.startswith(f"{test}[")}
 
 
 def source_of(test: str) -> str:
     return (ROOT / "tests" / test.partition("::")[0]).read_text(encoding="utf-8")
-
-
-def failing(tests: Sequence[str], outcomes: Mapping[str, str]) -> list[str]:
-    """Return the tests that do not pass in all their cases."""
-    found = []
-    for test in tests:
-        own = {outcome for case, outcome in outcomes.items() if is_of(case, test)}
-        if own != {"passed"}:
-            found.append(test)
-    return found
 
 
 def prepare() -> None:
@@ -229,7 +223,10 @@ def toothless(defects: Iterable[Defect], say: Any = print) -> list[str]:
             say(f"{number}/{len(defects)} {'NOT SEEN' if lived else 'seen'} {defect.name}", *lived)
             wrong += [f"{test} passes with a defect in {defect.name}" for test in lived]
         outcomes = field.run(tests, seconds=1800)
-        wrong += [f"{test} {outcomes.get(test)} without a defect" for test in failing(tests, outcomes)]
+        for test in tests:
+            own = kinds_of(test, outcomes)
+            if not own or "failed" in own:
+                wrong.append(f"{test}: {own or 'did not run'} without a defect")
     return wrong
 
 

@@ -15,7 +15,7 @@ from llgbm.runtime import exit_status, quiet_libraries, say, speak_utf8
 from llgbm.world import World, build_world
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.dry_run import show_preview
-from tuning.registry.register import register_best
+from tuning.registry.best import register_best
 from tuning.report.answers import publish_answers
 from tuning.report.document import publish_report
 from tuning.report.record import log_baselines

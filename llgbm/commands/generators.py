@@ -123,10 +123,9 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:
     """Load a generator from a folder or from the registry. Raises UserError if there is none at the address."""
-    from llgbm.generator.bundle import GeneratorBundle
-    from tuning.registry import fetch_bundle
+    from tuning.registry import load_bundle
 
-    return GeneratorBundle.load(fetch_bundle(address, tracking_uri))
+    return load_bundle(address, tracking_uri)
 
 
 def registered_model(address: str | None, tracking_uri: str | None) -> tuple[str, str]:

@@ -86,44 +86,51 @@ def each_baseline(
 ) -> Iterator[tuple[str, PartResult]]:
     """Evaluate the baselines one after another, so that the adapters of only one are held; yield name and result."""
     rows = list(data.rows[part])
-    makers = {
-        "base": no_adapter,
-        "teacher": teacher,
-        "multitask_lora": multitask_lora,
-        "mean_adapter": mean_adapter,
-        "nearest_teacher": nearest_teacher,
-        "ridge": ridge,
-        "best_single": best_single,
-    }
-    for name, make in makers.items():
+    for name, make in BASELINES.items():
         adapters = LoraBatch.unflatten(lora_model.spec, make(data, lora_model, rows))
         yield name, evaluate_adapters(adapters, data, lora_model, rows)
 
 
 def no_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """Adapters of zeros [A, V]: the base alone."""
+    """Adapters of zeros [A, V]: the base alone.
+
+    Source: ours, a control.
+    """
     return torch.zeros_like(data.values_AV[list(rows)])
 
 
 def teacher(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """Teachers of the tasks themselves [A, V], the upper bound."""
+    """Teachers of the tasks themselves [A, V], the upper bound.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
+    """
     return data.values_AV[list(rows)]
 
 
 def multitask_lora(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """Multi-task LoRA for every task [A, V]: one adapter trained on all training tasks together."""
+    """Multi-task LoRA for every task [A, V]: one adapter trained on all training tasks together.
+
+    Source: Caruana 1997, "Multitask Learning", with one LoRA.
+    """
     return data.multitask_V.expand(len(rows), -1)
 
 
 def mean_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """Mean of all training teachers, for every task [A, V]."""
+    """Mean of all training teachers, for every task [A, V].
+
+    Source: Chronopoulou et al. 2023, "AdapterSoup: Weight Averaging to Improve Generalization of Pretrained Language
+    Models" (arXiv 2302.07027), of all adapters.
+    """
     return data.values_AV[list(data.rows["train"])].mean(0).expand(len(rows), -1)
 
 
 def nearest_teacher(
     data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]
 ) -> Tensor:
-    """Training teacher with the nearest mean prompt embedding by cosine [A, V]."""
+    """Training teacher with the nearest mean prompt embedding by cosine [A, V].
+
+    Source: ours, a control: the nearest neighbour of Cover and Hart 1967, "Nearest Neighbor Pattern Classification".
+    """
     train = list(data.rows["train"])
     known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
     asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
@@ -132,7 +139,10 @@ def nearest_teacher(
 
 
 def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
-    """Training teacher with the best validation accuracy, for every task [A, V]."""
+    """Training teacher with the best validation accuracy, for every task [A, V].
+
+    Source: ours, a control.
+    """
     train, val = list(data.rows["train"]), list(data.rows["val"])
     scores = []
     for index in train:
@@ -147,6 +157,8 @@ def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int])
     """Ridge regression from the mean prompt embedding to standardised weights, [A, V].
 
     The penalty is the one with the best accuracy on the validation tasks.
+
+    Source: Hoerl and Kennard 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems".
     """
     from sklearn.linear_model import Ridge
 
@@ -166,3 +178,14 @@ def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int])
 
     models = [Ridge(alpha=penalty).fit(inputs, outputs) for penalty in RIDGE_PENALTIES]
     return predict(max(models, key=score), rows)
+
+
+BASELINES = {
+    "base": no_adapter,
+    "teacher": teacher,
+    "multitask_lora": multitask_lora,
+    "mean_adapter": mean_adapter,
+    "nearest_teacher": nearest_teacher,
+    "ridge": ridge,
+    "best_single": best_single,
+}

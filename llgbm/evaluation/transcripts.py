@@ -13,7 +13,7 @@ from llgbm.models.encoding import prompt_tokens
 from llgbm.models.load import Base
 from llgbm.models.scoring import Continuation, continuations
 from llgbm.runtime import progress
-from llgbm.system.documents import COLOURS
+from llgbm.system.documents import COLOURS, check_format
 
 FORMAT_VERSION = 1
 CUT = " […]"
@@ -111,6 +111,24 @@ def as_json(sections: Sequence[Section], facts: Mapping[str, Any]) -> dict[str, 
             for section in sections
         ],
     }
+
+
+def from_json(data: Mapping[str, Any]) -> list[Section]:
+    """Return the sections that `as_json` wrote.
+
+    Raises UserError for a newer format; ValueError, KeyError or TypeError for other data.
+    """
+    check_format(data["version"], FORMAT_VERSION, "the file of answers")
+    return [
+        Section(str(own["title"]), list(map(_transcript, own["transcripts"])))
+        for own in data["sections"]
+    ]
+
+
+def _transcript(data: Mapping[str, Any]) -> Transcript:
+    answers = {str(name): Continuation(**answer) for name, answer in data["answers"].items()}
+    wanted = data["wanted"]
+    return Transcript(str(data["prompt"]), answers, None if wanted is None else str(wanted))
 
 
 def _as_data(transcript: Transcript) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from llgbm.lora.shapes import LinearShape
 from llgbm.models.load import Base, load_base
 from llgbm.runtime import UserError, content_hash, split_revision
 from llgbm.system.cache import describe_file
-from llgbm.system.documents import read_json
+from llgbm.system.documents import check_format, read_json
 from llgbm.system.lineage import (
     begin_lineage,
     license_of,
@@ -38,6 +38,8 @@ from llgbm.system.lineage import (
 from llgbm.system.output import CARD, carded_output
 from llgbm.tasks.prompts import check_prompts
 
+# Format of `generator.json`. Version 1 did not say which it was.
+FORMAT_VERSION = 2
 ORIGIN_FILE = "origin.json"
 # What a lineage tells of a generator, where its bundle knows it.
 GENERATOR_FACTS = ("registered", "study", "study_id", "trial_id", "config", "size")
@@ -173,6 +175,7 @@ def save_generator(
     save_file(weights, folder / "generator.safetensors")
     described = {
         **facts,
+        "version": FORMAT_VERSION,
         "generator": asdict(config),
         "spec": asdict(generator.spec),
         "condition_width": generator.condition_width,
@@ -181,17 +184,25 @@ def save_generator(
 
 
 def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
-    """Read what `save_generator` wrote. Raises UserError where the folder holds no generator, or a torn one."""
+    """Read what `save_generator` wrote. Raises UserError where the folder holds none, a torn or a newer one."""
     try:
         generator, facts = _read_generator(folder)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no generator: name a folder with generator.json and its weights"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the generator in {folder} is torn or of another version: make or fetch it again"
-        ) from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise UserError(f"the generator in {folder} is torn: make or fetch it again") from error
     if not all(torch.isfinite(value).all() for value in generator.state_dict().values()):
         raise UserError(f"the generator in {folder} holds NaN or infinite weights: train it again")
     return generator.eval(), facts
@@ -199,6 +210,7 @@ def load_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
 
 def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
     facts = json.loads((folder / "generator.json").read_text())
+    check_format(facts.get("version", 1), FORMAT_VERSION, f"the generator in {folder}")
     weights = load_file(folder / "generator.safetensors")
     shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
     spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])

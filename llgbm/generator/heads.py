@@ -15,7 +15,10 @@ from llgbm.lora.adapters import LoraSpec
 
 
 class ModuleHeadsGenerator(TrunkGenerator):
-    """Residual trunk, then one linear head a module, where the default has one head a kind and codes of modules."""
+    """Residual trunk, then one linear head a module, where the default has one head a kind and codes of modules.
+
+    Source: Ha et al. 2016, "HyperNetworks" (arXiv 1609.09106), with one head a module.
+    """
 
     def __init__(
         self,

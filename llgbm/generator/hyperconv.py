@@ -71,6 +71,8 @@ class HyperConvGenerator(TrunkGenerator):
     Two additions adapt it. A residual trunk and a linear layer turn the pooled prompts into the decoder's features, so
     that any number of prompts in any order works. Its outputs are standardised by mean and spread of the training
     tokens, so that training starts from the mean adapter, as it does for the default generator.
+
+    Source: Liang et al. 2025, "Drag-and-Drop LLMs: Zero-Shot Prompt-to-Weights" (arXiv 2506.16406).
     """
 
     start_UXY: Tensor

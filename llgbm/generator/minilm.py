@@ -26,7 +26,11 @@ NETWORK = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type"
 
 
 class MiniLM:
-    """Sentence encoder: a BERT, the mean over its tokens, unit length."""
+    """Sentence encoder: a BERT, the mean over its tokens, unit length.
+
+    Source: Wang et al. 2020, "MiniLM" (arXiv 2002.10957), pooled as in Reimers and Gurevych 2019, "Sentence-BERT"
+    (arXiv 1908.10084).
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read weights, sizes and tokenizer from a folder of sentence-transformers."""

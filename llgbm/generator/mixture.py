@@ -32,7 +32,10 @@ class MixtureConfig(GeneratorConfig):
 
 
 class MixtureGenerator(TrunkGenerator):
-    """Weigh learned bases [bases, V] by a code of the pooled prompts; without blocks the map is linear."""
+    """Weigh learned bases [bases, V] by a code of the pooled prompts; without blocks the map is linear.
+
+    Source: ours, after the mixtures of bases of Program-as-Weights (2026, arXiv 2607.02512).
+    """
 
     config_class = MixtureConfig
 

@@ -127,6 +127,8 @@ class AttentionPool(nn.Module):
     """Mean over prompts plus what learned queries attend to among them (Lee et al. 2019), [A, N, C] to [A, C].
 
     The order of the prompts has no effect. Its output starts near the mean.
+
+    Source: Lee et al. 2019, "Set Transformer" (arXiv 1810.00825): pooling by attention.
     """
 
     def __init__(self, width: int) -> None:
@@ -184,6 +186,10 @@ class ModuleCodeGenerator(TrunkGenerator):
     of module predicts its full A and B.
 
     Apart from the residual blocks the map from prompts to weights is linear: task parts add up in weight space.
+
+    Source: the codes are those of Perez et al. 2018, "FiLM: Visual Reasoning with a General Conditioning Layer"
+    (arXiv 1709.07871); a network that writes LoRA for codes of modules is that of Charakorn et al. 2025,
+    "Text-to-LoRA: Instant Transformer Adaption" (arXiv 2506.06105).
     """
 
     def __init__(

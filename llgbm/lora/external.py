@@ -3,6 +3,9 @@
 What `plain` does not allow is refused by name. Converted exactly are rank and alpha patterns (zero rows, scaled B),
 rsLoRA (its factor goes into alpha), PiSSA and OLoRA (minus their initial part, which doubles the rank), layers without
 weights (zeros), and keys with the names of wrappers.
+
+Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv 2312.03732); Meng
+et al. 2024, "PiSSA" (arXiv 2404.02948); Büyükakyüz 2024, "OLoRA" (arXiv 2406.01775).
 """
 
 from __future__ import annotations

@@ -36,7 +36,10 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """All shapes of an adapter, read off the base model that it is for."""
+    """All shapes of an adapter, read off the base model that it is for.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
+    """
 
     modules: tuple[LinearShape, ...]
     rank: int

@@ -52,9 +52,9 @@ def merge_adapter(base: Base, folder: Path, texts: Sequence[str], dtype: torch.d
     ids_ST = ids_ST[:, :LONGEST_TEXT].to(base.model.device)
     mask_ST = mask_ST[:, :LONGEST_TEXT].bool().to(base.model.device)
     apart = _logits(model, ids_ST, mask_ST)
-    apart_half = _logits(copy.deepcopy(model).to(torch.bfloat16), ids_ST, mask_ST)
+    apart_half = _logits(_rounded(model, torch.bfloat16), ids_ST, mask_ST)
     whole = model.merge_and_unload(safe_merge=True)
-    whole_half = copy.deepcopy(whole).to(torch.bfloat16)
+    whole_half = _rounded(whole, torch.bfloat16)
     errors = {
         "tokens": len(apart),
         "largest_logit": float(apart.abs().max()),
@@ -63,6 +63,14 @@ def merge_adapter(base: Base, folder: Path, texts: Sequence[str], dtype: torch.d
         "bfloat16_unmerged": _difference(apart_half, apart),
     }
     return Merged(whole_half if dtype == torch.bfloat16 else whole.to(dtype), errors)
+
+
+def _rounded(model: Any, dtype: torch.dtype) -> Any:
+    """Return a copy with weights of another type, as it is loaded from files: angles of positions stay in float32."""
+    found = copy.deepcopy(model)
+    for weight in found.parameters():
+        weight.data = weight.data.to(dtype)
+    return found
 
 
 def _logits(model: Any, ids_ST: Tensor, mask_ST: Tensor) -> Tensor:

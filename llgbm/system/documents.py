@@ -27,6 +27,17 @@ MARKS = (
 AROUND = "\ufeff \t\r\n"
 
 
+def check_format(version: Any, newest: int, what: str) -> None:
+    """Raise UserError for a format that is newer than this program, ValueError for no number; `what` names the file."""
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"version {version!r}")
+    if version > newest:
+        raise UserError(
+            f"{what} is of format {version}, and this version of llgbm reads formats up to {newest}: "
+            "install a newer llgbm"
+        )
+
+
 def decode(content: bytes, errors: str = "strict") -> str:
     """Decode the content of a file: UTF-8, or what its byte-order mark says. Raises ValueError for other bytes.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import llgbm
 from llgbm.runtime import UserError, content_hash
+from llgbm.system.documents import check_format
 from llgbm.system.output import CARD
 
 FORMAT_VERSION = 1
@@ -64,13 +65,17 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def read_lineage(content: bytes) -> dict[str, Any] | None:
-    """Return the lineage in a weights file, None where there is none. Raises ValueError for a file that is torn."""
+    """Return the lineage in a weights file, None where there is none.
+
+    Raises ValueError for a file that is torn, UserError for a lineage of a newer format.
+    """
     metadata = split_weights(content)[0].get("__metadata__") or {}
     if METADATA_KEY not in metadata:
         return None
     lineage = json.loads(metadata[METADATA_KEY])
-    if not isinstance(lineage, dict) or lineage.get("version") != FORMAT_VERSION:
-        raise ValueError("its lineage is of another version")
+    if not isinstance(lineage, dict):
+        raise ValueError("its lineage is no table")
+    check_format(lineage.get("version"), FORMAT_VERSION, "the lineage of the adapter")
     odd = [name for name in PARTS if not isinstance(lineage.get(name) or {}, dict)]
     if odd:
         raise ValueError(f"its lineage has no table of {odd[0]}")
@@ -99,6 +104,8 @@ def check_lineage(folder: Path, content: bytes, config: Mapping[str, Any]) -> di
     """
     try:
         lineage = read_lineage(content)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the weights in {folder} are torn, or their lineage is ({error}): make or fetch the adapter again"

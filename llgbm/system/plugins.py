@@ -1,4 +1,7 @@
-"""Find what other installed packages offer under an entry point: loss terms, generators, encoders. Loads no torch."""
+"""Find what other installed packages offer under an entry point: loss terms, generators, encoders, suites.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 from llgbm.runtime import UserError
 
 TERMS, GENERATORS, ENCODERS = "llgbm.terms", "llgbm.generators", "llgbm.encoders"
+SUITES = "llgbm.suites"
 
 
 @cache

@@ -10,10 +10,16 @@ __all__ = ["Example", "FileSuite", "Split", "Suite", "SyntheticSuite", "Task", "
 
 
 def make_suite(name: str) -> Suite:
-    """Make a suite by name. Raises UserError for an unknown one."""
+    """Make a suite by name: of this package, or of another by an entry point. Raises UserError for no such."""
     from llgbm.runtime import UserError
+    from llgbm.system.plugins import SUITES, load_plugin, offered
 
     suites = {"synthetic": SyntheticSuite}
-    if name not in suites:
-        raise UserError(f"unknown suite {name!r}; there is: {', '.join(suites)}")
-    return suites[name]()
+    maker = suites.get(name) or load_plugin(SUITES, name)
+    if maker is None:
+        known = ", ".join([*suites, *sorted(offered(SUITES))])
+        raise UserError(f"unknown suite {name!r}; there are: {known}")
+    suite = maker()
+    if not isinstance(suite, Suite):
+        raise UserError(f"the suite {name!r} is a {type(suite).__name__}, not a subclass of Suite")
+    return suite

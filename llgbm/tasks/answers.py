@@ -29,8 +29,8 @@ _CORRECTION = re.compile(
 )
 _WORDS = r"(?:\s+[\w'-]+){0,5}?"
 VERDICT = (
-    rf"\b(?:answer|choice|option|letter|solution|guess|pick|one)\b(?:{_WORDS}\s+(?:is|equals|(?:should|must|would|will|has to)"
-    r"\s+be)\b|\s*[:=])\s*:?\s*"
+    rf"\b(?:answer|choice|option|letter|solution|guess|pick|one)\b(?:{_WORDS}\s+"
+    r"(?:is|equals|(?:should|must|would|will|has to)\s+be)\b|\s*[:=])\s*:?\s*"
 )
 NOT = (
     r"(?:\bnot|n't|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\brul(?:e|es|ed|ing) out"

@@ -33,7 +33,8 @@ INVISIBLE = dict.fromkeys([0xFEFF, 0x00AD, 0x200B, 0x2060])
 def choices(prompt: str) -> dict[str, str]:
     """Choices that a prompt offers, by label: its last run of lines `A: …`, `B: …` from the first on.
 
-    Labels may be numbers, and stand in brackets. Lines of the question itself that look alike (`A: …` in a dialogue) belong to an earlier run. Empty for none.
+    Labels may be numbers, and stand in brackets. Lines of the question itself that look alike (`A: …` in a dialogue)
+    belong to an earlier run. Empty for none.
     """
     runs: list[dict[str, str]] = []
     for line in prompt.splitlines():

@@ -99,6 +99,14 @@ class Suite(ABC):
         for an unknown task, or more examples than there are to condition or score on.
         """
 
+    def with_seed(self, seed: int) -> Suite:
+        """Return the suite whose split is drawn with another seed; the same one where nothing is drawn."""
+        return self
+
+    def toy(self) -> Suite:
+        """Return a smaller suite of the same kind, for `--smoke`; the same one by default."""
+        return self
+
     @property
     def levels(self) -> tuple[Level, ...]:
         """Levels of novelty that are reported apart; none by default."""

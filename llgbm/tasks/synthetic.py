@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, product
 
@@ -130,6 +130,12 @@ class SyntheticSuite(Suite):
         held, n_test, n_val = self._held, self.n_test, self.n_val
         train = [name for name in self._grid if name not in set(held)]
         return Split(tuple(train), tuple(held[n_test : n_test + n_val]), tuple(held[:n_test]))
+
+    def with_seed(self, seed: int) -> SyntheticSuite:
+        return replace(self, split_seed=seed)
+
+    def toy(self) -> SyntheticSuite:
+        return SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1)
 
     @cached_property
     def _unseen(self) -> dict[str, tuple[str, ...]]:

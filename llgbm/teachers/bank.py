@@ -28,6 +28,7 @@ from llgbm.models.load import Base
 from llgbm.probes import Probe, ProbeSet
 from llgbm.runtime import UserError, content_hash, say
 from llgbm.system.cache import describe_file
+from llgbm.system.documents import check_format
 from llgbm.tasks.suite import Suite
 
 FORMAT_VERSION = 2
@@ -42,19 +43,22 @@ Manifest = dict[str, Any]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a bank. Raises UserError for a missing or torn one, or one of an unknown version."""
+    """Read the manifest of a bank. Raises UserError for a missing or torn one, or a newer one."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_format(manifest["version"], FORMAT_VERSION, f"the bank in {folder}")
         if manifest["version"] == 1:
             manifest = _upgraded(manifest, folder)
         needed = {name: manifest[name] for name in (*COMMON, "adapters", "measured")}
-        if not isinstance(needed["adapters"], dict) or manifest["version"] != FORMAT_VERSION:
-            raise ValueError(f"version {manifest['version']}")
+        if not isinstance(needed["adapters"], dict):
+            raise ValueError("its adapters are no table")
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no {MANIFEST}: name the folder of a bank") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is torn or of another version: make the bank again") from error
+        raise UserError(f"{path} is torn: make the bank again") from error
     return manifest
 
 

@@ -17,6 +17,8 @@ class Answers(Term):
     """Cross-entropy of the teacher's likeliest token at every marked position.
 
     Along a trajectory, which is the teacher's greedy answer, these tokens are that answer and its end.
+
+    Source: Kim and Rush 2016, "Sequence-Level Knowledge Distillation" (arXiv 1606.07947), with greedy answers.
     """
 
     name: ClassVar = "answers"

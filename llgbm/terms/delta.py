@@ -19,6 +19,9 @@ class Delta(Term):
     """Loss of Δ at every marked position, or of its mean over probes and positions.
 
     Its options are the fields `delta_loss` and `delta_reading` of a configuration.
+
+    Source: the activations are those of Xu et al. 2025, "Delta Activations: A Representation for Finetuned Large
+    Language Models" (arXiv 2509.04442); to learn from them, along answers too, is ours.
     """
 
     loss: str = "cosine_norm"

@@ -21,6 +21,8 @@ class DeltaW(Term):
     """Direction and size of ΔW over all modules, from products of R x R matrices: no ΔW is formed.
 
     `cosine_norm` is 1 - cos + (|ΔW| / |ΔW_teacher| - 1)², `relative` is |ΔW - ΔW_teacher|² / |ΔW_teacher|².
+
+    Source: ours.
     """
 
     measure: str = "cosine_norm"

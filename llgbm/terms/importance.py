@@ -21,7 +21,11 @@ from llgbm.terms.term import Term
 
 @dataclass(frozen=True)
 class Importance(Term):
-    """Mean over the values that are no padding of importance x squared error."""
+    """Mean over the values that are no padding of importance x squared error.
+
+    Source: Liang et al. 2025, "Drag-and-Drop LLMs: Zero-Shot Prompt-to-Weights" (arXiv 2506.16406), as its public
+    code weighs tokens.
+    """
 
     name: ClassVar = "importance"
     title: ClassVar = "squared error of the teachers' weights, by how much a token varies (DnD)"

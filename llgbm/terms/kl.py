@@ -20,6 +20,8 @@ class KL(Term):
     """KL(teacher || student) at every marked position, times the temperature squared.
 
     `top_k` above 0 tells apart the teacher's k likeliest tokens only: the others count as one.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
     """
 
     temperature: float = 1.0

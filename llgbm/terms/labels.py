@@ -23,6 +23,9 @@ class Labels(Term):
     """Cross-entropy of the right answers to `examples` training examples of each task, drawn anew at every step.
 
     Behaviour is matched without any label; a training with this term is a reference for what labels are worth.
+
+    Source: Charakorn et al. 2025, "Text-to-LoRA: Instant Transformer Adaption" (arXiv 2506.06105): its training by
+    supervised fine-tuning.
     """
 
     examples: int = 2

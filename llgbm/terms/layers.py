@@ -21,6 +21,8 @@ class Layers(Term):
 
     Without `layers` all blocks but the last are read. The teachers' states are measured once, before the training, and
     kept in memory.
+
+    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550), with deltas in place of states.
     """
 
     layers: tuple[int, ...] = ()

@@ -13,7 +13,10 @@ from llgbm.terms.term import Term
 
 @dataclass(frozen=True)
 class L1(Term):
-    """Mean absolute value of A and B."""
+    """Mean absolute value of A and B.
+
+    Source: Tibshirani 1996, "Regression Shrinkage and Selection via the Lasso".
+    """
 
     name: ClassVar = "l1"
     title: ClassVar = "mean absolute value of the predicted adapters"
@@ -26,7 +29,10 @@ class L1(Term):
 
 @dataclass(frozen=True)
 class L2(Term):
-    """Mean squared value of A and B."""
+    """Mean squared value of A and B.
+
+    Source: Hoerl and Kennard 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems".
+    """
 
     name: ClassVar = "l2"
     title: ClassVar = "mean squared value of the predicted adapters"

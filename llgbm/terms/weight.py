@@ -16,7 +16,10 @@ from llgbm.terms.term import Term
 
 @dataclass(frozen=True)
 class Weight(Term):
-    """Mean squared error of the predicted tokens, over the values where the teacher's are no padding."""
+    """Mean squared error of the predicted tokens, over the values where the teacher's are no padding.
+
+    Source: Liang et al. 2025, "Drag-and-Drop LLMs: Zero-Shot Prompt-to-Weights" (arXiv 2506.16406).
+    """
 
     name: ClassVar = "weight"
     title: ClassVar = "squared error of the teachers' standardised weights"

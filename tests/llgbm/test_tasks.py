@@ -286,7 +286,7 @@ def test_a_stream_is_a_prefix_of_its_longer_self_and_no_other_streams() -> None:
 def test_unknown_names_are_answered_with_near_ones() -> None:
     with pytest.raises(UserError, match="unknown task 'revers-plain'; near it are: reverse-plain"):
         SUITE.examples("revers-plain", "train", 1, "x")
-    with pytest.raises(UserError, match="unknown suite 'nosuch'; there is: synthetic"):
+    with pytest.raises(UserError, match="unknown suite 'nosuch'; there are: synthetic"):
         make_suite("nosuch")
 
 

@@ -207,3 +207,12 @@ def test_bench_check_asks_for_options_that_exist(
     assert isinstance(
         importlib.import_module(f"bench_{name}").parse_arguments(options), argparse.Namespace
     )
+
+
+@pytest.mark.whole
+def test_main_job(run: Run) -> None:
+    found = run("main_job")
+    cold, warm = found["cold"], found["warm"]
+    assert {"bases", "banks", "deltas", "sweep"} <= cold["parts_s"].keys()
+    assert warm["parts_s"].keys() == {"sweep"} and warm["world"] == cold["world"] is not None
+    assert min(cold["wall_s"], warm["wall_s"]) > 0 < warm["processor_s"]

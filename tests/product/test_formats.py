@@ -5,9 +5,14 @@ The files are in `tests/data/formats`; `tests/make_formats.py` made them.
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,11 @@ import torch
 from formats import (
     ARGUMENTS,
     BASE,
+    BUNDLES,
     CACHE,
     DATA,
     FOLDER,
+    OLDER_BUNDLES,
     OLDER_CACHE,
     PROMPTS,
     STORE,
@@ -32,8 +39,9 @@ from safetensors.torch import load_file
 from llgbm.commands.adapters import read_own_lineage
 from llgbm.evaluation.baselines import known_baselines
 from llgbm.generator import GENERATORS
-from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.bundle import GeneratorBundle, load_generator, save_generator
 from llgbm.generator.conditions import build_conditions, make_encoder
+from llgbm.generator.networks import GeneratorConfig
 from llgbm.lora import LoraBatch
 from llgbm.models.load import load_base
 from llgbm.runtime import UserError
@@ -44,6 +52,7 @@ from llgbm.world import gather_data, make_lora_model
 from tuning.arguments import parse_arguments, study_of
 from tuning.registry import fetch_bundle
 from tuning.report import find_study, read_study, write_report
+from tuning.sweep.artifacts import PER_TASK, read_per_task
 from tuning.sweep.resume import trials_to_run
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import finished_result
@@ -66,19 +75,84 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_a_bundle_writes_the_adapter_that_it_wrote(name: str) -> None:
-    bundle = GeneratorBundle.load(Path("bundles") / name)
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [*((OLDER_BUNDLES, name) for name in GENERATORS), (BUNDLES, "default")],
+    ids=[*GENERATORS, "format 2"],
+)
+def test_a_bundle_writes_the_adapter_that_it_wrote(folder: Path, name: str) -> None:
+    bundle = GeneratorBundle.load(folder / name)
     base = load_base(BASE)
     bundle.check_base(base)
     assert bundle.facts["generator"]["name"] == name
     with pytest.raises(UserError, match="not for base"):
         bundle.check_base(replace(base, hash="another", folder=None))
-    wrote, wanted = bundle.generate(PROMPTS), load_file(Path("bundles") / f"{name}.safetensors")
+    wrote, wanted = bundle.generate(PROMPTS), load_file(folder / f"{name}.safetensors")
     assert wrote.keys() == wanted.keys() and max(t.abs().max() for t in wanted.values()) > 0.01
     for key, values in wanted.items():
         torch.testing.assert_close(wrote[key], values, rtol=0, atol=1e-5)
     assert bundle.adapter_config()["base_model_name_or_path"] == str(BASE)
+
+
+def test_a_bundle_of_another_format_is_refused_and_what_is_written_names_its_own(
+    tmp_path: Path,
+) -> None:
+    file = BUNDLES / "default" / "generator.json"
+    described = json.loads(file.read_text())
+    older = json.loads((OLDER_BUNDLES / "default" / "generator.json").read_text())
+    assert "version" not in older and described["version"] == 2
+    generator, facts = load_generator(file.parent)
+    config = GeneratorConfig(**facts.pop("generator"))
+    del facts["version"]
+    (tmp_path / "again").mkdir()
+    save_generator(tmp_path / "again", generator, config, facts)
+    assert json.loads((tmp_path / "again" / "generator.json").read_text()) == described
+    for version, words in ((3, "format 3, and this version of llgbm reads"), ("2", "is torn")):
+        file.write_text(json.dumps({**described, "version": version}))
+        with pytest.raises(UserError, match=words):
+            GeneratorBundle.load(file.parent)
+
+
+def test_a_bank_of_a_newer_format_is_refused() -> None:
+    file = Path("bank-2") / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 3}))
+    with pytest.raises(UserError, match="format 3.*install a newer llgbm"):
+        Bank.open(file.parent, load_base(BASE))
+
+
+def test_numbers_by_task_of_a_newer_format_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / PER_TASK
+    file.write_text('{"test": {}}')
+    assert read_per_task(file) == {"test": {}}
+    file.write_text('{"version": 3}')
+    with pytest.raises(UserError, match="format 3"):
+        read_per_task(file)
+
+
+def versions_in(path: Path) -> Iterator[str]:
+    """Yield the dotted names of a module's own constants that are versions."""
+    package = ROOT / "dnd_repo" / "workspace" if "dnd_repo" in path.parts else ROOT
+    module = ".".join(path.relative_to(package).with_suffix("").parts)
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            if isinstance(target, ast.Name) and re.fullmatch(r"(\w+_)?VERSION", target.id):
+                yield f"{module}.{target.id}"
+
+
+def test_the_documents_list_the_version_of_every_format() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text()
+    listed = {name: int(number) for number, name in re.findall(r"\| (\d+) \| `([\w.]+)` \|", text)}
+    folders = (ROOT / name for name in ("llgbm", "tuning", "dnd_repo/workspace/dnd"))
+    files = chain.from_iterable(folder.rglob("*.py") for folder in folders)
+    known = list(chain.from_iterable(map(versions_in, files)))
+    found = {
+        name: getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for name in known
+    }
+    assert listed == found and len(known) > 15
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert "format 2 of `generator.json`" in changes and "docs/formats.md" in changes
 
 
 def test_a_lineage_of_version_1_is_read_and_holds() -> None:

@@ -17,7 +17,8 @@ from output_checks import CONFIG, WEIGHTS, one_sentence, tree
 from llgbm.__main__ import main
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.models.load import Base
-from llgbm.system.hub import files_of, kind_of, stage_folder
+from llgbm.runtime import UserError
+from llgbm.system.hub import files_of, hub_errors, kind_of, stage_folder
 from llgbm.teachers.bank import bank_hash
 
 
@@ -140,6 +141,30 @@ def test_a_bank_and_a_generator_come_back_whole(
     GeneratorBundle.load(user / "generator_back")
     taken = run("fetch", "--hub", "me/bank", "--out", "bank_back")
     assert taken.returncode == 2 and "name a new folder" in taken.stderr
+
+
+def test_what_is_not_whole_is_neither_pushed_nor_fetched(
+    run: Any, hub: Hub, adapter: Path, bundle: Path, user: Path
+) -> None:
+    shutil.copytree(bundle, user / "torn")
+    weights = user / "torn" / "generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    done = run("push", "torn", "--repo", "me/torn", "--yes")
+    assert done.returncode == 2 and "is torn" in done.stderr and "me/torn" not in hub.commits
+    done = run("push", "adapter", "--repo", "me/changed", "--yes")
+    files = hub.commits["me/changed"][json.loads(done.stdout)["pushed"]["commit"]]
+    config = {**json.loads(files[CONFIG]), "lora_alpha": 99}
+    hub.commit("me/changed", "main", {CONFIG: json.dumps(config).encode()})
+    back = run("fetch", "--hub", "me/changed", "--out", "back")
+    assert back.returncode == 2 and "the config of the adapter" in back.stderr
+    assert not (user / "back").exists()
+
+
+def test_a_token_of_the_hubs_own_file_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_fromthehubsownfile")
+    with pytest.raises(UserError) as error, hub_errors("me/mine"):
+        raise OSError("401 for hf_fromthehubsownfile")
+    assert "401 for" in str(error.value) and "hf_fromthehubsownfile" not in str(error.value)
 
 
 @pytest.mark.parametrize(

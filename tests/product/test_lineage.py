@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from output_checks import CONFIG, WEIGHTS, one_sentence
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,13 @@ def test_the_licence_of_a_base_is_read_off_its_card(
     assert made.lineage(["a"])["base"]["license"] is None
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# a model\n")
     assert made.lineage(["a"])["base"]["license"] == "mit"
-    for odd in ("---\nlicense: [a\n---\n", "---\n", "---\n- a\n---\n", "license: mit"):
+    for odd in (
+        "---\nlicense: [a\n---\n",
+        "---\nlicense: [mit]\n---\n",
+        "---\n",
+        "---\n- a\n---\n",
+        "license: mit",
+    ):
         (tmp_path / "base" / "README.md").write_text(odd)
         assert made.lineage(["a"])["base"]["license"] is None
 
@@ -128,7 +134,7 @@ def edit_lineage(folder: Path, text: str) -> None:
         (edit_weights, "the weights of the adapter"),
         (lambda f: edit_config(f, lora_alpha=7), "the config of the adapter"),
         (lambda f: edit_lineage(f, "{"), "lineage is"),
-        (lambda f: edit_lineage(f, '{"version": 99}'), "another version"),
+        (lambda f: edit_lineage(f, '{"version": 99}'), "newer llgbm"),
         (lambda f: edit_lineage(f, '{"version": 1, "base": "x"}'), "no table of base"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), "truncated"),
     ],
@@ -184,6 +190,10 @@ def test_hashes_know_content_and_not_metadata(
     before = weights_hash((adapter / WEIGHTS).read_bytes())
     save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, {"format": "pt"})
     assert weights_hash((adapter / WEIGHTS).read_bytes()) == before
+    state = load_file(adapter / WEIGHTS)
+    values = torch.arange(6.0)
+    others = [{"a": values.view(2, 3)}, {"a": values.view(3, 2)}, {"b": values.view(2, 3)}]
+    assert len({weights_hash(save(other)) for other in (state, *others)}) == 4
     one, other = (adapter_config(tiny_spec, name) for name in ("a/b", "c/d@main"))
     assert config_hash(one) == config_hash(other)
     assert config_hash({**one, "r": 5}) != config_hash(one)

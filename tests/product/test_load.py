@@ -46,7 +46,7 @@ def server() -> Iterator[tuple[str, list[Any]]]:
 
 
 def test_a_folder_is_named_as_each_server_documents(
-    server: tuple[str, list[Any]], source: Path, capsys: Any
+    server: tuple[str, list[Any]], source: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, asked = server
     adapter = ["--adapter", str(source / "one"), "--url", url + "/"]
@@ -58,6 +58,9 @@ def test_a_folder_is_named_as_each_server_documents(
         ("/load_lora_adapter", {"lora_name": "one", "lora_path": folder}),
     ]
     assert "added successfully" in capsys.readouterr().out
+    monkeypatch.chdir(source)
+    assert main(["load", "--server", "vllm", "--url", server[0], "--adapter", "one"]) == 0
+    assert asked[-1][1] == {"lora_name": "one", "lora_path": folder}  # the server stands elsewhere
 
 
 def test_weights_are_sent_by_sglangs_own_serialiser(

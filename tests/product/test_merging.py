@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import pytest
 import torch
 from output_checks import one_sentence, tree
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llgbm.__main__ import main
 from llgbm.lora.adapters import load_adapter
+from llgbm.lora.external import AdapterReader
+from llgbm.lora.stacking import Mixture, stack_adapters
 from llgbm.models.load import Base, load_base
+from llgbm.models.pretrain import make_tokenizer
+from llgbm.tasks.synthetic import SyntheticSuite
 
-IDS = torch.arange(24).view(2, 12)
+# Of one length: no padding.
+TEXTS = ["reverse it : guitar piano =>", "reverse it : river stone =>"]
+IDS = torch.tensor(make_tokenizer(SyntheticSuite().vocabulary)(TEXTS)["input_ids"])
 
 
 def model_of(base: Base | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -30,8 +38,14 @@ def logits(model: Any) -> Tensor:
         return model(IDS).logits.float()
 
 
-def with_adapter(base: Base, folder: Path) -> Tensor:
-    return logits(PeftModel.from_pretrained(model_of(base), str(folder)))
+def with_adapter(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    # PEFT casts what it loads to float32, unless it is told not to; the adapter is rounded as the base is.
+    model = PeftModel.from_pretrained(
+        model_of(base, dtype), str(folder), autocast_adapter_dtype=False
+    )
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return logits(model)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -42,17 +56,20 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_merged_model_has_the_logits_of_base_and_adapter(
     dtype: str, source: Path, tiny_base: Base, user: Path, capsys: Any
 ) -> None:
+    (user / "texts.txt").write_text("\n".join(TEXTS))
     command = ["merge", "--adapter", str(source / "one"), "--dtype", dtype, "--out", "merged"]
-    assert main(command) == 0, capsys.readouterr().err
+    assert main([*command, "--prompts", "texts.txt"]) == 0, capsys.readouterr().err
     told = said(capsys)["logits"]
     kind = getattr(torch, dtype)
     apart, merged = with_adapter(tiny_base, source / "one"), model_of(user / "merged", kind)
-    error = float((logits(merged) - apart).abs().max())
+    error = float((logits(merged) - apart).abs().max())  # over all tokens of the same texts
     assert merged.dtype == kind and (logits(model_of(tiny_base)) - apart).abs().max() > 0.1
     assert told["float32"]["largest_error"] < 1e-4 < told["bfloat16"]["largest_error"]
-    # The error that is told is measured on other texts: of the same size, not the same.
-    assert error < 4 * told[dtype]["largest_error"] + 1e-5
-    assert told["bfloat16"]["largest_error"] < 4 * told["bfloat16_unmerged"]["largest_error"]
+    assert error == pytest.approx(told[dtype]["largest_error"], rel=1e-3, abs=1e-5)
+    halves = with_adapter(tiny_base, source / "one", torch.bfloat16)
+    unmerged = float((halves - apart).abs().max())
+    assert told["bfloat16_unmerged"]["largest_error"] == pytest.approx(unmerged, rel=1e-3)
+    assert unmerged != told["bfloat16"]["largest_error"]
     loaded = load_base(user / "merged")
     names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
     for name in names:
@@ -123,6 +140,34 @@ def test_a_stack_of_adapters_of_other_layers_and_ranks_is_exact(
     for name, update in updates(user / "stacked").items():
         wanted = first[name] + second[name] if name in second else first[name]
         torch.testing.assert_close(update, wanted, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    mixed = ["stack", "--adapter", *adapters, "--way", "linear", "--out", "mixed"]
+    assert main(mixed) == 2 and "ranks 1, 3 have no linear mixture" in one_sentence(capsys)
+
+
+def test_stacking_leaves_the_base_as_it_was(source: Path, tiny_base: Base) -> None:
+    model = model_of(tiny_base)
+    before, names = logits(model), [name for name, _ in model.named_modules()]
+    reader = AdapterReader(model)
+    adapters = [reader.read(source / name) for name in ("one", "two")]
+    stack_adapters(model, Mixture(adapters, [1.0, 1.0]))
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_an_adapter_of_another_base_is_neither_merged_nor_stacked(
+    commands: Any, tiny_base: Base, user: Path, capsys: Any
+) -> None:
+    assert main([*commands["generate"], "--out", "adapter"]) == 0
+    shutil.copytree(tiny_base.path, user / "other")
+    state = load_file(user / "other" / "model.safetensors")
+    moved = {key: value + 0.01 for key, value in state.items()}
+    save_file(moved, user / "other" / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    for command in (["merge", "--adapter"], ["stack", "--adapter", "adapter"]):
+        assert main([*command, "adapter", "--base", "other", "--out", "made"]) == 2
+        assert "was made for another base" in one_sentence(capsys)
+    assert not (user / "made").exists()
 
 
 def test_rough_mixtures_say_how_rough_they_are(source: Path, user: Path, capsys: Any) -> None:
@@ -134,6 +179,8 @@ def test_rough_mixtures_say_how_rough_they_are(source: Path, user: Path, capsys:
         off = sum((got[n] - wanted[n]).square().sum() for n in got)
         error = float(off / sum(update.square().sum() for update in wanted.values())) ** 0.5
         assert told["delta_w_error"] == pytest.approx(error, rel=1e-3) and error > 0.05
+        assert main(["show", "stacked", "--json"]) == 0
+        assert said(capsys)["lineage"]["delta_w_error"] == told["delta_w_error"]
 
 
 @pytest.mark.parametrize(

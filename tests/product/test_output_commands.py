@@ -85,6 +85,13 @@ def test_no_command_that_fails_anywhere_loses_a_file(
     assert stop is interrupt or left == set(after) - set(before)
 
 
+def without_a_source(name: str, command: list[str]) -> list[str]:
+    """A command that says another sentence as soon as its work begins."""
+    given = command.index({"generate": "--model", "fetch": "--url"}.get(name, "--base")) + 1
+    nowhere = "http://127.0.0.1:9" if name == "fetch" else "nowhere/at-all"
+    return [*command[:given], nowhere, *command[given + 1 :]]
+
+
 @pytest.mark.parametrize("name", [*NAMES, "teachers"])
 def test_an_address_that_cannot_be_written_is_refused_before_the_work(
     name: str,
@@ -97,10 +104,7 @@ def test_an_address_that_cannot_be_written_is_refused_before_the_work(
     (user / "dangling").symlink_to("nowhere")
     (user / "circle").symlink_to("circle")
     before = tree(user)
-    command = list(commands[name])
-    # Were the work begun, another sentence would be said first.
-    given = command.index({"generate": "--model", "fetch": "--url"}.get(name, "--base")) + 1
-    command[given] = "http://127.0.0.1:9" if name == "fetch" else "nowhere/at-all"
+    command = without_a_source(name, commands[name])
     for out, words in {
         "file": "a file stands",
         "file/below/it": "a file stands",
@@ -232,9 +236,10 @@ def test_a_full_disk_is_said_before_the_work(user: Path, commands: Any, capsys: 
         (folder / "mine").write_bytes(bytes(60_000))
         before = tree(folder)
         for name in NAMES:
-            assert main([*commands[name], "--out", "small"]) == 2
+            command = without_a_source(name, commands[name])
+            assert main([*command, "--out", "small"]) == 2
             assert "the disk is full" in one_sentence(capsys) and tree(folder) == before
-            assert main([*commands[name], "--out", "small/new"]) == 2
+            assert main([*command, "--out", "small/new"]) == 2
             assert "the disk is full" in one_sentence(capsys) and tree(folder) == before
     finally:
         subprocess.run(["umount", str(folder)], check=True)

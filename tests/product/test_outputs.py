@@ -32,7 +32,7 @@ from output_checks import (
     prepare,
     tree,
 )
-from stopping import PATTERNS, interrupt, kill, killed_write, stopped_at, write
+from stopping import PATTERNS, disk_full, interrupt, kill, killed_write, stopped_at, write
 
 from llgbm.lora.adapters import load_adapter, save_adapter
 
@@ -93,6 +93,23 @@ def test_old_or_new_is_whole_at_every_point_of_a_change_of_several_files(
         if lived:
             break
     assert lived and ends == sorted(ends) and not ends[0] and len(ends) > 20
+
+
+@pytest.mark.parametrize("stop", [disk_full, interrupt])
+@pytest.mark.parametrize("others", [{}, {"thesis.tex": b"mine"}], ids=["alone", "beside"])
+def test_an_error_at_any_point_of_a_change_leaves_the_old_or_the_new(
+    tmp_path: Path, others: dict[str, bytes], stop: Any
+) -> None:
+    folder = tmp_path / "out"
+    old, new = {"a": "1", "b": "1", "key": "1"}, {"a": "2", "key": "2"}
+    ends = []
+    for at in range(90):
+        prepare(folder, old, others)
+        with stopped_at(tmp_path, at, stop), suppress(DndError, KeyboardInterrupt):
+            write(folder, new)
+        assert own_of(folder) in (old, new) and others_of(folder) == others, at
+        ends.append(own_of(folder) == new)
+    assert not ends[0] and ends[-1]
 
 
 @pytest.mark.parametrize("same", ["key", ""])

@@ -1,4 +1,4 @@
-"""Term, generator and encoder of another package in a whole sweep: planned, trained, reported under their names."""
+"""Parts of another package in a whole sweep: planned, trained, reported under their names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuning.tracking.store import connect
 
 COMMAND = (
     "--smoke --steps 4 --term own_terms:Small=0.1 kl=1 --term-option own_terms:Small.power=1 "
-    "--generator straight --encoder letters --max-concurrent 1"
+    "--generator straight --encoder letters --suite repeats --max-concurrent 1"
 )
 
 

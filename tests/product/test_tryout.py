@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llgbm.__main__ import main
-from llgbm.evaluation.transcripts import Section, Transcript, as_table, html_page, printable
+from llgbm.evaluation.transcripts import (
+    FORMAT_VERSION,
+    Section,
+    Transcript,
+    as_table,
+    from_json,
+    html_page,
+    printable,
+)
 from llgbm.models.load import Base
 from llgbm.models.scoring import Continuation
 
@@ -58,7 +67,8 @@ def test_answers_are_those_of_peft(source: Path, tiny_base: Base, user: Path, ca
     assert main(command) == 0
     table = capsys.readouterr().out
     data = json.loads((user / "page" / "answers.json").read_text())
-    (section,) = data["sections"]
+    assert data["version"] == FORMAT_VERSION
+    (section,) = from_json(data) and data["sections"]
     assert [own["prompt"] for own in section["transcripts"]] == PROMPTS
     for name, folder in (("first", source / "one"), ("two", source / "two")):
         got = [own["answers"][name]["text"] for own in section["transcripts"]]
@@ -69,6 +79,30 @@ def test_answers_are_those_of_peft(source: Path, tiny_base: Base, user: Path, ca
     for text in ("base", "first", "two", *PROMPTS, answers[0]["first"]["text"].strip()):
         assert text in page.text and text.split()[0] in table
     assert main(command) == 0
+
+
+def test_a_chat_is_asked_in_the_template_of_the_base(
+    source: Path, tiny_base: Base, user: Path, capsys: Any
+) -> None:
+    shutil.copytree(tiny_base.path, user / "base")
+    config = json.loads((user / "base" / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}reverse it : {{ m.content }} =>{% endfor %}"
+    (user / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    (user / "prompts.txt").write_text("guitar piano")
+    command = [
+        "try",
+        "--adapter",
+        str(source / "one"),
+        "--prompts",
+        "prompts.txt",
+        "--base",
+        "base",
+    ]
+    command += ["--max-tokens", "6", "--chat", "--out", "page"]
+    assert main(command) == 0, capsys.readouterr().err
+    data = json.loads((user / "page" / "answers.json").read_text())
+    (own,) = data["sections"][0]["transcripts"]
+    assert own["answers"]["one"]["text"] == peft_answers(tiny_base, source / "one")[0]
 
 
 HOSTILE = "<script>alert(1)</script> & \"'</pre>\x1b[31m\u202e"
@@ -82,6 +116,7 @@ def test_no_text_can_break_out_of_a_page_or_a_table() -> None:
     assert "script" not in read.tags and read.text.count("alert(1)") == 8
     assert "(nothing)" in read.text and "[…]" in read.text
     shown = as_table([one], 200)
+    assert "[…]" in shown and page.count('<pre class="same">') == 1
     for text in (page, shown):
         assert "\x1b" not in text and "\u202e" not in text
     assert html.unescape(printable("a\nb")) == "a\nb"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,25 @@ from llgbm.lora import LoraBatch
 from llgbm.models.scoring import continue_texts, greedy_answers
 from llgbm.training import TrainingConfig
 from llgbm.world import World
+from tuning.report import StudyRecord, read_study, write_report
 from tuning.report.answers import EXAMPLES, TOKENS, publish_answers
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.artifacts import bundle_facts
 from tuning.tracking.runs import read_trials
 from tuning.tracking.study import StudyTracker
+
+
+def check_report(record: StudyRecord, folder: Path, rows: list[int]) -> None:
+    """The report links a page that lies beside it, and shows it in place: MLflow shows no other artifact from there."""
+    write_report(folder, record)
+    ((text, link),) = re.findall(r"\[(\w+)\]\((answers[^)]*)\)", (folder / "report.md").read_text())
+    assert text == "nano"
+    page = (folder / link).read_text()
+    assert page.count("<article>") == EXAMPLES * len(rows)
+    report = (folder / "report.html").read_text()
+    assert f'<a href="{link}" target="_blank" rel="noopener">nano</a>' in report
+    (frame,) = re.findall(r'<iframe sandbox [^>]*srcdoc="([^"]*)"', report)
+    assert html.unescape(frame) == page
 
 
 def test_the_page_has_the_answers_of_base_teacher_and_generated_adapter(
@@ -41,7 +57,7 @@ def test_the_page_has_the_answers_of_base_teacher_and_generated_adapter(
     study.finish_trial("t1", "FINISHED")
     results = read_trials(study.tracking_uri, study.parent_run_id)
     publish_answers(study, {"t1": world}, results, "val/accuracy")
-    assert "was not written" in capsys.readouterr().err
+    assert "were not kept" in capsys.readouterr().err
     (tmp_path / "kept" / "generator").mkdir(parents=True)
     facts = bundle_facts(spec, world)
     GeneratorBundle.save(tmp_path / "kept/generator", generator, spec.config.generator, facts)
@@ -51,7 +67,7 @@ def test_the_page_has_the_answers_of_base_teacher_and_generated_adapter(
     sections = json.loads((kept / "answers.json").read_text())["sections"]
     rows = list(world.data.rows["test"])
     assert [own["title"] for own in sections] == [world.data.tasks[row] for row in rows]
-    assert (kept / "answers.html").read_text().count("<article>") == EXAMPLES * len(rows)
+    check_report(read_study(study.tracking_uri, study.parent_run_id), tmp_path / "report", rows)
     taught = LoraBatch.unflatten(world.bank.spec, world.data.values_AV[rows])
     made = generator.generate(world.data.conditions.evaluation_ANC[rows])
     asked = [[one["prompt"] for one in own["transcripts"]] for own in sections]

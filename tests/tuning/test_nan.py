@@ -17,8 +17,8 @@ from test_champions import measured
 from test_points import BOTH, SPACE, finish, fresh, score
 
 from llgbm.evaluation import baselines
+from tuning.registry.best import best_baseline, read_candidates, register_best
 from tuning.registry.champions import Measured, Rivals, decide_alias
-from tuning.registry.register import best_baseline, read_candidates, register_best
 from tuning.report.groups import Group, compare, ranked
 from tuning.report.record import collect_baselines
 from tuning.search.points import describe_best
@@ -88,7 +88,7 @@ def test_it_is_not_registered(odd: float, monkeypatch: pytest.MonkeyPatch) -> No
         taken.append(run_id)
         return SimpleNamespace(name="x", version=1, alias="champion")
 
-    monkeypatch.setattr("tuning.registry.register.register", register)
+    monkeypatch.setattr("tuning.registry.best.register", register)
     world = SimpleNamespace(size="nano", hash="w", config=SimpleNamespace(smoke=True))
     config = SimpleNamespace(seed=0)
     specs = [SimpleNamespace(id=r.trial_id, world=world, name="x", config=config) for r in results]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import time
@@ -9,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from llgbm.commands.show import show
 from llgbm.evaluation.metrics import evaluate_generator
 from llgbm.generator import make_generator
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import load_adapter
+from llgbm.system.lineage import prompts_facts
 from llgbm.teachers.bank import Bank
 from llgbm.training import TrainingConfig
 from llgbm.world import World
@@ -171,23 +175,37 @@ def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kep
         part: evaluate_generator(generator, world.data, world.lora_model, part)
         for part in ("val", "test")
     }
-    write_trial_adapters(tmp_path / "own", world, results)
+    write_trial_adapters(tmp_path / "kept", world, results)
     saved = Path(study.client.download_artifacts(trial.run_id, "adapters", str(tmp_path)))
-    own = sorted(
-        path.relative_to(tmp_path / "own/adapters")
-        for path in (tmp_path / "own").rglob("*")
-        if path.is_file()
-    )
-    assert (
-        own == sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file())
-        and own
+    own = files_below(tmp_path / "kept" / "adapters")
+    assert own == files_below(saved) and len(own) == 3 * sum(
+        len(world.data.rows[part]) for part in ("val", "test")
     )
     for folder in {path.parent for path in own}:
         states = [
             load_adapter(root / folder, world.bank.spec)
-            for root in (saved, tmp_path / "own/adapters")
+            for root in (saved, tmp_path / "kept/adapters")
         ]
         assert all(states[0][key].equal(states[1][key]) for key in states[1])
+        for root in (saved, tmp_path / "kept/adapters"):
+            check_says_what_it_is(root / folder, world, spec, tmp_path / "kept" / "generator")
+
+
+def check_says_what_it_is(folder: Path, world: World, spec: TrialSpec, generator: Path) -> None:
+    """`show` reads lineage and base back from an adapter that a trial kept, and verifies both."""
+    found = show(argparse.Namespace(adapter=folder, base=world.base.path, json=True))
+    assert found["files"] == "weights and config are those that the lineage names"
+    assert found["base_files"].endswith("are the ones that the adapter was made for")
+    bundle, row = GeneratorBundle.load(generator), world.data.tasks.index(folder.name)
+    prompts = world.bank.prompts(world.data.adapter_ids[row])["evaluation"]
+    told = found["lineage"]
+    assert told["prompts"] == prompts_facts(prompts)
+    assert told["generator"]["hash"] == bundle.facts["generator_hash"]
+    assert told["generator"]["trial_id"] == spec.id
+    assert (folder / "README.md").read_text().startswith("---\n")
+    # From these prompts the generator that was kept writes the same again.
+    for key, values in load_adapter(folder, world.bank.spec).items():
+        torch.testing.assert_close(bundle.generate(prompts)[key], values, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 5])

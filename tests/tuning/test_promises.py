@@ -18,9 +18,9 @@ from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 from tuning.arguments import parse_arguments
 from tuning.registry import Score, register_generator
+from tuning.registry.best import read_candidates
 from tuning.registry.champions import champion_history, promote
 from tuning.registry.commands import list_models
-from tuning.registry.register import read_candidates
 from tuning.registry.turns import TURN_TAG, turn
 from tuning.registry.versions import aliases_of
 from tuning.report import StudyRecord, tables, write_report

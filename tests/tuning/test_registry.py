@@ -11,16 +11,18 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from formats import FOLDER
 from made_study import accuracies
 from safetensors.torch import save_file
 
 from llgbm.runtime import UserError
-from tuning.registry import Score, fetch_bundle, register_generator
+from tuning.registry import Score, fetch_bundle, load_bundle, register_generator
 from tuning.registry.champions import (
     champion_history,
     promote,
     rollback,
 )
+from tuning.registry.fetch import COPY, LOCK
 from tuning.registry.versions import RegisteredVersion, aliases_of
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
@@ -320,6 +322,25 @@ def test_a_registered_bundle_is_fetched_bit_by_bit(
         assert (folder / name).read_bytes() == (bundle / name).read_bytes()
     (folder / "generator.json").write_text("{}")
     assert "tiny" in (fetch_bundle(address, study.tracking_uri) / "generator.json").read_text()
+
+
+def test_no_copy_of_a_generator_outlives_its_use(
+    study: StudyTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = register(study, FOLDER / "bundles" / "default").uri
+    place, uri = tmp_path / "temporary", study.tracking_uri
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    assert load_bundle(address, uri).facts["registered"] == f"{NAME}/1"
+    with pytest.raises(UserError, match="no version 7"):
+        load_bundle(f"models:/{NAME}/7", uri)
+    assert not list(place.iterdir())
+    (place / f"{COPY}left").mkdir()
+    (place / f"{COPY}left{LOCK}").touch()  # the system gave it back when its process was killed
+    fetched = [fetch_bundle(address, uri) for _ in range(2)]
+    assert fetched[0] != fetched[1] and all((own / "generator.json").is_file() for own in fetched)
+    kept = {path.name for path in place.iterdir()}
+    assert len(kept) == 4 and not kept & {f"{COPY}left", f"{COPY}left{LOCK}"}
 
 
 def test_the_store_can_come_from_the_environment_or_the_folder(

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load
 
 from llgbm.lora.adapters import pack_weights
+from llgbm.runtime import UserError
 
 
 class WordBundle:
@@ -54,6 +55,19 @@ def test_each_row_becomes_one_adapter() -> None:
 def test_rows_that_are_no_prompts_are_named(bad: str) -> None:
     with pytest.raises(MlflowException, match="row 1: `prompts` must be a JSON list"):
         predict('["fine"]', bad)
+
+
+def test_what_a_user_can_mend_is_told() -> None:
+    from tuning.registry.served import GeneratorModel
+
+    class Other(WordBundle):
+        def pack_adapter(self, prompts: list[str]) -> bytes:
+            raise UserError("the encoder is another")
+
+    model = GeneratorModel()
+    model.bundle = Other()  # type: ignore[assignment]
+    with pytest.raises(MlflowException, match="the encoder is another"):
+        model.predict(None, pd.DataFrame({"prompts": ['["a"]']}))
 
 
 def payload(cell: object, column: str = "prompts") -> dict[str, object]:

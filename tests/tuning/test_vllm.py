@@ -6,6 +6,7 @@ import abc
 import asyncio
 import json
 import re
+import shutil
 import sys
 import tomllib
 from importlib import import_module
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from helpers import ROOT, write_minilm_bundle
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from llgbm.runtime import UserError
 from tuning.registry import vllm_resolver
@@ -97,12 +99,39 @@ def test_a_name_with_prompts_becomes_an_adapter(resolver: LoRAResolver, tmp_path
     (tmp_path / "prompts" / "last-word.txt").write_text("something else entirely\n")
     second = ask(resolver, "last-word")
     assert second.lora_path == first.lora_path and second.lora_int_id != first.lora_int_id
+    # vLLM tells adapters apart by their numbers: the same prompts under another name are another adapter.
+    shutil.copy(tmp_path / "prompts" / "last-word.txt", tmp_path / "prompts" / "again.txt")
+    assert ask(resolver, "again").lora_int_id != second.lora_int_id
 
 
-@pytest.mark.parametrize("name", ["unknown", "../bundle/generator", "", "two"])
+def test_another_generator_writes_its_own_adapter(
+    resolver: LoRAResolver, registered: dict[str, LoRAResolver], tmp_path: Path
+) -> None:
+    first = ask(resolver, "last-word")
+    weights = tmp_path / "bundle" / "generator.safetensors"
+    save_file({key: 1.5 * value for key, value in load_file(weights).items()}, weights)
+    vllm_resolver.register()
+    second = ask(registered["llgbm"], "last-word")
+    assert second.lora_path == first.lora_path and second.lora_int_id != first.lora_int_id
+
+
+def test_a_base_is_known_by_its_files_and_by_its_id(
+    resolver: LoRAResolver, registered: dict[str, LoRAResolver], tmp_path: Path
+) -> None:
+    shutil.copytree(BASE, tmp_path / "copied")
+    assert ask(resolver, "last-word", str(tmp_path / "copied")) is not None
+    described = tmp_path / "bundle" / "generator.json"
+    facts = json.loads(described.read_text())
+    described.write_text(json.dumps({**facts, "base_path": "someone/base@main"}))
+    vllm_resolver.register()
+    assert ask(registered["llgbm"], "last-word", "someone/base") is not None
+
+
+@pytest.mark.parametrize("name", ["unknown", "../outside", "", "two"])
 def test_other_names_are_left_to_other_resolvers(
     name: str, resolver: LoRAResolver, tmp_path: Path
 ) -> None:
+    (tmp_path / "outside.txt").write_text("a\n")
     for suffix in (".txt", ".json"):
         (tmp_path / "prompts" / f"two{suffix}").write_text('["a"]')
     assert ask(resolver, name) is None and not (tmp_path / "adapters").exists()

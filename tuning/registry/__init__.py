@@ -1,5 +1,6 @@
 """Register, promote and serve generators."""
 
-from tuning.registry.register import Score, fetch_bundle, register_generator
+from tuning.registry.fetch import fetch_bundle, load_bundle
+from tuning.registry.register import Score, register_generator
 
-__all__ = ["Score", "fetch_bundle", "register_generator"]
+__all__ = ["Score", "fetch_bundle", "load_bundle", "register_generator"]

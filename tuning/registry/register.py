@@ -1,4 +1,4 @@
-"""Register generators in MLflow's model registry, and fetch them.
+"""Register generators in MLflow's model registry.
 
 A trial is registered once. A registration that was killed is finished by the next: complete parts are kept, incomplete
 ones are deleted and made again.
@@ -6,19 +6,17 @@ ones are deleted and made again.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llgbm.runtime import UserError, say
 from tuning.registry.champions import (
     DATA_TAG,
     METRIC_TAG,
@@ -27,17 +25,14 @@ from tuning.registry.champions import (
     Rivals,
     settle,
 )
+from tuning.registry.fetch import BUNDLE_FILE, checked
 from tuning.registry.versions import (
-    REGISTERED,
     RegisteredVersion,
     check_name,
-    download,
     note_origin,
     registry_client,
-    resolve,
     versions_of,
 )
-from tuning.tracking.runs import finite
 from tuning.tracking.store import unless_there
 
 if TYPE_CHECKING:
@@ -45,13 +40,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
-    from llgbm.world import World
-    from tuning.studies.spec import Study, TrialSpec
-    from tuning.tracking.runs import TrialResult
-    from tuning.tracking.study import StudyTracker
 
 KEY_TAGS = ("llgbm.study_id", "llgbm.trial_id")
-BUNDLE_FILE = "generator.json"
 MODEL_FILE = Path(__file__).with_name("served.py")
 PACKAGES = (
     "mlflow",
@@ -127,44 +117,10 @@ def _check_figures(tags: Mapping[str, str], score: Score) -> None:
         )
 
 
-def fetch_bundle(uri: str, tracking_uri: str | None) -> Path:
-    """Return the folder with `generator.json` of `models:/name@alias`, `models:/name/3` or a local folder.
-
-    `tracking_uri` None means MLFLOW_TRACKING_URI, or else the store of the current folder. A registered bundle is
-    copied to a folder that is deleted when the process ends. Raises UserError if the model, version, alias or folder
-    does not exist.
-    """
-    if not uri.startswith("models:"):
-        return _checked(Path(uri).expanduser(), uri)
-    with registry_client(tracking_uri) as client:
-        version = resolve(client, uri)
-        folder = Path(tempfile.mkdtemp(prefix="llgbm-generator-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        bundle = bundle_of(client, version, folder)
-        note_origin(bundle, {**version.tags, REGISTERED: f"{version.name}/{version.version}"})
-        return bundle
-
-
-def bundle_of(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
-    """Copy the files of a version below a folder; return the folder of its bundle. Raises UserError if it has none."""
-    own = download(client, version, folder)
-    bundles = [path.parent for path in sorted(own.rglob(BUNDLE_FILE))]
-    return _checked(next(iter(bundles), own), f"models:/{version.name}/{version.version}")
-
-
 def _bundle_tags(bundle: Path) -> dict[str, str]:
-    described = json.loads((_checked(bundle, str(bundle)) / BUNDLE_FILE).read_text())
+    described = json.loads((checked(bundle, str(bundle)) / BUNDLE_FILE).read_text())
     keys = ("size", "base_hash", "bank_hash", "encoder")
     return {f"llgbm.{key}": str(described[key]) for key in keys if key in described}
-
-
-def _checked(folder: Path, asked: str) -> Path:
-    if not (folder / BUNDLE_FILE).is_file():
-        raise UserError(
-            f"{asked!r} holds no generator ({BUNDLE_FILE} is missing): give a folder that `llgbm` wrote, or "
-            "models:/name@alias."
-        )
-    return folder
 
 
 def _find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
@@ -281,113 +237,3 @@ def _introduction(tags: Mapping[str, str]) -> str:
         f"{tags.get('llgbm.base_hash', 'unknown')}, learned from bank {tags.get('llgbm.bank_hash', 'unknown')}. "
         f"{tags[METRIC_TAG]} = {float(tags[SCORE_TAG]):.4f} on validation data {tags[DATA_TAG]}."
     )
-
-
-def register_best(
-    study: Study,
-    worlds: Mapping[str, World],
-    results: Sequence[TrialResult],
-    tracker: StudyTracker,
-    cache: Path,
-) -> list[dict[str, str]]:
-    """Register the best complete trial of each size by the study's metric; return the versions.
-
-    A trial whose artifacts are gone is passed over, and the next best is taken.
-    """
-    specs = {trial.id: trial for trial in study.trials}
-    registered = []
-    for size in dict.fromkeys(trial.world.size for trial in study.trials):
-        own = [r for r in results if r.is_complete and specs[r.trial_id].world.size == size]
-        done = [r for r in own if study.metric in r.metrics]
-        done.sort(key=lambda r: -r.metrics[study.metric])
-        candidates = read_candidates(tracker, done, study.metric)
-        if candidates:
-            best, per_task = candidates[0]
-            spec = specs[best.trial_id]
-            rivals = Rivals(
-                [own for _, own in candidates[1:]],
-                best_baseline(cache, worlds[spec.world.hash], study.metric),
-            )
-            score = Score(best.metrics[study.metric], study.metric, per_task, rivals)
-            version = register(study, spec, worlds[spec.world.hash], tracker, best.run_id, score)
-            say(
-                f"registered {version.name} version {version.version} "
-                f"({spec.name}, seed {spec.config.seed}) as {version.alias}"
-            )
-            registered.append(
-                {"name": version.name, "version": str(version.version), "alias": version.alias}
-            )
-    return registered
-
-
-Candidate = tuple["TrialResult", dict[str, float]]
-
-
-def read_candidates(
-    tracker: StudyTracker, done: Sequence[TrialResult], metric: str
-) -> list[Candidate]:
-    """Return the trials that kept a generator and validation figures by task, with these; say which did not."""
-    found: list[Candidate] = []
-    for trial in done:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(tracker.download_artifacts(trial.run_id, "per_task.json", folder))
-                figures = json.loads(path.read_text())["val"][metric.removeprefix("val/")]
-                per_task = {str(task): float(value) for task, value in figures.items()}
-                if finite(per_task) != per_task:
-                    raise ValueError(f"its {metric} by task is not finite")
-                # Only the best is registered: its generator must be there.
-                if not found:
-                    tracker.download_artifacts(trial.run_id, f"generator/{BUNDLE_FILE}", folder)
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            say(
-                f"the artifacts of trial {trial.trial_id} ({trial.config}, seed {trial.seed}) cannot be read, so it "
-                f"is not registered: {str(error).partition(chr(10))[0][:200]}"
-            )
-        else:
-            found.append((trial, per_task))
-    return found
-
-
-def best_baseline(cache: Path, world: World, metric: str) -> tuple[str, float] | None:
-    """Return name and validation score of the best baseline of a world, None for a smoke world or without a score."""
-    from llgbm.evaluation.baselines import UPPER_BOUND, known_baselines
-
-    if world.config.smoke:
-        return None
-    key = metric.removeprefix("val/")
-    scores = {
-        name: values[key]
-        for name, values in known_baselines(cache, world.data, world.lora_model, "val").items()
-        if name != UPPER_BOUND and math.isfinite(values[key])
-    }
-    if not scores:
-        return None
-    name = max(scores, key=lambda name: scores[name])
-    return name, scores[name]
-
-
-def register(
-    study: Study,
-    spec: TrialSpec,
-    world: World,
-    tracker: StudyTracker,
-    run_id: str,
-    score: Score,
-) -> RegisteredVersion:
-    """Register the generator of one trial's run under the name of its size."""
-    name = f"llgbm-generator-{spec.world.size}"
-    if spec.world.smoke:
-        name += "-smoke"
-    tags = {
-        "llgbm.study": study.name,
-        "llgbm.study_id": study.id,
-        "llgbm.trial_id": spec.id,
-        "llgbm.config": spec.name,
-        "llgbm.bank": world.bank.hash,
-        "llgbm.base": world.base.hash,
-        "llgbm.val_data": world.data.hash,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(tracker.download_artifacts(run_id, "generator", folder))
-        return register_generator(tracker.tracking_uri, run_id, bundle, name, tags, score)

@@ -70,10 +70,9 @@ class GeneratedAdapters:
     @cached_property
     def bundle(self) -> GeneratorBundle:
         """Generator, fetched when it is asked for the first time."""
-        from llgbm.generator.bundle import GeneratorBundle
-        from tuning.registry.register import fetch_bundle
+        from tuning.registry.fetch import load_bundle
 
-        return GeneratorBundle.load(fetch_bundle(self.model, None))
+        return load_bundle(self.model, None)
 
     def find(self, base: str, name: str) -> tuple[Path, int] | None:
         """Return folder and number of an adapter; None for a name without prompts, or a base that is another.

@@ -1,17 +1,25 @@
-"""A page of answers: on each held-out task what base, teacher and the best generated adapter write."""
+"""Answers on each held-out task by base, teacher and the best generated adapter: kept with a study, shown as a page."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from llgbm.evaluation.benchmark import System
-from llgbm.evaluation.transcripts import Section, Transcript, as_json, ask_systems, html_page
+from llgbm.evaluation.transcripts import (
+    Section,
+    Transcript,
+    as_json,
+    ask_systems,
+    from_json,
+    html_page,
+)
 from llgbm.generator.bundle import GeneratorBundle
 from llgbm.lora import LoraBatch
 from llgbm.models.encoding import example_prompt
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
     from tuning.tracking.study import StudyTracker
 
 EXAMPLES, TOKENS = 2, 48  # of a task; of an answer
-PAGE, DATA = "answers.html", "answers.json"
+FOLDER, DATA = "answers", "answers.json"
 
 
 def publish_answers(
@@ -40,24 +48,44 @@ def publish_answers(
             with tempfile.TemporaryDirectory() as folder:
                 kept = tracker.download_artifacts(result.run_id, "generator", folder)
                 sections = answers_of(GeneratorBundle.load(Path(kept)), worlds[result.trial_id])
-                out = Path(folder) / "answers" / size
+                out = Path(folder) / FOLDER / size
                 out.mkdir(parents=True)
-                write_answers(out, sections, result)
-                tracker.log_artifacts(Path(folder) / "answers", "answers")
+                facts = {
+                    "size": size,
+                    "trial": result.trial_id,
+                    "config": result.config,
+                    "seed": result.seed,
+                }
+                data = json.dumps(as_json(sections, facts), indent=1)
+                (out / DATA).write_text(data, encoding="utf-8")
+                tracker.log_artifacts(Path(folder) / FOLDER, FOLDER)
         except UserError as error:
-            say(f"the page of answers was not written: {error}")
+            say(f"the answers on held-out tasks were not kept: {error}")
 
 
-def write_answers(out: Path, sections: Sequence[Section], result: TrialResult) -> None:
-    """Write the page and its data into a folder."""
-    about = (
-        f"Greedy answers on held-out tasks, {EXAMPLES} examples each: the base alone, with the task's teacher, and "
-        f"with the adapter that the best trial ({result.config}, seed {result.seed}) generated from other prompts."
-    )
-    page = html_page("Answers on held-out tasks", about, sections)
-    (out / PAGE).write_text(page, encoding="utf-8")
-    data = as_json(sections, {"trial": result.trial_id, "config": result.config})
-    (out / DATA).write_text(json.dumps(data, indent=1), encoding="utf-8")
+@dataclass(frozen=True)
+class StudyAnswers:
+    """Answers by the best trial of one size, as a study keeps them."""
+
+    size: str
+    config: str
+    seed: int
+    sections: Sequence[Section]
+
+    @classmethod
+    def read(cls, file: Path) -> StudyAnswers:
+        """Read what `publish_answers` kept. Raises ValueError, KeyError or TypeError for a file that is torn."""
+        data = json.loads(file.read_text(encoding="utf-8"))
+        sections = from_json(data)
+        return cls(str(data["size"]), str(data["config"]), int(data["seed"]), sections)
+
+    def page(self) -> str:
+        """Return the answers as one self-contained page."""
+        about = (
+            f"Greedy answers on held-out tasks, {EXAMPLES} examples each: the base alone, with the task's teacher, and "
+            f"with the adapter that the best trial ({self.config}, seed {self.seed}) generated from other prompts."
+        )
+        return html_page("Answers on held-out tasks", about, self.sections)
 
 
 def answers_of(bundle: GeneratorBundle, world: World) -> list[Section]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llgbm.runtime import UserError, say
 from llgbm.system.output import Output
@@ -24,6 +25,7 @@ from tuning.report.summaries import keep_summaries
 from tuning.report.words import caveats, count, headlines
 from tuning.tracking.study import StudyTracker
 
+FORMAT_VERSION = 1  # of results.json
 # Final metrics of the best trial that its study shows, too.
 NUMBERS = ("heldout/", "val/", "train/")
 PICTURES = (
@@ -33,7 +35,8 @@ PICTURES = (
     "memorisation.png",
     "delta_map*.png",
 )
-REPORT_PATTERNS = (*PICTURES, "results.csv", "results.json", "report.html", "report.md")
+PAGES = "answers_*.html"
+REPORT_PATTERNS = (*PICTURES, PAGES, "results.csv", "results.json", "report.html", "report.md")
 NOVELTY = (
     "Accuracy on tasks that are new in other ways than the held-out ones. Those are new combinations of an operation "
     "and a format that both occur in training (recombination). No level chooses anything."
@@ -60,6 +63,7 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
     """Write the report into an empty folder."""
     shown = record.renamed(escaped)
     sections = _sections(shown, _plots(out, record.renamed(label)))
+    sections["Answers"] = _answers(out, record)
     notes = "**What cannot be concluded**\n\n" + bullets(caveats(shown))
     parts = [f"# Study {shown.study}", *headlines(shown), notes, _origin(shown)]
     for title, own in sections.items():
@@ -69,7 +73,8 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(html_page(text, out), encoding="utf-8")
     (out / "results.json").write_text(
-        json.dumps(result_json(record), indent=1, allow_nan=False), encoding="utf-8"
+        json.dumps({"version": FORMAT_VERSION, **result_json(record)}, indent=1, allow_nan=False),
+        encoding="utf-8",
     )
     _write_csv(out / "results.csv", record)
 
@@ -172,6 +177,19 @@ def _delta_maps(out: Path, record: StudyRecord) -> Iterator[str]:
             name = f"delta_map_{place}_{file_name(size)}.png"
         own = [one for one in record.deltas if one.size == size]
         yield _picture(out, name, plot_delta_map, own)
+
+
+def _answers(out: Path, record: StudyRecord) -> list[str]:
+    """Write a page of answers for each size; return a sentence that links it, for each."""
+    links = []
+    for place, own in enumerate(record.answers, 1):
+        name = f"answers_{place}_{file_name(own.size)}.html"
+        (out / name).write_text(own.page(), encoding="utf-8")
+        links.append(
+            f"Greedy answers on held-out tasks by base, teacher and best generated adapter: "
+            f"[{escaped(own.size)}]({quote(name)})"
+        )
+    return links
 
 
 def _picture(out: Path, name: str, draw: Callable[..., str], *what: Any) -> str:

@@ -1,12 +1,13 @@
-"""Render Markdown as one self-contained HTML page: pictures inlined, sections linked, light and dark."""
+"""Render Markdown as one self-contained HTML page: pictures and linked pages within it, light and dark."""
 
 from __future__ import annotations
 
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -33,6 +34,7 @@ th { background: var(--band); vertical-align: bottom; white-space: normal; }
 tbody tr:hover { background: var(--band); }
 img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px;
   padding: .4rem; }
+iframe { width: 100%; height: 40rem; border: 1px solid var(--line); border-radius: 4px; }
 img + em, p > em:only-child { color: var(--soft); font-size: .9rem; }
 code { background: var(--band); padding: .1em .3em; border-radius: 3px; font-size: .88em; }
 """
@@ -40,9 +42,13 @@ STYLE = COLOURS + OWN_STYLE
 
 
 def html_page(markdown: str, folder: Path) -> str:
-    """Render Markdown; only PNG files that lie directly in `folder` become pictures. HTML is shown, not run."""
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink"])
-    tokens = parser.parse(markdown)
+    """Render Markdown; only files that lie directly in `folder` become pictures (PNG) and links (HTML).
+
+    A linked page is shown in place, too: MLflow shows an artifact apart from those beside it. HTML is text, not run.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("autolink")
+    pages = {quote(page.name): page for page in folder.glob("*.html") if page.is_file()}
+    tokens = list(_framed(parser.parse(markdown), pages))
     titles = _linked_headings(tokens)
     pictures = {picture.name: picture for picture in folder.glob("*.png") if picture.is_file()}
     for before, token in zip(tokens, tokens[1:], strict=False):
@@ -78,6 +84,38 @@ def _linked_headings(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
             token.attrs["id"] = slug
             found.append((slug, inside.content, token.tag))
     return found
+
+
+def _framed(tokens: Sequence[Token], pages: Mapping[str, Path]) -> Iterator[Token]:
+    """Yield tokens with each linked page in a frame behind its paragraph; links to anything else become text."""
+    linked: list[Path] = []
+    for token in tokens:
+        linked += _linked_pages(token, pages)
+        yield token
+        if token.type == "paragraph_close":
+            yield from map(_frame, linked)
+            linked = []
+
+
+def _linked_pages(token: Token, pages: Mapping[str, Path]) -> Iterator[Path]:
+    """Yield the pages that an inline token links; its other links become text."""
+    is_kept = False
+    for child in token.children or ():
+        if child.type == "link_open":
+            is_kept = str(child.attrs.get("href", "")) in pages
+        if child.type in ("link_open", "link_close") and not is_kept:
+            child.type, child.tag, child.attrs = "text", "", {}
+        elif child.type == "link_open":
+            yield pages[str(child.attrs["href"])]
+            # Within MLflow's page the link leads nowhere: a sandbox then opens nothing.
+            child.attrs |= {"target": "_blank", "rel": "noopener"}
+
+
+def _frame(page: Path) -> Token:
+    content = html.escape(page.read_text(encoding="utf-8"))
+    title = html.escape(page.stem)
+    frame = f'<iframe sandbox title="{title}" loading="lazy" srcdoc="{content}"></iframe>\n'
+    return Token("html_block", "", 0, content=frame)
 
 
 def _inline(image: Token, pictures: Mapping[str, Path]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from llgbm.evaluation.baselines import from_metrics, known_baselines, to_metrics
 from llgbm.runtime import content_hash
 from llgbm.world import World
+from tuning.report.answers import DATA, FOLDER, StudyAnswers
 from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import (
     CHOOSING,
@@ -32,6 +33,7 @@ from tuning.report.groups import (
 )
 from tuning.report.names import Renaming
 from tuning.report.plots import CURVES
+from tuning.sweep.artifacts import PER_TASK, read_per_task
 from tuning.tracking.notes import read_gates
 from tuning.tracking.runs import STUDY_ID_TAG, STUDY_TAG, TrialResult, measured, read_trials
 from tuning.tracking.store import connect, store_errors
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAPS_PER_SIZE = 4
-PER_TASK = "per_task.json"
 DELTAS = "deltas"
 OPENED_TAG = "llgbm.sealed_opened"
 
@@ -67,6 +68,7 @@ class StudyRecord:
     missing: tuple[str, ...] = ()
     gates: Mapping[str, Sequence[str]] = field(default_factory=dict)
     openings: tuple[Mapping[str, Any], ...] = ()
+    answers: tuple[StudyAnswers, ...] = ()
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -128,6 +130,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
         artifacts = _Artifacts(client, Path(folder))
         found = {t.run_id: artifacts.accuracy_by_task(t) for t in trials if t.is_complete}
         by_task = {run_id: values for run_id, values in found.items() if values}
+        answers = artifacts.answers(parent_run_id)
         maps = [artifacts.delta_map(trial) for trial in _mapped(group_trials(trials))]
     planned = parent.data.params.get("trials", "")
     return StudyRecord(
@@ -143,6 +146,7 @@ def read_study(tracking_uri: str, parent_run_id: str) -> StudyRecord:
         missing=tuple(artifacts.missing),
         gates=read_gates(parent.data.tags),
         openings=tuple(json.loads(parent.data.tags.get(OPENED_TAG, "[]"))),
+        answers=tuple(answers),
     )
 
 
@@ -192,7 +196,7 @@ class _Artifacts:
             path = self._fetch(trial, PER_TASK)
             if path is None:
                 return {}
-            found = json.loads(path.read_text())["test"]["accuracy"]
+            found = read_per_task(path)["test"]["accuracy"]
             return {str(task): float(value) for task, value in found.items()}
         except (
             Exception
@@ -218,6 +222,20 @@ class _Artifacts:
             self._note(trial, DELTAS, error)
             return None
 
+    def answers(self, parent_run_id: str) -> list[StudyAnswers]:
+        """Return the answers that the study kept, by size; none where they cannot be read."""
+        try:
+            kept = {item.path for item in self.client.list_artifacts(parent_run_id)}
+            if FOLDER not in kept:
+                return []
+            folder = self.client.download_artifacts(parent_run_id, FOLDER, str(self.folder))
+            return list(map(StudyAnswers.read, sorted(Path(folder).rglob(DATA))))
+        except Exception as error:  # as above
+            self.missing.append(
+                f"The answers of the study cannot be read and are left out: {_reason(error)}."
+            )
+            return []
+
     def _fetch(self, trial: TrialResult, name: str) -> Path | None:
         kept = {item.path for item in self.client.list_artifacts(trial.run_id)}
         if not kept:  # every complete trial keeps some
@@ -229,11 +247,15 @@ class _Artifacts:
         return Path(self.client.download_artifacts(trial.run_id, name, str(own)))
 
     def _note(self, trial: TrialResult, name: str, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         self.missing.append(
             f"The artifact {name} of run {trial.run_id} ({trial.config}, seed {trial.seed}) cannot be read and is "
-            f"left out: {reason.rstrip('.')}."
+            f"left out: {_reason(error)}."
         )
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first[:200].rstrip(".")
 
 
 def family_name(task: str) -> str:

@@ -161,6 +161,11 @@ class StudyArguments:
         BASE, "trained teachers (`python -m llgbm teachers`, `bank import`)", "DIR"
     )
 
+    suite: str | None = _option(
+        DATA,
+        "synthetic (default), or a suite that another package offers (docs/architecture.md)",
+        "NAME",
+    )
     data: str | None = _option(DATA, "folder of NAME_train.json, NAME_test.json, …", "DIR")
     tasks: tuple[str, ...] | None = _option(
         DATA, "datasets to train on, one of them to choose on", "NAME"

@@ -10,10 +10,10 @@ from typing import Any
 from llgbm.lora.adapters import LoraSpec
 from llgbm.models.load import OWN_PREFIX, SIZES, BaseSource, PublishedSize, check_size, find_model
 from llgbm.runtime import UserError, say
+from llgbm.tasks import make_suite
 from llgbm.tasks.files import FileSuite, plan_split
 from llgbm.tasks.forms import RowRules
 from llgbm.tasks.suite import Suite
-from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
 from llgbm.teachers.train import TeacherConfig, fitted, named_targets
 from llgbm.world import WorldConfig
@@ -41,9 +41,11 @@ def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[Wor
         raise UserError(
             f"--{unused[0].replace('_', '-')} is about datasets in files: name their folder with --data"
         )
+    if arguments.suite is not None and arguments.data is not None:
+        raise UserError("--suite and --data both name the tasks: leave one out")
     if arguments.base is None and not sizes:
         _refuse_without_base(arguments)
-        return ()
+        return _embedded_worlds(arguments)
     if len(sizes) < len(named):
         raise UserError(
             "embedded sizes and published ones cannot be mixed in one run: name sizes of one kind"
@@ -78,9 +80,18 @@ def _refuse_without_base(arguments: StudyArguments) -> None:
         raise UserError("--dtype belongs to a base of your own: name it with --base")
 
 
+def _embedded_worlds(arguments: StudyArguments) -> tuple[WorldConfig, ...]:
+    """World of each embedded size for a named suite; none where everything is the default."""
+    if arguments.suite is None:
+        return ()
+    suite = make_suite(arguments.suite)
+    worlds = [WorldConfig(size, suite) for size in arguments.model_size or ("nano",)]
+    return tuple(map(clamp_examples, worlds))
+
+
 def _suite(arguments: StudyArguments) -> Suite:
     if arguments.data is None:
-        return SyntheticSuite()
+        return make_suite(arguments.suite or "synthetic")
     if arguments.rows is not None and arguments.rows < 1:
         raise UserError(f"--rows is {arguments.rows}; it must be at least 1")
     tasks, held_out = arguments.tasks or (), arguments.held_out or ()

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
-from llgbm.lora.adapters import LoraBatch, adapter_config, write_adapter_files
+from llgbm.lora.adapters import LoraBatch, write_adapter_files
+from llgbm.system.documents import check_format
 from llgbm.system.lineage import license_of
 from llgbm.training import Outcome
 from llgbm.world import World
@@ -25,26 +26,29 @@ from tuning.tracking.store import store_errors
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# Format of what a trial keeps: `per_task.json`, which names it, `config.json` and `deltas`. Version 1 did not name it.
+FORMAT_VERSION = 2
+PER_TASK = "per_task.json"
 ADAPTER_PARTS = ("val", "test")
 
 
 def write_adapters(
-    folder: Path, world: World, part: str, adapters: LoraBatch, tasks: Sequence[str]
+    folder: Path, world: World, part: str, adapters: LoraBatch, bundle: GeneratorBundle
 ) -> None:
-    """Write each adapter as a PEFT folder, `adapters/<part>/<task>/`."""
-    config = adapter_config(world.bank.spec, world.base.path)
-    for task, state in zip(tasks, adapters.to_state_dicts(), strict=True):
-        own = folder / "adapters" / part / task
+    """Write each adapter of a part as a PEFT folder with its lineage and card, `adapters/<part>/<task>/`."""
+    config, data = bundle.adapter_config(), world.data
+    for row, state in zip(data.rows[part], adapters.to_state_dicts(), strict=True):
+        own = folder / "adapters" / part / data.tasks[row]
         own.mkdir(parents=True)
-        write_adapter_files(own, state, config)
+        prompts = world.bank.prompts(data.adapter_ids[row])["evaluation"]
+        write_adapter_files(own, state, config, bundle.lineage(prompts))
 
 
 def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartResult]) -> None:
-    """Write the adapters that a trial generated for validation and test tasks."""
+    """Write the adapters that a trial generated for validation and test tasks beside its `generator`."""
+    bundle = GeneratorBundle.load(folder / "generator")
     for part in ADAPTER_PARTS:
-        write_adapters(
-            folder, world, part, results[part].adapters, list(results[part].accuracy_by_task)
-        )
+        write_adapters(folder, world, part, results[part].adapters, bundle)
 
 
 def best_trials(results: Sequence[TrialResult], metric: str, best: int) -> list[TrialResult]:
@@ -63,7 +67,7 @@ def keep_best_adapters(
 ) -> None:
     """Generate the adapters of these trials again, from the generators that they kept, and log them.
 
-    `worlds` by trial id. A second call writes the same files. Raises UserError if the store fails.
+    `worlds` by trial id. A second call writes the same adapters. Raises UserError if the store fails.
     """
     for result in results:
         with store_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
@@ -72,16 +76,13 @@ def keep_best_adapters(
 
 
 def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: Path) -> None:
-    from llgbm.generator.bundle import GeneratorBundle
-
-    generator = GeneratorBundle.load(
-        Path(client.download_artifacts(run_id, "generator", str(folder)))
-    ).generator
+    bundle = GeneratorBundle.load(Path(client.download_artifacts(run_id, "generator", str(folder))))
     device = world.data.values_AV.device
     for part in ADAPTER_PARTS:
         rows = list(world.data.rows[part])
-        adapters = generator.to(device).generate(world.data.conditions.evaluation_ANC[rows])
-        write_adapters(folder, world, part, adapters, [world.data.tasks[row] for row in rows])
+        generator = bundle.generator.to(device)
+        adapters = generator.generate(world.data.conditions.evaluation_ANC[rows])
+        write_adapters(folder, world, part, adapters, bundle)
 
 
 def write_artifacts(
@@ -107,12 +108,22 @@ def write_artifacts(
         (folder / "deltas").mkdir(exist_ok=True)
         tensors = {"predicted": result.delta_AD.cpu(), "teacher": result.teacher_delta_AD.cpu()}
         save_file(tensors, folder / "deltas" / f"{part}.safetensors", {"tasks": json.dumps(tasks)})
-    per_task = {
+    per_task: dict[str, Any] = {"version": FORMAT_VERSION}
+    per_task |= {
         part: {"accuracy": result.accuracy_by_task, "delta_cosine": result.cosine_by_task}
         for part, result in results.items()
     }
-    (folder / "per_task.json").write_text(json.dumps(per_task, indent=1))
+    (folder / PER_TASK).write_text(json.dumps(per_task, indent=1))
     (folder / "config.json").write_text(json.dumps(trial.config.as_dict(), indent=1))
+
+
+def read_per_task(path: Path) -> dict[str, Any]:
+    """Read numbers by task. Raises UserError for a file of a newer format, ValueError for one that is torn."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no table")
+    check_format(found.get("version", 1), FORMAT_VERSION, path.name)
+    return found
 
 
 def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Stop the worse trials early with ASHA."""
+"""Stop the worse trials early with ASHA.
+
+Source: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934).
+"""
 
 from __future__ import annotations
 

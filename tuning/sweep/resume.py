@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llgbm.runtime import UserError
-from tuning.registry.register import BUNDLE_FILE
+from tuning.registry.fetch import BUNDLE_FILE
 from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints

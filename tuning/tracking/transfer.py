@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, content_hash, say
+from llgbm.system.documents import check_format
 from llgbm.system.output import disk_errors
 from tuning.tracking.curves import read_points
 from tuning.tracking.ownership import DRIVER_TAG, HOLD_TAG
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-FORMAT = "llgbm study 1"
+FORMAT_VERSION = 1
+FORMAT = "llgbm study"
 CONTENT = "study.json"
 # Of MLflow's own tags, those that describe a run; the others are of the process that made it.
 KEPT_TAGS = ("mlflow.note.content", "mlflow.runName", PARENT_TAG)
@@ -83,7 +85,7 @@ def _pack(
     versions = _versions_of(client, parent.data.tags[STUDY_ID_TAG])
     packed = [_pack_version(client, one, archive, folder) for one in versions]
     content = {
-        "format": FORMAT,
+        "format": f"{FORMAT} {FORMAT_VERSION}",
         "parent": run_id,
         "experiment": client.get_experiment(experiment_id).name,
         "runs": [_described(run, points[run.info.run_id]) for run in runs],
@@ -123,7 +125,7 @@ def _pack_version(
     """Pack a version; return None if its files are gone, which must not cost the rest."""
     from mlflow.exceptions import MlflowException
 
-    from tuning.registry.register import bundle_of
+    from tuning.registry.fetch import bundle_of
 
     name = f"versions/{version.name}-{version.version}"
     try:
@@ -198,15 +200,19 @@ def _read(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(archive.read(CONTENT))
         known = {run["id"] for run in content["runs"]}
-        whole = content["format"] == FORMAT and content["parent"] in known
+        kind, _, version = content["format"].rpartition(" ")
+        check_format(int(version), FORMAT_VERSION, str(file))
+        whole = kind == FORMAT and content["parent"] in known
         whole = whole and all(map(_is_whole, content["runs"]))
         folders = [str(PurePosixPath("artifacts", run_id)) for run_id in known]
         folders += [version["folder"] for version in content["versions"]]
         _summary(content)
+    except UserError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is no exported study of this program ({error!r})") from error
     if not whole or not all(map(_stays_inside, [*archive.namelist(), *folders])):
-        raise UserError(f"{file} is no exported study of this program, or of a newer version")
+        raise UserError(f"{file} is no exported study of this program")
     damaged = archive.testzip()
     if damaged:
         raise UserError(f"{file} is damaged at {damaged}: export the study again")
