@@ -28,7 +28,8 @@ def test_each_defect_has_its_place_in_the_program_and_its_tests() -> None:
     for defect in defects:
         defect.check()
         assert defect.right != defect.wrong and defect.tests
-    assert len({(one.file, one.right, one.wrong) for one in defects}) == len(defects)
+    kinds = {(one.table, one.file, one.right, one.wrong) for one in defects}
+    assert len(kinds) == len(defects)
 
 
 @pytest.mark.parametrize("name", HELD)
