@@ -1,8 +1,9 @@
 """Datasets in files, whose rows `rows` and `forms` read. One dataset is one task.
 
-A dataset `X` lies in `X_train.json` (or `X.json`) and `X_test.json` or `X_validation.json`, or the same with `.jsonl`.
-Where there is one file only, half of its rows, at most 640, are kept from training. What is kept from training is
-parted in two: rows whose prompts condition a generator at evaluation, and rows to score on.
+A dataset `X` lies in `X_train.json` (or `X.json`) and `X_test.json` or `X_validation.json` (also `_valid`, `_val`,
+`_dev`), or the same with `.jsonl`. Where there is one file only, half of its rows, at most 640, are kept from training.
+What is kept from training is parted in two: rows whose prompts condition a generator at evaluation, and rows to score
+on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ VERSION = 1
 # Raised when the same files give other rows than before; what is drawn of them stays.
 KEYS_VERSION = 3
 MOST_KEPT, MOST_PROMPTS, FEWEST_ROWS = 640, 128, 8
-PARTS = ("train", "test", "validation")
+# Parts of a dataset, with the endings of their files' names.
+PARTS = {
+    "train": ("train",),
+    "test": ("test",),
+    "validation": ("validation", "valid", "val", "dev"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def datasets_in(folder: Path) -> list[str]:
         raise UserError(f"there is no folder {folder}: name the one that the dataset files lie in")
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     stems = [p.stem for p in files if p.suffix in SUFFIXES and p.stem != "dataset_info"]
-    endings = tuple(f"_{part}" for part in PARTS)
+    endings = tuple(f"_{ending}" for part in PARTS.values() for ending in part)
     return list(dict.fromkeys(s.rsplit("_", 1)[0] if s.endswith(endings) else s for s in stems))
 
 
@@ -59,8 +65,10 @@ def dataset_files(folder: Path, name: str) -> tuple[Path, Path | None]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
         raise UserError(f"no dataset {name!r} in {folder}; there are: {', '.join(near) or 'none'}")
-    by_part = {part: _file(folder, f"{name}_{part}") for part in PARTS}
-    whole = [path for path in (by_part["train"], _file(folder, name)) if path][:1]
+    by_part = {
+        part: _file(folder, [f"{name}_{ending}" for ending in PARTS[part]]) for part in PARTS
+    }
+    whole = [path for path in (by_part["train"], _file(folder, [name])) if path][:1]
     others = [path for part in ("test", "validation") if (path := by_part[part])]
     if len(others) == 2:
         _refuse_equal(*(read_rows(path, RowRules(skip_bad=True))[0] for path in others))
@@ -68,9 +76,10 @@ def dataset_files(folder: Path, name: str) -> tuple[Path, Path | None]:
     return files[0], files[1] if len(files) > 1 else None
 
 
-def _file(folder: Path, stem: str) -> Path | None:
-    """Return the file of this name, whatever its format. Raises UserError for two."""
-    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+def _file(folder: Path, stems: Sequence[str]) -> Path | None:
+    """Return the file of one of these names, whatever its format. Raises UserError for two."""
+    places = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    found = [path for path in places if path.is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise UserError(f"{folder} holds {names}: {NEEDED}; take one of them away")

@@ -100,12 +100,16 @@ def _listed(path: Path, text: str, lines: Sequence[str]) -> tuple[list[str], str
         found = found["prompts"]
     if isinstance(found, (dict, str)):
         found = [found]
-    if not isinstance(found, list):
-        return None
-    # A list of numbers may be a prompt itself.
-    if found and not any(isinstance(value, (dict, str)) for value in found):
-        return None
+    if not isinstance(found, list) or not _holds_prompts(found):
+        if path.suffix in SUFFIXES:
+            raise UserError(f"{path} is JSON without a prompt: {NEEDED}")
+        return None  # A number, or a list of numbers, may be a prompt itself.
     return [_prompt(path, number, value) for number, value in enumerate(found, 1)], how
+
+
+def _holds_prompts(found: Sequence[Any]) -> bool:
+    """Say if a list has a text or an object, or nothing at all."""
+    return not found or any(isinstance(value, (dict, str)) for value in found)
 
 
 def _values(lines: Sequence[str]) -> list[Any] | None:

@@ -285,6 +285,13 @@ def test_a_torn_json_file_is_no_list_of_lines(tmp_path: Path) -> None:
             read_prompts(path)
 
 
+@pytest.mark.parametrize("content", ["3", "null", "[3, 1, 2]", '[["a", "b"], ["c"]]', "true"])
+def test_a_json_file_without_a_text_holds_no_prompt(content: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(content)
+    with pytest.raises(UserError, match="is JSON without a prompt"):
+        read_prompts(tmp_path / "prompts.json")
+
+
 def test_a_text_is_no_list_of_prompts() -> None:
     for given, message in (("one", "is a str"), ([], "no prompt"), ([3], "prompt 1 .* is a int")):
         with pytest.raises(UserError, match=message):

@@ -151,6 +151,16 @@ def test_kinds_prompts_and_limits(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("ending", ["valid", "val", "dev"])
+def test_a_validation_file_by_another_name_is_no_dataset_of_its_own(
+    folder: Path, ending: str
+) -> None:
+    (folder / "cloud_validation.json").rename(folder / f"cloud_{ending}.json")
+    assert f"cloud_{ending}" not in datasets_in(folder)
+    found = dataset_files(folder, "cloud")
+    assert [p and p.name for p in found] == [f"cloud_{ending}.json", None]
+
+
 def test_validation_is_picked_among_those_answered_alike(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

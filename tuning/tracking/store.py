@@ -371,11 +371,11 @@ def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> s
 
     Raises UserError if it was deleted.
     """
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    if client.get_experiment_by_name(name) is None:
         with unless_there():
             client.create_experiment(name, artifact_location=artifacts)
-        found = client.get_experiment_by_name(name)
+    found = client.get_experiment_by_name(name)
+    assert found is not None, name
     if found.lifecycle_stage == "active":
         return found.experiment_id
     raise UserError(
