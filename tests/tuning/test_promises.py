@@ -151,7 +151,7 @@ def test_whatever_starts_on_a_store_marks_what_dead_drivers_left(
     assert status(study, run_id) == status(study, study.parent_run_id) == "KILLED"
 
 
-def _enough(*_: str) -> None:
+def _enough(*_: object) -> None:
     raise UserError("enough was seen")
 
 
@@ -202,11 +202,12 @@ def test_a_trial_whose_artifacts_are_gone_is_passed_over_and_run_again_if_asked(
 def test_a_retry_of_what_was_lost_goes_with_nothing_that_contradicts_it(
     others: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuning.run_ablation import run
+    from tuning import run_ablation
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_ablation, "choose_resources", _enough)
     with pytest.raises(UserError, match="--retry-lost"):
-        run(parse_arguments(["--retry-lost", *others]))
+        run_ablation.run(parse_arguments(["--retry-lost", *others]))
 
 
 def registered(study: StudyTracker, bundle: Path, name: str, score: float) -> str:
