@@ -286,7 +286,7 @@ def test_a_token_that_a_cluster_does_not_accept_is_called_so(
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr("tuning.sweep.cluster.check_cluster", lambda address: None)
     monkeypatch.setattr("tuning.sweep.cluster.show_token", lambda: None)
-    with pytest.raises(UserError, match="does not accept this machine's token: copy") as error:
+    with pytest.raises(UserError, match="does not accept this machine's token, so copy") as error:
         connect_ray("head:6379")
     assert "\n" not in str(error.value)
 
