@@ -228,8 +228,8 @@ def connect_ray(address: str) -> tuple[Node, ...]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         if "uthentica" in str(error):
             raise UserError(
-                f"the Ray cluster at {address} does not accept this machine's token, so copy ~/.ray/auth_token from the "
-                "machine that runs its head, or set RAY_AUTH_TOKEN"
+                f"the Ray cluster at {address} does not accept this machine's token, so copy ~/.ray/auth_token from "
+                "the machine that runs its head, or set RAY_AUTH_TOKEN"
             ) from error
         if "ray[client]" in str(error):
             raise UserError(
