@@ -74,7 +74,9 @@ def _other_head(config: PretrainedConfig) -> str | None:
     """Return the class of a checkpoint whose head is known to the library as one of another task."""
     from transformers.models.auto import modeling_auto
 
-    kind, named = config.model_type, config.architectures or [""]
+    kind, named = config.model_type, config.architectures
+    if not isinstance(named, list) or not named:
+        return None
     writes = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     for task in ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"):
         other = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(kind)

@@ -103,6 +103,11 @@ def test_a_suite_of_the_users_has_an_id_of_its_own_by_what_it_does() -> None:
     assert trial(suite=Mine()).id == trial(suite=pickle.loads(pickle.dumps(Mine()))).id
 
 
+def test_code_counts_where_names_are_equal() -> None:
+    namesake = type(Mine.__name__, (SyntheticSuite,), dict(vars(Theirs)))
+    assert trial(suite=Mine()).id != trial(suite=namesake()).id
+
+
 def test_a_suite_with_another_fingerprint_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     before = trial().id
     changed = SyntheticSuite()
@@ -221,7 +226,7 @@ def test_every_field_of_every_part_has_an_id_of_its_own() -> None:
     """Whatever dataclass a trial holds, and whatever new field it gets: a change to any one of them is seen."""
     specs = [trial(TrainingConfig(generator=generator)) for generator in GENERATORS.values()]
     specs += [trial(pretrain=one) for one in PRETRAINED.values()]
-    specs += [trial(teachers=one) for one in TAUGHT.values()]
+    specs += [trial(teachers=one) for one in (TeacherConfig(), *TAUGHT.values())]
     specs += [trial(suite=one, base=BASE) for one in SUITES.values()]
     specs += [trial(base=one) for one in (BASE, *BASES.values())]
     specs += [trial(base=BASE, bank=one) for one in (BANK, *BANKS.values())]
