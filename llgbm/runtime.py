@@ -34,7 +34,8 @@ MASK = "***"
 # What shells report of a program that a closed pipe ended.
 UNREAD = 141
 SHORTEST = 6  # letters of a secret that is looked for by its value
-LOGIN = re.compile(r"(?<=://)[^\s/]*@")
+# A password may hold a slash that should have been encoded; in `host:5000/x@y` there is none.
+LOGIN = re.compile(r"(?<=://)(?:[^\s/]*@|[\w.%+~-]+:(?!\d+/)[^\s\"'@]*@)")
 NAMED = re.compile(
     r"(?<![\w-])(password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|sig|signature)"
     r"([\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+",
