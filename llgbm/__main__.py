@@ -1,6 +1,7 @@
 """What is done outside a sweep: `teachers` makes a bank, `bank` takes one over; `generate` writes an adapter, `fetch`
 asks a server or the hub for one, `show` says where one comes from, `try` shows its answers, `evaluate` scores it,
-`merge`, `stack` and `push` hand it on; `models` says which generators are registered, `serve` serves the champion.
+`merge`, `stack`, `gguf` and `push` hand it on; `models` says which generators are registered, `serve` serves the
+champion.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from llgbm.commands import (
     bank,
     evaluate,
     generators,
+    gguf,
     hub,
     load,
     merge,
@@ -27,6 +29,7 @@ from llgbm.commands import (
 from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
 
 NAME = "llgbm"
+COMMANDS = (generators, show, tryout, merge, gguf, hub, load, serve, evaluate, teachers, bank)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog=program_name(), description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (generators, show, tryout, merge, hub, load, serve, evaluate, teachers, bank):
+    for command in COMMANDS:
         command.add_parser(commands)
     return parser.parse_args(arguments)
 

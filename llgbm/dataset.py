@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llgbm.delta import DeltaCache, DeltaTable, EncodedProbes
 from llgbm.generator.conditions import ConditionPools, TextEncoder, build_conditions
 from llgbm.generator.hyperconv import TokenStandardiser
+from llgbm.generator.networks import TokenMap
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.reading import Questions
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
 from llgbm.teachers.bank import Bank
+from llgbm.teachers.table import BankTable
 
 PARTS = ("train", "val", "test")
 
@@ -47,18 +49,18 @@ class ExperimentData:
     """Tensors of a world that all trials share, on one device. Row i of every table is the same adapter.
 
     The delta loss uses `loss_deltas`; reports use `shared_deltas` (the suite's domain probes) and `generic_deltas`.
-    `examples` are evaluation examples, adapter-major, `n_examples` per task, and `questions` the same ones as they are
-    asked and read (None: exact match only). `labelled` holds equally many labelled examples of each training row, for
-    references. `multitask_V` is the adapter trained on all training tasks together. `size` and `delta_probes` are those
-    that a trial's configuration must name ("" fits any). `levels` are the open levels of
-    novelty.
+    `values_AV` is read through `teachers`, from memory or from the disk. `examples` are evaluation examples,
+    adapter-major, `n_examples` per task, and `questions` the same ones as they are asked and read (None: exact match
+    only). `labelled` holds equally many labelled examples of each training row, for references. `multitask_V` is the
+    adapter trained on all training tasks together. `size` and `delta_probes` are those that a trial's configuration
+    must name ("" fits any). `levels` are the open levels of novelty.
     """
 
     adapter_ids: tuple[str, ...]
     tasks: tuple[str, ...]
     families: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
-    values_AV: Tensor
+    values_AV: Tensor | BankTable
     multitask_V: Tensor
     conditions: ConditionPools
     loss_deltas: DeltaTable
@@ -92,6 +94,14 @@ class ExperimentData:
         own = {name: getattr(self, name).to(device) for name in moved}
         return replace(self, labelled=labelled, levels=levels, **own)
 
+    @property
+    def device(self) -> torch.device:
+        return self.multitask_V.device
+
+    def teachers(self, rows: Sequence[int]) -> Tensor:
+        """Return the flat teachers at some rows, [A, V], on the device of the data."""
+        return self.values_AV[list(rows)].to(self.device)
+
     def examples_of(self, rows: Sequence[int]) -> EncodedPairs:
         """Select the evaluation examples of some adapters, adapter-major."""
         index = torch.tensor(rows)
@@ -107,6 +117,25 @@ class Draw(NamedTuple):
     step: int
 
 
+class TeacherTokens:
+    """Tokens of the teachers at some rows, each encoded when it is asked for: a bank that is read from the disk."""
+
+    def __init__(self, data: ExperimentData, rows: Sequence[int], tokens: TokenMap) -> None:
+        self._data, self._rows, self._tokens = data, list(rows), tokens
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Tensor:
+        if isinstance(index, slice):
+            return self._tokens.encode(self._data.teachers(self._rows[index]))
+        return self._tokens.encode(self._data.teachers([self._rows[index]]))[0]
+
+    @property
+    def ndim(self) -> int:
+        return self[0].ndim + 1
+
+
 class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
     """Training samples: N prompts drawn anew, the teacher's tokens [A, ...], K of its probes with their deltas.
 
@@ -116,7 +145,7 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         conditions_ANC: Tensor,
-        tokens: Tensor,
+        tokens: Tensor | TeacherTokens,
         deltas: DeltaTable,
         n_prompts: int,
         n_probes: int,

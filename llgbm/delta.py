@@ -207,7 +207,7 @@ def measure_deltas(
         for rows in progress(chunks(batch.n_adapters, probes.ids_APT[0].numel(), chunk), "deltas"):
             mine = probes.select(rows)
             base_states = base_pieces[0][rows] if shared else read_states(model, mine)
-            applied = Applied(batch.select(rows), spec.scaling)
+            applied = Applied(batch.select(rows).packed(), spec.scaling)
             pieces.append(read_states(model, mine, applied) - base_states)
             if not shared:
                 base_pieces.append(base_states)

@@ -9,7 +9,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.models.reading import ANSWER_TOKENS
 from llgbm.probes import create_generic_probes
 from llgbm.teachers.bank import read_manifest
+from llgbm.teachers.table import BLOCK_BYTES, IN_MEMORY, is_streamed
 from llgbm.terms.term import THROUGH_BASE, PassSize
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
@@ -42,8 +43,8 @@ FLOAT32 = 4
 GENERATOR_TABLES = 6
 # Tables [A, V] of a step at its peak: tokens, adapters and teachers, and their gradients.
 STEP_TABLES = 7
-# Tables [A, V] of a bank in memory: weights, and the same as tokens.
-BANK_TABLES = 2
+# Blocks of columns that are held at once of a bank on the disk: the rows of one, stacked, and its deviations.
+BLOCKS = 3
 # Tables [S, vocabulary] of a comparison of logits: both distributions, and two on their way.
 LOGIT_TABLES = 4
 
@@ -109,7 +110,7 @@ def estimate_trial(
             "generator and optimiser": float(
                 FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)
             ),
-            "teachers": float(FLOAT32 * BANK_TABLES * n_teachers * spec.n_values),
+            "teachers": float(FLOAT32 * IN_MEMORY * n_teachers * spec.n_values),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
             "activations": activation_bytes(config, shape, probe.tokens),
             **logit_bytes(config, shape, probe),
@@ -206,8 +207,8 @@ EXAMPLES_LOOKED_AT = 4
 class WorldSketch:
     """Outline of a world that is not built: a base without weights, a tokenizer, the lengths of texts."""
 
-    def __init__(self, config: WorldConfig) -> None:
-        self.config = config
+    def __init__(self, config: WorldConfig, stream: str = "auto") -> None:
+        self.config, self.stream = config, stream
         self.base, self.tokenizer = _base_without_weights(config)
         teachers, tasks = config.teachers, config.suite.split.tasks
         if config.bank is None:
@@ -221,8 +222,8 @@ class WorldSketch:
             self.n_teachers = sum(entry["task"] in tasks for entry in found["adapters"].values())
 
     def estimate(self, config: TrainingConfig) -> TrialEstimate:
-        """Estimate the cost of one trial in this world."""
-        return estimate_trial(
+        """Estimate the cost of one trial in this world; a bank that is read from the disk takes no memory with size."""
+        found = estimate_trial(
             config,
             self.base,
             self.spec,
@@ -230,6 +231,10 @@ class WorldSketch:
             self.condition_width,
             ProbeSize(self.probe_tokens(config), self.probe_marks(config)),
         )
+        if not is_streamed(self.n_teachers * self.spec.n_values, self.stream):
+            return found
+        held = min(found.memory["teachers"], float(BLOCKS * BLOCK_BYTES))
+        return replace(found, memory={**found.memory, "teachers": held})
 
     @property
     def condition_width(self) -> int:

@@ -17,6 +17,7 @@ from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import StateDict
 from llgbm.lora.apply import Applied, adapters_applied, final_hidden, head_logits, states_at
 from llgbm.lora.shapes import TARGET_MODULES
+from llgbm.models.quantised import refuse_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,11 @@ class FunctionalLoRA:
 
         Gradients flow to the adapter through B A. Raises ValueError for an adapter that does not fit the base.
         """
+        refuse_quantised(
+            self.model,
+            "its packed weights cannot be added to",
+            "run it under the adapter instead, with `forward_with_lora`",
+        )
         batch = LoraBatch.from_state_dicts([lora_weights])
         batch.check(self.spec)
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())

@@ -40,6 +40,7 @@ from llgbm.tasks.synthetic import VERSION as SUITE_VERSION
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank, BankSource
 from llgbm.teachers.build import bank_key, build_bank, build_multitask
+from llgbm.teachers.table import open_values
 from llgbm.teachers.train import TEACHERS_VERSION, TeacherConfig
 
 if TYPE_CHECKING:
@@ -232,17 +233,21 @@ def _pretrain_until_good(
     return ability
 
 
-def build_world(cache: Path, config: WorldConfig, device: str = "auto") -> World:
-    """Build whatever of a world is not in the cache. Raises UserError for an unwritable cache or an unknown size."""
+def build_world(
+    cache: Path, config: WorldConfig, device: str = "auto", stream: str = "auto"
+) -> World:
+    """Build whatever of a world is not in the cache; `stream` says when the bank is read from the disk (`open_values`).
+
+    Raises UserError for an unwritable cache or an unknown size.
+    """
     device = pick_device(device)
     base = build_base(cache, config, device)
     if config.bank is not None:
         bank = config.bank.open(base, config.suite)
     else:
         bank = build_bank(cache, base, config.suite, config.teachers)
-    return World(
-        config, base, bank, gather_data(cache, config, base, bank), make_lora_model(base, bank)
-    )
+    data = gather_data(cache, config, base, bank, stream)
+    return World(config, base, bank, data, make_lora_model(base, bank))
 
 
 def make_lora_model(base: Base, bank: Bank) -> FunctionalLoRA:
@@ -250,16 +255,17 @@ def make_lora_model(base: Base, bank: Bank) -> FunctionalLoRA:
     return FunctionalLoRA(base.model, bank.spec.rank, bank.spec.alpha, bank.spec.target_modules)
 
 
-def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> ExperimentData:
+def gather_data(
+    cache: Path, config: WorldConfig, base: Base, bank: Bank, stream: str = "auto"
+) -> ExperimentData:
     """Gather conditions, weights, deltas and evaluation examples of a bank, row for row."""
-    batch = bank.load()
+    values_AV, batch = open_values(cache, bank, stream)
     tasks = tuple(bank.adapters.values())
     suite, encoder = config.suite, make_encoder(config.encoder, base)
     sets = delta_probe_sets(suite, bank, base)
 
     def table(probe_set: ProbeSet) -> DeltaTable:
-        store = DeltaCache.build(cache, base, bank, probe_set, batch)
-        return store.table(base, probe_set)
+        return DeltaCache.build(cache, base, bank, probe_set, batch).table(base, probe_set)
 
     rows, families = rows_by_part(suite, bank), tuple(suite.task(task).family for task in tasks)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
@@ -270,7 +276,7 @@ def gather_data(cache: Path, config: WorldConfig, base: Base, bank: Bank) -> Exp
         tasks=tasks,
         families=families,
         rows=rows,
-        values_AV=batch.flatten(bank.spec),
+        values_AV=values_AV,
         multitask_V=multitask_V,
         conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
         loss_deltas=tables[config.delta_probes],

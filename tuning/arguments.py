@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from llgbm.runtime import UserError
+from llgbm.teachers.table import STREAMS
 from llgbm.terms.names import NAMED
 from llgbm.terms.registry import find_term
 from llgbm.terms.term import THROUGH_BASE
@@ -186,6 +187,11 @@ def check_together(options: Options) -> None:
     if run.retry_failed and options.study.num_samples is not None:
         raise UserError("--retry-failed draws no new points: leave out --num-samples")
     _one_of("policy for --keep-artifacts", stores.keep_artifacts, KEEP_ARTIFACTS)
+    _one_of("choice for --stream-bank", run.stream_bank, STREAMS)
+    if run.address and run.stream_bank == "on":
+        raise UserError(
+            "--stream-bank on reads a file of this machine, which those of --address do not have: leave one out"
+        )
     if stores.keep_best is not None and stores.keep_artifacts != "best":
         raise UserError("--keep-best is for --keep-artifacts best: add that, or leave it out")
     if stores.keep_best is not None and stores.keep_best < 1:

@@ -73,7 +73,7 @@ class Plan:
 def show_preview(study: Study, options: Options, resources: Resources) -> None:
     """Print what `--estimate` and `--dry-run` ask for; nothing is run or written."""
     if options.run.estimate:
-        print(estimate_study(study))
+        print(estimate_study(study, options.run.stream))
     if options.run.dry_run:
         show_plan(study, options, resources.concurrent)
 
@@ -196,7 +196,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def estimate_study(study: Study) -> str:
+def estimate_study(study: Study, stream: str = "auto") -> str:
     """Describe the cost of each configuration (parameters, FLOPs, memory of a trial) and of the whole study.
 
     Raises UserError for a base that is not on this machine, or of another kind than Qwen2 and Llama.
@@ -204,7 +204,7 @@ def estimate_study(study: Study) -> str:
     trials = list(study.trials)
     if study.space:
         trials = [study.space.base]
-    worlds = {world.hash: WorldSketch(world) for world in study.worlds}
+    worlds = {world.hash: WorldSketch(world, stream) for world in study.worlds}
     found = [(trial, worlds[trial.world.hash].estimate(trial.config)) for trial in trials]
     total = sum(estimate.flops for _, estimate in found)
     building = sum(world.teacher_flops for world in worlds.values())

@@ -56,7 +56,8 @@ def run(options: Options) -> int:
         show_preview(study, options, resources)
         return 0
     check_storage(options.stores.storage, [trial.id for trial in study.trials])
-    resources = fit_memory(resources, study, options.run.max_concurrent, free_bytes())
+    run = options.run
+    resources = fit_memory(resources, study, run.max_concurrent, free_bytes(), run.stream)
     tracker = open_store(options)
     reap_all(tracker.tracking_uri)
     check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
@@ -74,7 +75,8 @@ def recorded_study(options: Options) -> tuple[Options, Study]:
 
 def build_worlds(study: Study, options: Options) -> dict[str, World]:
     """Build the worlds of a study, or read them from the cache; by hash."""
-    worlds = {world.hash: build_world(options.stores.cache_folder, world) for world in study.worlds}
+    cache, stream = options.stores.cache_folder, options.run.stream
+    worlds = {world.hash: build_world(cache, world, stream=stream) for world in study.worlds}
     for world in worlds.values():
         say(describe_facts(world))
     return worlds

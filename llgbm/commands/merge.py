@@ -62,6 +62,7 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write a base with an adapter in its weights; return the errors of its logits."""
     from llgbm.models.load import DTYPES
     from llgbm.models.merge import merge_adapter, write_model
+    from llgbm.models.quantised import refuse_quantised
     from llgbm.probes import create_generic_probes
     from llgbm.tasks.prompts import read_prompts
 
@@ -74,6 +75,11 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = arguments.adapter.expanduser()
     base = load_base_of(folder, arguments.base)
     check_base(folder, base)
+    refuse_quantised(
+        base.model,
+        "a merged adapter would be rounded to its few bits",
+        "name the model that it was made from with --base, or use the adapter as it is",
+    )
     merged = merge_adapter(base, folder, texts, DTYPES[arguments.dtype])
     lineage = _lineage("merged into its base", base) | {
         "adapters": [_parent(folder, folder.resolve().name)],

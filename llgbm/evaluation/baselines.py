@@ -96,7 +96,7 @@ def no_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[
 
     Source: ours, a control.
     """
-    return torch.zeros_like(data.values_AV[list(rows)])
+    return torch.zeros_like(data.teachers(rows))
 
 
 def teacher(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
@@ -104,7 +104,7 @@ def teacher(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
     """
-    return data.values_AV[list(rows)]
+    return data.teachers(rows)
 
 
 def multitask_lora(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
@@ -121,7 +121,7 @@ def mean_adapter(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequenc
     Source: Chronopoulou et al. 2023, "AdapterSoup: Weight Averaging to Improve Generalization of Pretrained Language
     Models" (arXiv 2302.07027), of all adapters.
     """
-    return data.values_AV[list(data.rows["train"])].mean(0).expand(len(rows), -1)
+    return data.teachers(data.rows["train"]).mean(0).expand(len(rows), -1)
 
 
 def nearest_teacher(
@@ -135,7 +135,7 @@ def nearest_teacher(
     known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
     asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
     nearest = (asked @ known.T).argmax(1).tolist()
-    return data.values_AV[[train[index] for index in nearest]]
+    return data.teachers([train[index] for index in nearest])
 
 
 def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
@@ -147,10 +147,10 @@ def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence
     scores = []
     for index in train:
         everywhere = LoraBatch.unflatten(
-            lora_model.spec, data.values_AV[[index]].expand(len(val), -1)
+            lora_model.spec, data.teachers([index]).expand(len(val), -1)
         )
         scores.append(accuracy_per_adapter(lora_model, everywhere, data, val).mean().item())
-    return data.values_AV[[train[int(np.argmax(scores))]]].expand(len(rows), -1)
+    return data.teachers([train[int(np.argmax(scores))]]).expand(len(rows), -1)
 
 
 def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
@@ -163,13 +163,13 @@ def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int])
     from sklearn.linear_model import Ridge
 
     train, val = list(data.rows["train"]), list(data.rows["val"])
-    standardiser = Standardiser.fit(data.values_AV[train])
+    standardiser = Standardiser.fit(data.teachers(train))
     inputs = data.conditions.train_ANC[train].mean(1).cpu().numpy()
-    outputs = standardiser.encode(data.values_AV[train]).cpu().numpy()
+    outputs = standardiser.encode(data.teachers(train)).cpu().numpy()
 
     def predict(model: Ridge, wanted: Sequence[int]) -> Tensor:
         asked = data.conditions.evaluation_ANC[list(wanted)].mean(1).cpu().numpy()
-        tokens = torch.from_numpy(model.predict(asked)).to(data.values_AV)
+        tokens = torch.from_numpy(model.predict(asked)).to(standardiser.mean_V)
         return standardiser.decode(tokens)
 
     def score(model: Ridge) -> float:

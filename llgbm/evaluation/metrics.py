@@ -118,7 +118,7 @@ def _measure(
     adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA, rows: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Accuracy [A], relative error of ΔW [A], and Δ [A, D] on shared and on generic probes."""
-    teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
+    teachers = LoraBatch.unflatten(lora_model.spec, data.teachers(rows))
     return (
         accuracy_per_adapter(lora_model, adapters, data, rows),
         delta_w_error(adapters, teachers),
@@ -163,7 +163,7 @@ def nearest_teacher_distance(
     own_A = inner_products(adapters, adapters).diagonal()
     nearest_A = torch.full_like(own_A, torch.inf)
     for rows in _chunks(list(data.rows["train"])):
-        teachers = LoraBatch.unflatten(lora_model.spec, data.values_AV[rows])
+        teachers = LoraBatch.unflatten(lora_model.spec, data.teachers(rows))
         squares = delta_w_inner(teachers, teachers).diagonal()
         gaps = own_A[:, None] + squares - 2 * inner_products(adapters, teachers)
         distances = gaps.clamp_min(0).sqrt() / squares.sqrt()

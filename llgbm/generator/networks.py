@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -280,8 +281,20 @@ class Standardiser:
             raise ValueError(
                 f"{values_AV.shape[0]} adapters: statistics need at least two training adapters"
             )
-        deviation = values_AV.std(0)
-        return cls(values_AV.mean(0), deviation.clamp_min(0.1 * deviation.median().clamp_min(1e-8)))
+        return cls.of(values_AV.mean(0), values_AV.std(0))
+
+    @classmethod
+    def fit_columns(cls, blocks: Iterable[Tensor]) -> Standardiser:
+        """Compute what `fit` does from blocks of columns, [A, columns] each."""
+        moments = [(block.mean(0), block.std(0)) for block in blocks]
+        means, deviations = zip(*moments, strict=True)
+        return cls.of(torch.cat(means), torch.cat(deviations))
+
+    @classmethod
+    def of(cls, mean_V: Tensor, deviation_V: Tensor) -> Standardiser:
+        """Make a standardisation of means and deviations; a small deviation is raised as `fit` says."""
+        least = 0.1 * deviation_V.median().clamp_min(1e-8)
+        return cls(mean_V, deviation_V.clamp_min(least))
 
     def encode(self, values_AV: Tensor) -> Tensor:
         return (values_AV - self.mean_V) / self.scale_V

@@ -106,6 +106,13 @@ class LoraBatch:
             {n: t[index] for n, t in self.a.items()}, {n: t[index] for n, t in self.b.items()}
         )
 
+    def packed(self) -> LoraBatch:
+        """Return the batch with each stack contiguous: a copy where it is a view of a table."""
+        return LoraBatch(
+            {n: t.contiguous() for n, t in self.a.items()},
+            {n: t.contiguous() for n, t in self.b.items()},
+        )
+
     def to(self, device: str | torch.device) -> LoraBatch:
         return LoraBatch(
             {n: t.to(device) for n, t in self.a.items()},

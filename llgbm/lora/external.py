@@ -223,6 +223,11 @@ class AdapterReader:
 
     def _less_initial(self, name: str, part: _Part, init: str) -> _Part:
         """Subtract the initial part, which PEFT took out of the base's own weight: [A; A0] and [B, -B0]."""
+        if not self.layers[name].get_parameter("weight").is_floating_point():
+            raise UserError(
+                f"{init} starts from the base's own weights, which are quantised here: convert the adapter with PEFT "
+                "(`save_pretrained(path_initial_model_for_weight_conversion=...)`), or name the unquantised base"
+            )
         key = (name, part.rank, part.scaling, init)
         if key not in self._initial:
             self._initial[key] = initial_part(self.layers[name], part.rank, part.scaling, init)

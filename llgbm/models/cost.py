@@ -14,6 +14,7 @@ from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.blocks import has_known_blocks
 from llgbm.lora.shapes import linear_shape
 from llgbm.models.encoding import EncodedPairs
+from llgbm.models.quantised import bytes_a_weight, model_bits
 from llgbm.runtime import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class BaseShape:
     `linear` and `adapted` sum the weights of all Linear layers in blocks and in * R + out * R of those adapted;
     `first_linear` and `first_adapted` are those of the first block that read the embedding, through which no gradient
     goes further down. `last_linear` and `last_adapted` are those of the last block that the lean pass of `lora.blocks`
-    runs at marked positions only; 0 for bases that it does not run.
+    runs at marked positions only; 0 for bases that it does not run. `packed` counts the quantised weights.
     """
 
     parameters: int
@@ -49,6 +50,8 @@ class BaseShape:
     element: int
     last_linear: int = 0
     last_adapted: int = 0
+    packed: int = 0
+    packed_bytes: float = 0.0
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: LoraSpec) -> BaseShape:
@@ -71,8 +74,10 @@ class BaseShape:
         ]
         last = f".{int(config.num_hidden_layers) - 1}."
         lean = has_known_blocks(model)
+        bits = model_bits(model)
+        packed = sum(sizes.values()) if bits else 0
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=_plain_parameters(model) + sum(sizes.values()),
             layers=int(config.num_hidden_layers),
             hidden=int(config.hidden_size),
             attention=heads * head,
@@ -84,11 +89,13 @@ class BaseShape:
             first_linear=sum(n for name, n in sizes.items() if _reads_the_embedding(name)),
             first_adapted=spec.rank * sum(m.n_in for m in first),
             low=spec.rank * len(spec.modules),
-            element=next(model.parameters()).element_size(),
+            element=model.get_input_embeddings().weight.element_size(),
             last_linear=lean * sum(n for name, n in sizes.items() if _is_at_marks(name, last)),
             last_adapted=lean
             * spec.rank
             * sum(m.n_in + m.n_out for m in spec.modules if _is_at_marks(m.name, last)),
+            packed=packed,
+            packed_bytes=packed * bytes_a_weight(bits) if bits else 0.0,
         )
 
     def forward_flops(self, texts: int, tokens: int, marked: float | None = None) -> float:
@@ -158,7 +165,7 @@ class BaseShape:
 
     @property
     def weight_bytes(self) -> float:
-        return float(self.parameters * self.element)
+        return float((self.parameters - self.packed) * self.element) + self.packed_bytes
 
 
 def _linear_sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -166,6 +173,14 @@ def _linear_sizes(model: PreTrainedModel) -> dict[str, int]:
     head = model.get_output_embeddings()
     shapes = (linear_shape(n, m) for n, m in model.named_modules() if m is not head)
     return {shape.name: shape.n_in * shape.n_out for shape in shapes if shape is not None}
+
+
+def _plain_parameters(model: PreTrainedModel) -> int:
+    """Count the parameters that are no weight of a Linear layer in blocks: packed ones have another number."""
+    head = model.get_output_embeddings()
+    layers = [m for n, m in model.named_modules() if m is not head and linear_shape(n, m)]
+    inside = {id(layer.get_parameter("weight")) for layer in layers}
+    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 
 def _is_at_marks(name: str, last: str) -> bool:

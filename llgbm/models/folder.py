@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from llgbm.models.quantised import check_quantised
 from llgbm.runtime import UserError
 from llgbm.system.documents import brief, decode, parse_json
 
@@ -29,7 +30,7 @@ def refusal(folder: Path | str, reason: str) -> UserError:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Read the config of a causal language model that the library itself knows, and that is not quantised."""
+    """Read the config of a causal language model that the library itself knows, plain or of bitsandbytes."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     stored = _read_json(folder, "config.json")
@@ -43,12 +44,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not is_known:
         raise refusal(folder, _unknown_type(kind))
     quantised = stored.get("quantization_config")
-    if quantised:
-        named = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        method = named or "by an unnamed method"
-        raise refusal(
-            folder, f"it is quantised ({method}); name the unquantised model that it was made from"
-        )
+    if quantised and (reason := check_quantised(quantised)):
+        raise refusal(folder, reason)
     try:
         # The library's own reader stops at a byte-order mark.
         if (folder / "config.json").read_bytes().startswith(codecs.BOM_UTF8):

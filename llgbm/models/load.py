@@ -149,7 +149,7 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     config = read_config(folder)
     check_weights(folder)
     tokenizer = read_tokenizer(folder)
-    model = _read_model(folder, config, dtype)
+    model = _read_model(folder, config, dtype, device)
     text = config.get_text_config()
     if len(tokenizer) > text.vocab_size:
         raise refusal(
@@ -171,7 +171,7 @@ def pinned_name(name: str, folder: Path) -> str:
     return f"{split_revision(name)[0]}@{folder.name}"
 
 
-def _read_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _read_model(folder: Path, config: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -184,6 +184,8 @@ def _read_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedMode
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **{_dtype_name(): dtype},
+                # Quantised layers are made where they stay; without that the library picks a place.
+                **({"device_map": {"": device}} if hasattr(config, "quantization_config") else {}),
             )
     except Exception as error:
         raise refusal(

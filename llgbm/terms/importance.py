@@ -35,9 +35,9 @@ class Importance(Term):
     def prepare(self, data: TermData) -> Tensor:
         """Compute the weight of each value of an adapter's tokens, from the training teachers."""
         if data.tokens.ndim > 2:
-            deviation = _deviation(data.tokens)
+            deviation = _deviation(data.tokens[:])
             return _relative(deviation.nanmean((-2, -1), keepdim=True), deviation)
-        deviation_V = _deviation(data.data.values_AV[data.rows])
+        deviation_V = _deviation(data.data.teachers(data.rows))
         return _relative(_mean_by_matrix(deviation_V, data.lora_model.spec), deviation_V)
 
     def value(self, step: Step) -> Tensor:

@@ -52,7 +52,7 @@ class Layers(Term):
     def prepare(self, data: TermData) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """Return the modules, the base's states there and the teachers' deltas, [rows, P, Q, N, D] each."""
         names = self.modules(data)
-        teachers = LoraBatch.unflatten(data.lora_model.spec, data.data.values_AV[data.rows])
+        teachers = LoraBatch.unflatten(data.lora_model.spec, data.data.teachers(data.rows))
         probes = data.data.loss_deltas.probes.select(data.rows)
         return names, *measure_inner(data.lora_model, teachers, probes, names)
 

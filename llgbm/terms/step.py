@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llgbm.dataset import ExperimentData, batch_deltas
+from llgbm.dataset import ExperimentData, TeacherTokens, batch_deltas
 from llgbm.delta import DeltaTable
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.generator.networks import LoraGenerator
@@ -27,11 +27,14 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TermData:
-    """Inputs that do not change in a training: the world's data, its training rows, and the teachers' tokens."""
+    """Inputs that do not change in a training: the world's data, its training rows, and the teachers' tokens.
+
+    Of a bank that is read from the disk, `tokens` are encoded when they are indexed: `tokens[:]` are all of them.
+    """
 
     data: ExperimentData
     rows: list[int]
-    tokens: Tensor
+    tokens: Tensor | TeacherTokens
     lora_model: FunctionalLoRA
     generator: LoraGenerator
 

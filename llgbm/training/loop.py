@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, create_dataloader
+from llgbm.dataset import (
+    DeltaAugmentedDataset,
+    ExperimentData,
+    TeacherTokens,
+    create_dataloader,
+)
 from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import make_generator
@@ -69,6 +74,24 @@ class Outcome:
     seconds: float
 
 
+def fit_teachers(data: ExperimentData, rows: list[int]) -> Standardiser:
+    """Standardisation of the training teachers; from the disk block by block, with the same bits."""
+    if isinstance(data.values_AV, Tensor):
+        return Standardiser.fit(data.teachers(rows))
+    if len(rows) < 2:
+        return Standardiser.fit(data.teachers(rows))  # which says what is wrong
+    return Standardiser.fit_columns(block.to(data.device) for block in data.values_AV.columns(rows))
+
+
+def teacher_tokens(
+    data: ExperimentData, rows: list[int], generator: LoraGenerator
+) -> Tensor | TeacherTokens:
+    """Tokens of the training teachers: all of them, or from the disk as they are asked for."""
+    if isinstance(data.values_AV, Tensor):
+        return generator.standardiser.encode(data.teachers(rows))
+    return TeacherTokens(data, rows, generator.standardiser)
+
+
 def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
     """Raise UserError for data of another size or other probes than the configuration names."""
     for name in ("size", "delta_probes"):
@@ -96,7 +119,7 @@ class Trial:
             on_cpu=lora_model.model.device.type == "cpu",
         )
         rows = list(data.rows["train"])
-        standardiser = Standardiser.fit(data.values_AV[rows])
+        standardiser = fit_teachers(data, rows)
         width = data.conditions.train_ANC.shape[-1]
         generator = make_generator(
             config.generator, lora_model.spec, width, standardiser, config.seed
@@ -111,7 +134,7 @@ class Trial:
         self.generator = generator.to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        tokens = generator.standardiser.encode(data.values_AV[rows])
+        tokens = teacher_tokens(data, rows, generator)
         self.loss = config.objective.prepare(TermData(data, rows, tokens, lora_model, generator))
         self.dataset = DeltaAugmentedDataset(
             data.conditions.train_ANC[rows],

@@ -92,10 +92,10 @@ def answers_of(bundle: GeneratorBundle, world: World) -> list[Section]:
     """Return the answers on each held-out task by base, teacher and generated adapter."""
     data, spec = world.data, world.bank.spec
     rows = list(data.rows["test"])
-    generator = bundle.generator.to(data.values_AV.device)
+    generator = bundle.generator.to(data.device)
     with torch.no_grad():
         made = generator.generate(data.conditions.evaluation_ANC[rows])
-    taught = LoraBatch.unflatten(spec, data.values_AV[rows])
+    taught = LoraBatch.unflatten(spec, data.teachers(rows))
     return [
         Section(data.tasks[row], _task_answers(world, row, taught.select([at]), made.select([at])))
         for at, row in enumerate(rows)

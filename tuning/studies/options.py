@@ -227,10 +227,21 @@ class RunOptions:
     address: str | None = _option(
         MACHINES, "a Ray cluster: auto, host:port or ray://host:port", "ADDRESS"
     )
+    stream_bank: str = _option(
+        MACHINES,
+        "read teachers from the disk row by row: on, off, auto (default: where they would take half the memory)",
+        "WHICH",
+        "auto",
+    )
     estimate: bool = _flag(
         MACHINES, "print parameters, FLOPs and memory of the trials, from shapes alone; run nothing"
     )
     debug: bool = _flag(MACHINES, "show tracebacks")
+
+    @property
+    def stream(self) -> str:
+        """Return when a bank is read from the disk: never on a cluster, whose machines share no folder."""
+        return "off" if self.address else self.stream_bank
 
     @property
     def is_preview(self) -> bool:

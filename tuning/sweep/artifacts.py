@@ -77,7 +77,7 @@ def keep_best_adapters(
 
 def _generate_adapters(client: MlflowClient, world: World, run_id: str, folder: Path) -> None:
     bundle = GeneratorBundle.load(Path(client.download_artifacts(run_id, "generator", str(folder))))
-    device = world.data.values_AV.device
+    device = world.data.device
     for part in ADAPTER_PARTS:
         rows = list(world.data.rows[part])
         generator = bundle.generator.to(device)

@@ -29,7 +29,9 @@ def free_bytes() -> int:
     return free
 
 
-def fit_memory(resources: Resources, study: Study, asked: int | None, free: int) -> Resources:
+def fit_memory(
+    resources: Resources, study: Study, asked: int | None, free: int, stream: str = "auto"
+) -> Resources:
     """Return the resources with so many trials at once as `free` bytes allow; `asked` is the user's own number.
 
     A trial on a GPU takes a worker's memory of the host, one on the CPU its peak as well. Raises UserError if the user
@@ -39,7 +41,7 @@ def fit_memory(resources: Resources, study: Study, asked: int | None, free: int)
         return resources
     each = WORKER_BYTES
     if not resources.gpus:
-        each += int(max(_peaks(study), default=0))
+        each += int(max(_peaks(study, stream), default=0))
     fits = max(1, free // each)
     if resources.concurrent <= fits:
         return resources
@@ -52,7 +54,7 @@ def fit_memory(resources: Resources, study: Study, asked: int | None, free: int)
     return replace(resources, concurrent=fits)
 
 
-def _peaks(study: Study) -> Iterator[float]:
+def _peaks(study: Study, stream: str) -> Iterator[float]:
     """Yield the peak of each kind of trial, in bytes; a base of a kind that cannot be estimated yields none."""
     trials = [study.space.base] if study.space else list(study.trials)
     kinds: dict[tuple, TrialSpec] = {}
@@ -63,4 +65,4 @@ def _peaks(study: Study) -> Iterator[float]:
         kinds[(trial.world.hash, config.generator, *sizes, *saving)] = trial
     for trial in kinds.values():
         with suppress(UserError):
-            yield WorldSketch(trial.world).estimate(trial.config).peak_bytes
+            yield WorldSketch(trial.world, stream).estimate(trial.config).peak_bytes

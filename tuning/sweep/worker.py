@@ -198,7 +198,7 @@ def open_tracker(trial: TrialSpec, world: World, setting: TrialSetting) -> Trial
         "llgbm.base": world.base.hash,
         "llgbm.world": trial.world.hash,
         THREADS_TAG: str(setting.threads),
-        DEVICE_TAG: world.data.values_AV.device.type,
+        DEVICE_TAG: world.data.device.type,
     }
     tags |= note_tags(trial_note(trial, trial.note))
     return TrialTracker.open(setting.target, trial.id, trial.name, trial_params(trial), tags)
