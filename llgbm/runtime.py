@@ -31,8 +31,11 @@ T = TypeVar("T")
 logger = logging.getLogger("llgbm")
 # Secrets in text.
 MASK = "***"
+# What shells report of a program that a closed pipe ended.
+UNREAD = 141
 SHORTEST = 6  # letters of a secret that is looked for by its value
-LOGIN = re.compile(r"(?<=://)[^\s/]*@")
+# A password may hold a slash that should have been encoded; in `host:5000/x@y` there is none.
+LOGIN = re.compile(r"(?<=://)(?:[^\s/]*@|[\w.%+~-]+:(?!\d+/)[^\s\"'@]*@)")
 NAMED = re.compile(
     r"(?<![\w-])(password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|sig|signature)"
     r"([\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+",
@@ -307,22 +310,36 @@ def split_revision(name: str) -> tuple[str, str | None]:
 def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "interrupted") -> int:
     """Run a program and return its exit status.
 
-    That is 2 with one sentence for a UserError (and its traceback with `debug`), 130 for an interrupt, 1 with a
-    traceback for any other error.
+    That is 2 with one sentence for a UserError (and its traceback with `debug`), 130 for an interrupt, 141 where nobody
+    reads the output any more (`… | head`), 1 with a traceback for any other error.
     """
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except UserError as error:
         if debug:
             say(traceback.format_exc())
         say(f"error: {error}")
         return 2
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return UNREAD
         say(traceback.format_exc())
         return 1
     except KeyboardInterrupt:
         say(on_interrupt)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Return True if the reader of stdout is gone; what is left to print then goes nowhere."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def say(text: str) -> None:

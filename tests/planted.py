@@ -30,8 +30,15 @@ TABLES = ROOT / "tests" / "data" / "planted"
 COPIED = ("llgbm", "tuning", "dnd_repo", "tests", "benchmarks", "pyproject.toml", "README.md")
 # It builds the toy world that others find in the cache.
 OF_THE_WORLD = "llgbm/test_identity.py::test_a_bank_that_was_built_is_named_by_its_weights"
+# It makes the tables of an MLflow store, which others copy.
+OF_THE_STORE = "tuning/test_resume.py::test_only_what_did_not_finish_is_run_again"
+MADE_ONCE = ("cache", "empty-store")
 # What every run would import again; none of it is this program.
 LIBRARIES = ("torch", "transformers", "peft", "pytest", "safetensors.torch")
+OF_STORES = (
+    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.server.handlers"),
+    *("optuna", "matplotlib.figure", "scipy.stats", "hypothesis"),
+)
 
 
 @dataclass(frozen=True)
@@ -161,8 +168,9 @@ class Field:
         temporary = self.folder / "tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        if (self.folder / "cache").is_dir():  # the toy world, built by the program as it is
-            shutil.copytree(self.folder / "cache", temporary / "cache")
+        for name in MADE_ONCE:  # by the program as it is
+            if (self.folder / name).is_dir():
+                shutil.copytree(self.folder / name, temporary / name)
         context = multiprocessing.get_context("fork")
         process = context.Process(target=_child, args=(self.copy, self.folder, tests, told))
         process.start()
@@ -172,10 +180,12 @@ class Field:
             process.join()
         return json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
 
-    def keep_cache(self) -> None:
-        """Keep the toy world of the last run for those that follow."""
-        if (self.folder / "tmp" / "cache").is_dir():
-            shutil.copytree(self.folder / "tmp" / "cache", self.folder / "cache")
+    def keep(self, test: str) -> None:
+        """Run a test and keep what takes long to make for those that follow: the toy world, the tables of a store."""
+        self.run([test])
+        for name in MADE_ONCE:
+            if (self.folder / "tmp" / name).is_dir() and not (self.folder / name).exists():
+                shutil.copytree(self.folder / "tmp" / name, self.folder / name)
 
     def survivors(self, defect: Defect) -> list[str]:
         """Return the tests that do not fail with a defect planted; one that this machine skips is none."""
@@ -194,13 +204,14 @@ def source_of(test: str) -> str:
     return (ROOT / "tests" / test.partition("::")[0]).read_text(encoding="utf-8")
 
 
-def prepare() -> None:
+def prepare(more: Sequence[str] = ()) -> None:
     """Import the libraries once for all runs, and set what every run needs."""
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["PYTEST_XDIST_WORKER"] = "gw0"  # one cache for all runs, beside their own folders
     sys.dont_write_bytecode = True
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *more):
         __import__(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
 
@@ -210,14 +221,16 @@ def toothless(defects: Iterable[Defect], say: Any = print) -> list[str]:
     defects = list(defects)
     for defect in defects:
         defect.check()
-    prepare()
+    tests = sorted({test for defect in defects for test in defect.tests})
+    stores = any(test.startswith("tuning/") for test in tests)
+    prepare(OF_STORES if stores else ())
     wrong = []
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         field = Field(Path(folder))
-        tests = sorted({test for defect in defects for test in defect.tests})
         if any("world: World" in source_of(test) for test in tests):
-            field.run([OF_THE_WORLD])
-            field.keep_cache()
+            field.keep(OF_THE_WORLD)
+        if stores:
+            field.keep(OF_THE_STORE)
         for number, defect in enumerate(defects, 1):
             lived = field.survivors(defect)
             say(f"{number}/{len(defects)} {'NOT SEEN' if lived else 'seen'} {defect.name}", *lived)

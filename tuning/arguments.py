@@ -161,7 +161,7 @@ def _searched(study: Study, arguments: StudyArguments) -> Study:
     """Give the study the sampler and the objectives asked for."""
     assert study.space is not None
     if arguments.n_points < 1:
-        raise UserError(f"num-samples is {arguments.num_samples}; it must be at least 1")
+        raise UserError(f"--num-samples is {arguments.num_samples}: give at least 1")
     changes: dict[str, Any] = {}
     if arguments.metric is not None:
         changes["objectives"] = (arguments.metric,)
@@ -178,6 +178,11 @@ def check_together(options: Options) -> None:
     if run.fresh and (run.resume or run.retry_failed):
         raise UserError(
             "--fresh runs all trials anew: leave out --resume and --retry-failed, or leave out --fresh"
+        )
+    if run.retry_lost and (run.fresh or run.retry_failed):
+        raise UserError(
+            "--retry-lost runs trials again whose artifacts are gone: leave out --fresh and --retry-failed, or leave "
+            "out --retry-lost"
         )
     if run.retry_failed and options.study.num_samples is not None:
         raise UserError("--retry-failed draws no new points: leave out --num-samples")
@@ -227,6 +232,11 @@ def check_used(options: Options, study: Study) -> None:
         raise UserError(
             "--retry-oom saves memory in the delta loss, or in another term that reads probes, which no trial of this "
             "study has: leave it out"
+        )
+    if options.run.retry_lost and study.space is not None:
+        raise UserError(
+            "--retry-lost is for studies that list their trials, since Optuna keeps the results of a search: leave it "
+            "out, or use --fresh"
         )
     if options.stores.optuna_storage is not None and study.space is None:
         raise UserError("--optuna-storage is for a search: add --search random or optuna")

@@ -18,7 +18,7 @@ from tuning.studies.terms import weights_text
 from tuning.sweep.asha import scheduler_key
 from tuning.sweep.cluster import Resources
 from tuning.sweep.resume import left_to_run
-from tuning.sweep.run import read_past_runs
+from tuning.sweep.run import read_past_runs, trials_lost
 from tuning.tracking.costs import Costs, kind_of
 from tuning.tracking.runs import NO_SCHEDULER, TrialResult
 
@@ -82,7 +82,9 @@ def show_plan(study: Study, options: Options, concurrent: int) -> None:
     """Print the trial table, the state of each world, and the cost of the trials left to run."""
     runs, cache = read_past_runs(options), options.stores.cache_folder
     scheduler = scheduler_key(options.study.scheduler, study)
-    plan = Plan(study, study.trials, 0, runs, options.run, scheduler)
+    lost = {trial.id for trial in trials_lost(study, options)}
+    known = [run for run in runs if run.trial_id not in lost]
+    plan = Plan(study, study.trials, 0, known, options.run, scheduler)
     if study.space:
         plan = _show_space(plan, options)
     costs = Costs(runs)

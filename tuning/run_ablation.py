@@ -32,9 +32,10 @@ from tuning.sweep.resume import (
     check_same_study,
     recorded_options,
 )
-from tuning.sweep.run import Job, open_store, run_trials
+from tuning.sweep.run import Job, open_store, run_trials, trials_lost
+from tuning.tracking.address import reap_all
 from tuning.tracking.notes import describe_facts, log_datasets, study_params, study_tags
-from tuning.tracking.ownership import check_not_run, own_study, reap
+from tuning.tracking.ownership import check_not_run, own_study
 from tuning.tracking.runs import SCHEDULER_TAG, TrialResult, read_trials
 from tuning.tracking.study import status_on_exit
 
@@ -58,7 +59,7 @@ def run(options: Options) -> int:
     run = options.run
     resources = fit_memory(resources, study, run.max_concurrent, free_bytes(), run.stream)
     tracker = open_store(options)
-    reap(tracker.tracking_uri, tracker.experiment_id)
+    reap_all(tracker.tracking_uri)
     check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
     worlds = build_worlds(study, options)
     return run_study(Job(study, options, worlds, tracker, options.stores.storage, resources))
@@ -94,7 +95,9 @@ def run_study(job: Job) -> int:
     tracker.begin(study.name, study.id, study_params(study), {**study_tags(study, worlds), **tags})
     with own_study(tracker, study.id) as ownership, status_on_exit(tracker):
         if job.options.run.fresh:
-            begin_anew(study, tracker, job.storage, ownership)
+            begin_anew(study.trials, tracker, job.storage, ownership)
+        else:
+            begin_anew(trials_lost(study, job.options), tracker, job.storage, ownership)
         log_baselines(tracker, worlds, job.options.stores.cache_folder)
         log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
         study = run_trials(job, ownership)

@@ -312,3 +312,17 @@ def test_the_real_command_line_has_no_traceback(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert one_sentence(done.stderr).startswith("error: unknown study 'nope'")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    """As `llgbm show … | head -1` does."""
+    long = "import sys; from llgbm.runtime import exit_status; "
+    long += "sys.exit(exit_status(lambda: print('x' * 10**6) or 0, False))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1) == "x"
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == ""
+    process.stderr.close()

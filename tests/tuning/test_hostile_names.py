@@ -31,6 +31,7 @@ HOSTILE = (
     "<script>alert(1)</script>",
     "costs $5 and $x_{",
     "one $",
+    "$x_{$",
     r"\frac{$",
     "a|b",
     "`code` and ```",
@@ -103,6 +104,11 @@ def test_a_report_of_hostile_names_comes_and_holds_nothing_of_the_disk(
     pictures = re.findall(r'<img src="([^"]*)"', page)
     assert len(pictures) == len(list(written.glob("*.png")))
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    shown = {str(one.attrs["src"]) for one in inline if one.type == "image"}
+    assert shown == {path.name for path in written.glob("*.png")}
+    assert not {one.type for one in inline} & {"link_open", "html_inline"}
     assert "<script" not in page and 'href="javascript' not in page
     assert "&lt;script&gt;alert(1)" in page and "\x1b" not in page + text + capsys.readouterr().out
     assert {

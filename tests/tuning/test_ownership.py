@@ -203,7 +203,7 @@ def test_a_fresh_start_leaves_other_studies_what_they_have(
         study.supersede_study("id")
         mine = begun(study, "again")
         with own_study(mine, "id of again") as ownership:
-            begin_anew(again, mine, str(tmp_path), ownership)
+            begin_anew(again.trials, mine, str(tmp_path), ownership)
             new = ran(mine, trial(1), "FINISHED")
         assert new != old
         (kept,) = read_trials(study.tracking_uri, other.parent_run_id)

@@ -126,7 +126,7 @@ def test_a_fresh_start_takes_new_runs_and_forgets_checkpoints(root: Path) -> Non
     assert not tracker.live_runs()
     tracker = begun(root, study)
     with own_study(tracker, study.id) as ownership:
-        begin_anew(study, tracker, str(root), ownership)
+        begin_anew(study.trials, tracker, str(root), ownership)
     assert checkpoints.newest() is None
     assert tracker.parent_run_id != parent and ran(tracker, trial(0), "FINISHED") != old
     assert [run.info.run_id for run in tracker.studies()] == [tracker.parent_run_id]

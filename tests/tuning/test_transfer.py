@@ -10,6 +10,7 @@ import sys
 import zipfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import mlflow_server, serving
@@ -210,3 +211,56 @@ def test_what_is_no_export_is_refused_and_changes_nothing(
     assert main(["export", "latest", "--out", str(good), *source]) == 2
     assert main(["export", "nobody", "--out", str(tmp_path / "x.zip"), *source]) == 2
     assert not (tmp_path / "x.zip").exists() and not list(tmp_path.glob(".*.writing"))
+
+
+def test_a_study_is_exported_without_the_versions_whose_files_are_gone(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(original, tmp_path / "cleaned")
+    uri = address(tmp_path / "cleaned")
+    assert trials(uri)  # the copy is on its own now
+    shutil.rmtree(tmp_path / "cleaned" / "mlruns" / "artifacts")
+    (tmp_path / "cleaned" / "mlruns" / "artifacts").mkdir()
+    file = tmp_path / "study.zip"
+    assert main(["export", "latest", "--out", str(file), "--tracking-uri", uri]) == 0
+    told_so = capsys.readouterr()
+    assert json.loads(told_so.out)["versions"] == 0
+    assert "the files of made version 1 are gone: it is left out" in told_so.err
+    assert main(["import", str(file), "--tracking-uri", address(tmp_path / "new")]) == 0
+    assert numbers(address(tmp_path / "new")) == numbers(address(original))
+
+
+def spoiled(content: dict, **changes: Any) -> dict:
+    """The content of an export with other values in its last run, or without those that are None."""
+    *others, last = content["runs"]
+    kept = {key: value for key, value in {**last, **changes}.items() if value is not None}
+    return {**content, "runs": [*others, kept]}
+
+
+def test_an_export_of_another_hand_reads_nothing_beside_it_and_is_refused_before_a_run_is_made(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = tmp_path / "good.zip"
+    source = ["--tracking-uri", address(original)]
+    assert main(["export", "latest", "--out", str(good), *source]) == 0
+    with zipfile.ZipFile(good) as archive:
+        content = json.loads(archive.read("study.json"))
+    (version,) = content["versions"]
+    bad = [
+        spoiled(content, id="../../../secrets"),
+        spoiled(content, id="/etc"),
+        {**content, "versions": [{**version, "folder": "../../secrets"}]},
+        {**content, "versions": [{**version, "folder": "/etc"}]},
+        spoiled(content, params=None),
+        spoiled(content, status="MAYBE"),
+        spoiled(content, metrics={"loss": [[0, 0, "high"]]}),
+    ]
+    capsys.readouterr()
+    for number, one in enumerate(bad):
+        path = tmp_path / f"bad{number}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("study.json", json.dumps(one))
+        assert main(["import", str(path), "--tracking-uri", address(tmp_path / "new")]) == 2, number
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert path.name in line
+    assert not (tmp_path / "new").exists()

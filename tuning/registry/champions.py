@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
+from tuning.registry.turns import turn
 from tuning.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -135,9 +136,16 @@ def settle(
 
     A version that was settled before keeps its alias; one whose settling was cut short is settled again.
     """
-    number = str(version.version)
     if SETTLED_TAG in version.tags:
         return version.tags[SETTLED_TAG]
+    with turn(client, name):
+        return _settle(client, name, version, introduction, rivals)
+
+
+def _settle(
+    client: MlflowClient, name: str, version: ModelVersion, introduction: str, rivals: Rivals
+) -> str:
+    number = str(version.version)
     if aliases_of(client, name).get(CHAMPION) == number:
         decision = Decision(CHAMPION, "")
     else:
@@ -217,7 +225,8 @@ def promote(client: MlflowClient, address: str) -> RegisteredVersion:
         raise UserError(
             f"version {number} of {version.name!r} is the champion already: name another version."
         )
-    give_alias(client, version.name, number, CHAMPION)
+    with turn(client, version.name):
+        give_alias(client, version.name, number, CHAMPION)
     return RegisteredVersion(version.name, number, CHAMPION)
 
 
@@ -227,6 +236,11 @@ def rollback(client: MlflowClient, name: str) -> RegisteredVersion:
     Raises UserError if there is no such model or no earlier champion.
     """
     there = {str(version.version) for version in existing_versions(client, name)}
+    with turn(client, name):
+        return _roll_back(client, name, there)
+
+
+def _roll_back(client: MlflowClient, name: str, there: Collection[str]) -> RegisteredVersion:
     present = aliases_of(client, name).get(CHAMPION)
     earlier = [n for n in champion_history(client, name) if n in there and n != present]
     if not earlier:

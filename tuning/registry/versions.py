@@ -61,7 +61,8 @@ def registry_client(tracking_uri: str | None) -> Iterator[MlflowClient]:
     quiet_mlflow()
     if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
         raise UserError(
-            f"there is no MLflow store at {uri}: give the address of the one you registered in."
+            f"there is no MLflow store at {uri}: give the address of the one you registered in "
+            "with --tracking-uri, or run this in the folder of the study."
         )
     uri = usable_uri(uri)
     reap_all(uri)

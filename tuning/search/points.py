@@ -92,7 +92,8 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
         return optuna.storages.get_storage(with_login(url))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the Optuna storage {redact(url)} cannot be opened ({redact(str(error))})"
+            f"the Optuna storage {redact(url)} cannot be opened ({redact(str(error))}): give another --optuna-storage, "
+            "sqlite:///path/optuna.db say"
         ) from error
 
 

@@ -211,6 +211,10 @@ class RunOptions:
         "STUDY_ID",
     )
     retry_failed: bool = _flag(AGAIN, "run the failed trials again, and no others")
+    retry_lost: bool = _flag(
+        AGAIN,
+        "run finished trials again whose artifacts are gone from the store, beside what has not finished",
+    )
     retry_oom: bool = _flag(
         AGAIN,
         "try a trial that runs out of memory again with activation checkpointing, then with ever smaller probe chunks; "

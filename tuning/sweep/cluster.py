@@ -120,7 +120,7 @@ def check_resources(
     if gpus > 1 and not float(gpus).is_integer():
         raise UserError(f"{gpus:g} GPUs per trial asked for; above 1 it must be a whole number")
     if concurrent is not None and concurrent < 1:
-        raise UserError(f"max-concurrent is {concurrent}; it must be at least 1")
+        raise UserError(f"--max-concurrent is {concurrent}: give at least 1")
     fits = sum(node.fits(cpus, gpus) for node in nodes)
     if not fits:
         raise UserError(
@@ -225,7 +225,12 @@ def connect_ray(address: str) -> tuple[Node, ...]:
             log_to_driver=False,
             runtime_env={"env_vars": {key: os.environ[key] for key in SETTINGS}},
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if "uthentica" in str(error):
+            raise UserError(
+                f"the Ray cluster at {address} does not accept this machine's token, so copy ~/.ray/auth_token from "
+                "the machine that runs its head, or set RAY_AUTH_TOKEN"
+            ) from error
         if "ray[client]" in str(error):
             raise UserError(
                 f"{address} needs Ray's client: pip install 'llgbm[cluster]'"

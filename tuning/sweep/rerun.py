@@ -98,7 +98,10 @@ def _find(uri: str, trial_id: str, experiment: str | None) -> tuple[Run, Run]:
         whole = [run for run in runs if TrialResult.of(run).is_complete]
         if not whole:
             ends = ", ".join(run.info.status for run in runs) or "none at all"
-            raise UserError(f"the store has no finished run of trial {trial_id!r}: it has {ends}")
+            raise UserError(
+                f"the store has no finished run of trial {trial_id!r} (its runs: {ends}): give the id of a finished "
+                "trial, as results.csv of a report lists them"
+            )
         return whole[-1], client.get_run(whole[-1].data.tags[PARENT_TAG])
 
 

@@ -6,19 +6,22 @@ All state is read from MLflow: a tag of the study's run holds its arguments, and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llgbm.runtime import UserError
+from tuning.registry.fetch import BUNDLE_FILE
 from tuning.studies.options import Options, StudyArguments
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.tracking.ownership import Ownership
 from tuning.tracking.runs import NO_SCHEDULER, PARENT_TAG, STUDY_ID_TAG, TrialResult
+from tuning.tracking.store import connect, store_errors
 from tuning.tracking.study import StudyTracker
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 ARGUMENTS_TAG = "llgbm.arguments"
@@ -49,19 +52,41 @@ def check_same_study(study: Study, recorded_id: str) -> None:
         )
 
 
-def begin_anew(study: Study, tracker: StudyTracker, storage: str, ownership: Ownership) -> None:
-    """Mark the runs of a study's trials as obsolete and delete their checkpoints.
+def begin_anew(
+    trials: Sequence[TrialSpec], tracker: StudyTracker, storage: str, ownership: Ownership
+) -> None:
+    """Mark the runs of trials as obsolete and delete their checkpoints.
 
     A trial that another driver holds is left alone: it is being run at this moment.
     """
     runs = tracker.live_runs()
-    for trial in study.trials:
+    for trial in trials:
         if not ownership.take(trial.id):
             continue
         if trial.id in runs:
             tracker.supersede([runs[trial.id].info.run_id])
         TrialCheckpoints(storage, trial.id).remove()
         ownership.release(trial.id)
+
+
+def lost_trials(uri: str, results: Iterable[TrialResult]) -> set[str]:
+    """Return the ids of complete trials that lack an artifact which every trial keeps.
+
+    Raises UserError if the store fails.
+    """
+    with store_errors(uri):
+        client = connect(uri)
+        return {
+            result.trial_id
+            for result in results
+            if result.is_complete and not _has_artifacts(client, result.run_id)
+        }
+
+
+def _has_artifacts(client: MlflowClient, run_id: str) -> bool:
+    kept = {item.path for item in client.list_artifacts(run_id)}
+    inside = {item.path for item in client.list_artifacts(run_id, "generator")}
+    return f"generator/{BUNDLE_FILE}" in inside and {"deltas", "per_task.json"} <= kept
 
 
 def trials_to_run(

@@ -14,11 +14,12 @@ from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.asha import scheduler_key
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
-from tuning.sweep.resume import adopt_finished, trials_to_run
+from tuning.sweep.resume import adopt_finished, lost_trials, trials_to_run
 from tuning.sweep.shared import SharedQueue
 from tuning.tracking.costs import Costs, last_results, past_runs
 from tuning.tracking.ownership import Ownership
 from tuning.tracking.runs import TrialResult
+from tuning.tracking.store import local_tracking_uri, usable_uri
 from tuning.tracking.study import StudyTracker
 
 
@@ -54,6 +55,19 @@ def open_store(options: Options) -> StudyTracker:
 def read_past_runs(options: Options) -> list[TrialResult]:
     """Read the trials of the experiment; nothing is created."""
     return past_runs(options.stores.tracking_uri, Path.cwd(), options.stores.experiment)
+
+
+def trials_lost(study: Study, options: Options) -> list[TrialSpec]:
+    """Return the finished trials of a study whose artifacts are gone, if these are to be run again."""
+    past: list[TrialResult] = []
+    if options.run.retry_lost:
+        own = {trial.id for trial in study.trials}
+        past = [result for result in read_past_runs(options) if result.trial_id in own]
+    lost: set[str] = set()
+    if past:  # or else there may be no store yet
+        uri = options.stores.tracking_uri or local_tracking_uri(Path.cwd())
+        lost = lost_trials(usable_uri(uri), past)
+    return [trial for trial in study.trials if trial.id in lost]
 
 
 def open_queue(job: Job) -> TrialQueue:

@@ -14,9 +14,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,12 @@ class Driver:
     def label(self) -> str:
         return f"process {self.pid} on {self.host}"
 
+    def as_text(self) -> str:
+        """Return the content of a tag that is named by the session; `read_drivers` reads it."""
+        content = asdict(self)
+        del content["session"]
+        return json.dumps(content)
+
 
 @cache
 def this_place() -> str:
@@ -105,11 +111,16 @@ def _is_running(driver: Driver) -> bool:
 
 def drivers_of(run: Run) -> list[Driver]:
     """Read the drivers that a study run names; one that cannot be read is left out."""
+    return read_drivers(run.data.tags, DRIVER_TAG)
+
+
+def read_drivers(tags: Mapping[str, str], prefix: str) -> list[Driver]:
+    """Read the drivers in tags with this prefix; one that cannot be read is left out."""
     found = []
-    for key, value in run.data.tags.items():
-        if key.startswith(DRIVER_TAG):
+    for key, value in tags.items():
+        if key.startswith(prefix):
             with suppress(TypeError, ValueError):
-                found.append(Driver(key.removeprefix(DRIVER_TAG), **json.loads(value)))
+                found.append(Driver(key.removeprefix(prefix), **json.loads(value)))
     return found
 
 
@@ -178,9 +189,8 @@ class Ownership:
                 logger.warning("the heartbeat of this study is late: %s", error)
 
     def _beat(self) -> None:
-        content = {**asdict(self._driver), "beat": time.time()}
-        session = content.pop("session")
-        self._client.set_tag(self._parent, DRIVER_TAG + session, json.dumps(content))
+        beating = replace(self._driver, beat=time.time())
+        self._client.set_tag(self._parent, DRIVER_TAG + beating.session, beating.as_text())
 
     def take(self, trial_id: str) -> bool:
         """Try to hold a trial; return False if a living driver holds it. Raises UserError if the store fails."""
@@ -284,7 +294,7 @@ def own_study(tracker: StudyTracker, study_id: str) -> Iterator[Ownership]:
         ownership.claim(study_id)
     except UserError:
         with store_errors(tracker.tracking_uri):
-            if not drivers_of(tracker.client.get_run(tracker.parent_run_id)):
+            if tracker.is_new and not drivers_of(tracker.client.get_run(tracker.parent_run_id)):
                 tracker.client.delete_run(tracker.parent_run_id)
         raise
     try:

@@ -199,12 +199,23 @@ def _schema_remedy(reason: str) -> str:
     return "copy the database and run `mlflow db upgrade` on it, or choose another one"
 
 
+def check_login(uri: str) -> None:
+    """Raise UserError if a password in an address holds a character that ends the name of the host."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc and redact(uri).count("@") < uri.count("@"):
+        raise UserError(
+            f"the login in the {parts.scheme} address of the store cannot be read: write the characters / # ? and @ of "
+            "a password as %2F, %23, %3F and %40"
+        )
+
+
 def usable_uri(tracking_uri: str) -> str:
     """Check that an address is supported, answers and is writable; return it without login, SQLite paths absolute.
 
     Raises UserError within seconds where MLflow would retry for minutes.
     """
     scheme = urlsplit(tracking_uri).scheme.partition("+")[0]
+    check_login(tracking_uri)
     tracking_uri = without_login(tracking_uri)
     if scheme in ("http", "https"):
         _probe_http(tracking_uri.rstrip("/"))
@@ -264,9 +275,8 @@ def _probe_http(uri: str) -> None:
             "server`, correct the address, or leave it out to use the local store."
         ) from error
     if code in (401, 403):
-        raise UserError(
-            f"the server at {redact(uri)} refuses this login (HTTP {code}): {LOGIN_REMEDY}."
-        )
+        what = "refuses this login" if _server_login() or _server_token() else "asks for a login"
+        raise UserError(f"the server at {redact(uri)} {what} (HTTP {code}): {LOGIN_REMEDY}.")
     if code == 404 or code >= 500:
         raise UserError(
             f"the server at {redact(uri)} answers /health with HTTP {code}, so it is no working MLflow "

@@ -62,6 +62,7 @@ class StudyTracker:
         self.tracking_uri = tracking_uri
         self.experiment_id = experiment_id
         self.target: TrackingTarget | None = None
+        self.is_new = False  # its run was made by `begin`, not found
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the client out: it holds the login of the store."""
@@ -102,6 +103,7 @@ class StudyTracker:
         with store_errors(self.tracking_uri):
             runs = find_runs(self.client, self.experiment_id, {STUDY_ID_TAG: study_id})
             same = [run for run in runs if is_live(run) and run.data.params == wanted]
+            self.is_new = not same
             run_id = open_run(
                 self.client, self.experiment_id, same[-1] if same else None, study, own
             )

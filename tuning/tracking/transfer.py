@@ -10,17 +10,19 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import UserError, say
+from llgbm.runtime import UserError, content_hash, say
 from llgbm.system.documents import check_format
 from llgbm.system.output import disk_errors
 from tuning.tracking.curves import read_points
 from tuning.tracking.ownership import DRIVER_TAG, HOLD_TAG
 from tuning.tracking.runs import (
     CONFIG_TAG,
+    FINAL_STATUSES,
     MEMBER_TAG,
     METRICS_PER_CALL,
     PARAMS_PER_CALL,
@@ -81,19 +83,20 @@ def _pack(
     for run in runs:
         _pack_folder(client, run.info.run_id, archive, folder)
     versions = _versions_of(client, parent.data.tags[STUDY_ID_TAG])
+    packed = [_pack_version(client, one, archive, folder) for one in versions]
     content = {
         "format": f"{FORMAT} {FORMAT_VERSION}",
         "parent": run_id,
         "experiment": client.get_experiment(experiment_id).name,
         "runs": [_described(run, points[run.info.run_id]) for run in runs],
-        "versions": [_pack_version(client, one, archive, folder) for one in versions],
+        "versions": [one for one in packed if one is not None],
     }
     archive.writestr(CONTENT, json.dumps(content))
     return content
 
 
 def _pack_folder(client: MlflowClient, run_id: str, archive: zipfile.ZipFile, folder: Path) -> None:
-    own = folder / run_id
+    own = folder / content_hash(run_id)  # a store may give a run any id
     own.mkdir()
     for item in client.list_artifacts(run_id):
         client.download_artifacts(run_id, item.path, str(own))
@@ -118,11 +121,19 @@ def _versions_of(client: MlflowClient, study_id: str) -> list[ModelVersion]:
 
 def _pack_version(
     client: MlflowClient, version: ModelVersion, archive: zipfile.ZipFile, folder: Path
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """Pack a version; return None if its files are gone, which must not cost the rest."""
+    from mlflow.exceptions import MlflowException
+
     from tuning.registry.fetch import bundle_of
 
     name = f"versions/{version.name}-{version.version}"
-    _add(archive, bundle_of(client, version, folder), name)
+    try:
+        bundle = bundle_of(client, version, folder)
+    except (UserError, MlflowException, OSError):
+        say(f"the files of {version.name} version {version.version} are gone: it is left out")
+        return None
+    _add(archive, bundle, name)
     return {"name": version.name, "folder": name, "run": version.run_id, "tags": dict(version.tags)}
 
 
@@ -192,18 +203,38 @@ def _read(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         kind, _, version = content["format"].rpartition(" ")
         check_format(int(version), FORMAT_VERSION, str(file))
         whole = kind == FORMAT and content["parent"] in known
+        whole = whole and all(map(_is_whole, content["runs"]))
+        folders = [str(PurePosixPath("artifacts", run_id)) for run_id in known]
+        folders += [version["folder"] for version in content["versions"]]
         _summary(content)
     except UserError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is no exported study of this program ({error!r})") from error
-    names = [PurePosixPath(name) for name in archive.namelist()]
-    if not whole or any(name.is_absolute() or ".." in name.parts for name in names):
+    if not whole or not all(map(_stays_inside, [*archive.namelist(), *folders])):
         raise UserError(f"{file} is no exported study of this program")
     damaged = archive.testzip()
     if damaged:
         raise UserError(f"{file} is damaged at {damaged}: export the study again")
     return content
+
+
+def _is_whole(run: Mapping[str, Any]) -> bool:
+    """Return True if a run has all that describes one, in the right kinds."""
+    texts = (run["id"], run["name"], run["status"], *run["tags"].values(), *run["params"].values())
+    points = chain.from_iterable(run["metrics"].values())
+    numbers = (run["start"], run["end"] or 0, *chain.from_iterable(points))
+    known = run["status"] in (*FINAL_STATUSES, "RUNNING", "SCHEDULED")
+    return known and _are(str, texts) and _are((int, float), numbers)
+
+
+def _are(kinds: type | tuple[type, ...], values: Iterable[Any]) -> bool:
+    return all(isinstance(value, kinds) for value in values)
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _make_runs(tracker: StudyTracker, content: Mapping[str, Any], folder: Path) -> dict[str, str]:
