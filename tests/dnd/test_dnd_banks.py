@@ -134,10 +134,16 @@ def test_adapters_that_are_read_otherwise_are_refused(two: Path, odd: dict[str, 
         AdapterBank.open(two).read(1)
 
 
-@pytest.mark.parametrize("value", ['{"r": 0}', '{"lora_alpha": null}', '["r"]'])
-def test_a_config_without_scaling_costs_one_sentence(two: Path, value: str) -> None:
-    sorted(two.glob("*/*/adapter_config.json"))[1].write_text(value)
-    with pytest.raises(DndError, match="adapter"):
+@pytest.mark.parametrize("odd", [{"r": 0}, {"lora_alpha": None}, {"lora_alpha": -8}])
+def test_a_config_without_scaling_costs_one_sentence(two: Path, odd: dict[str, object]) -> None:
+    change(sorted(two.glob("*/*/adapter_config.json"))[1], **odd)
+    with pytest.raises(DndError, match="has no alpha and rank above 0"):
+        AdapterBank.open(two).read(1)
+
+
+def test_a_config_that_is_none_costs_one_sentence(two: Path) -> None:
+    sorted(two.glob("*/*/adapter_config.json"))[1].write_text('["r"]')
+    with pytest.raises(DndError, match="is no config of an adapter"):
         AdapterBank.open(two).read(1)
 
 

@@ -236,15 +236,11 @@ class Output:
                 self.folder.rmdir()
 
     def _must_stay(self) -> bool:
-        """Say if the folder cannot be exchanged for another: a mount, the current folder, or one in a closed parent."""
+        """Say if the folder must not be exchanged for another: the current folder, or one in a closed parent."""
         folder = self.folder
         if not folder.is_dir():
             return False
-        return (
-            is_current(folder)
-            or os.path.ismount(folder)
-            or not os.access(folder.parent, os.W_OK | os.X_OK)
-        )
+        return is_current(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
 
     def _publish(self, stage: Path) -> None:
         new = stage / "new"
