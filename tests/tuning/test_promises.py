@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from made_study import accuracies
+from test_ownership import begun, owner, trial
 
 from llgbm.runtime import UserError, redact
-from llgbm.training import TrainingConfig
-from llgbm.world import WorldConfig
 from tuning.arguments import parse_arguments
 from tuning.registry import Score, register_generator
 from tuning.registry.best import read_candidates
@@ -35,28 +34,13 @@ from tuning.sweep.cluster import connect_ray
 from tuning.sweep.resume import begin_anew
 from tuning.sweep.run import Job, open_queue, trials_lost
 from tuning.tracking import ownership as own
-from tuning.tracking.ownership import Driver, Ownership, drivers_of, own_study
+from tuning.tracking.ownership import Driver, drivers_of, own_study
 from tuning.tracking.runs import MEMBER_TAG, TrialResult, read_trials
 from tuning.tracking.store import usable_uri
 from tuning.tracking.study import StudyTracker
 from tuning.tracking.trial import TrialTracker
 
 SECRET = "pa55/word"
-
-
-def trial(seed: int) -> TrialSpec:
-    return TrialSpec("multitask", TrainingConfig(seed=seed), WorldConfig())
-
-
-def begun(study: StudyTracker, name: str) -> StudyTracker:
-    """Another study in the same store."""
-    tracker = StudyTracker(study.client, study.tracking_uri, study.experiment_id)
-    tracker.begin(name, f"id of {name}", {}, {})
-    return tracker
-
-
-def owner(tracker: StudyTracker) -> Ownership:
-    return Ownership(tracker.tracking_uri, tracker.experiment_id, tracker.parent_run_id)
 
 
 def opened(tracker: StudyTracker, spec: TrialSpec) -> str:
