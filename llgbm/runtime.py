@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -334,12 +335,12 @@ def exit_status(command: Callable[[], int], debug: bool, on_interrupt: str = "in
 
 def _nobody_reads() -> bool:
     """Return True if the reader of stdout is gone; what is left to print then goes nowhere."""
-    try:
-        sys.stdout.flush()
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(state & (select.POLLERR | select.POLLHUP) for _, state in watch.poll(0)):
         return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def say(text: str) -> None:

@@ -121,9 +121,10 @@ def test_artifacts_are_adapters_deltas_and_a_generator(
     folder, _ = finished
     parent, children = runs(folder)
     client = store(folder)
-    assert "report.md" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    kept = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"report.md", "answers_1_nano.html"} <= kept
     pages = client.list_artifacts(parent.info.run_id, "answers/nano")
-    assert {Path(item.path).name for item in pages} == {"answers.html", "answers.json"}
+    assert [Path(item.path).name for item in pages] == ["answers.json"]
     saved = Path(client.download_artifacts(children[0].info.run_id, "", str(folder)))
     assert GeneratorBundle.load(saved / "generator").facts["bank_hash"] == world.bank.hash
     for part in ("val", "test"):
