@@ -213,7 +213,8 @@ def prepare(more: Sequence[str] = ()) -> None:
     sys.dont_write_bytecode = True
     for name in (*LIBRARIES, *more):
         __import__(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "Qwen2ForCausalLM"):
+        getattr(sys.modules["transformers"], name)  # loaded when they are first asked for
 
 
 def toothless(defects: Iterable[Defect], say: Any = print) -> list[str]:

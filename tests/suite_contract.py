@@ -1,4 +1,4 @@
-"""What every suite of tasks must do; a subclass gives a fixture and inherits the tests."""
+"""Contract of every suite of tasks; a subclass gives a fixture and inherits the tests."""
 
 from __future__ import annotations
 

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from llgbm.generator.networks import (
     GeneratorConfig,
-    Standardiser,
     TrunkGenerator,
     make_head,
 )
-from llgbm.lora.adapters import LoraSpec
 
 
 class ModuleHeadsGenerator(TrunkGenerator):
@@ -20,15 +18,10 @@ class ModuleHeadsGenerator(TrunkGenerator):
     Source: Ha et al. 2016, "HyperNetworks" (arXiv 1609.09106), with one head a module.
     """
 
-    def __init__(
-        self,
-        spec: LoraSpec,
-        condition_width: int,
-        standardiser: Standardiser,
-        config: GeneratorConfig,
-    ) -> None:
-        super().__init__(spec, condition_width, standardiser, config)
-        self.heads = nn.ModuleList(make_head(config.hidden, spec.rank, m) for m in spec.modules)
+    def add_writer(self, config: GeneratorConfig) -> None:
+        self.heads = nn.ModuleList(
+            make_head(config.hidden, self.spec.rank, m) for m in self.spec.modules
+        )
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
         state_AH = self.read(condition_ANC)

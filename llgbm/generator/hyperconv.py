@@ -78,19 +78,12 @@ class HyperConvGenerator(TrunkGenerator):
     start_UXY: Tensor
     spread_UXY: Tensor
 
-    def __init__(
-        self,
-        spec: LoraSpec,
-        condition_width: int,
-        standardiser: Standardiser,
-        config: GeneratorConfig,
-    ) -> None:
-        super().__init__(spec, condition_width, standardiser, config)
-        self._tokens = TokenStandardiser(spec)
+    def add_writer(self, config: GeneratorConfig) -> None:
+        self._tokens = TokenStandardiser(self.spec)
         features = hyperconv_features(*self._tokens.shape)
         self.layout = nn.Linear(config.hidden, math.prod(features[0]))
         self.decoder = HyperConvDecoder(features, features[0], KERNEL_SIZE)
-        start, spread = token_statistics(self._tokens, standardiser)
+        start, spread = token_statistics(self._tokens, self.statistics)
         self.register_buffer("start_UXY", start)
         self.register_buffer("spread_UXY", spread)
         self.register_load_state_dict_pre_hook(_rename_older)

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from llgbm.generator.networks import (
     GeneratorConfig,
-    Standardiser,
     TrunkGenerator,
 )
-from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError
 
 
@@ -39,17 +37,10 @@ class MixtureGenerator(TrunkGenerator):
 
     config_class = MixtureConfig
 
-    def __init__(
-        self,
-        spec: LoraSpec,
-        condition_width: int,
-        standardiser: Standardiser,
-        config: GeneratorConfig,
-    ) -> None:
-        super().__init__(spec, condition_width, standardiser, config)
+    def add_writer(self, config: GeneratorConfig) -> None:
         assert isinstance(config, MixtureConfig)  # `make_generator` sees to it
         self.code = nn.Linear(config.hidden, config.bases)
-        self.bases = nn.Linear(config.bases, spec.n_values)
+        self.bases = nn.Linear(config.bases, self.spec.n_values)
         # Small, so that training starts from the mean adapter.
         nn.init.normal_(self.bases.weight, std=0.1 / config.bases**0.5)
         nn.init.zeros_(self.bases.bias)

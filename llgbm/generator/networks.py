@@ -167,6 +167,11 @@ class TrunkGenerator(LoraGenerator):
         self.trunk = nn.ModuleList(
             ResidualBlock(config.hidden, config.dropout) for _ in range(config.blocks)
         )
+        self.add_writer(config)
+
+    @abstractmethod
+    def add_writer(self, config: GeneratorConfig) -> None:
+        """Add the parts that write an adapter from the state of the trunk."""
 
     @property
     def standardiser(self) -> TokenMap:
@@ -193,15 +198,9 @@ class ModuleCodeGenerator(TrunkGenerator):
     "Text-to-LoRA: Instant Transformer Adaption" (arXiv 2506.06105).
     """
 
-    def __init__(
-        self,
-        spec: LoraSpec,
-        condition_width: int,
-        standardiser: Standardiser,
-        config: GeneratorConfig,
-    ) -> None:
-        super().__init__(spec, condition_width, standardiser, config)
-        n_modules, hidden = len(spec.modules), config.hidden
+    def add_writer(self, config: GeneratorConfig) -> None:
+        spec, hidden = self.spec, config.hidden
+        n_modules = len(spec.modules)
         self.gain_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.shift_MH = nn.Parameter(torch.randn(n_modules, hidden) * 0.3)
         self.outlet = ResidualBlock(hidden, config.dropout)

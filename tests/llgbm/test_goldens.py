@@ -31,7 +31,8 @@ Tensors = dict[str, Tensor]
 
 def read(name: str) -> tuple[Tensors, Mapping[str, str]]:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        names = file.keys()  # the file itself cannot be looped over
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
 def below(found: Tensors, prefix: str) -> Tensors:

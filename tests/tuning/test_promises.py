@@ -1,4 +1,4 @@
-"""What the sweep promises beside the rest: heartbeats, ends by run id, lost artifacts, turns, tokens, tables."""
+"""Promises of a sweep that no other file holds: heartbeats, ends by run id, lost artifacts, turns, tokens, tables."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def predict(*prompts: str) -> pd.DataFrame:
     from tuning.registry.served import GeneratorModel
 
     model = GeneratorModel()
-    model.bundle = WordBundle()  # type: ignore[assignment]
+    model.bundle = WordBundle()
     return model.predict(None, pd.DataFrame({"prompts": list(prompts)}))
 
 
@@ -65,7 +65,7 @@ def test_what_a_user_can_mend_is_told() -> None:
             raise UserError("the encoder is another")
 
     model = GeneratorModel()
-    model.bundle = Other()  # type: ignore[assignment]
+    model.bundle = Other()
     with pytest.raises(MlflowException, match="the encoder is another"):
         model.predict(None, pd.DataFrame({"prompts": ['["a"]']}))
 
@@ -112,7 +112,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object], tuple
 
     class Small(GeneratorModel):
         def load_context(self, context: object) -> None:
-            self.bundle = WordBundle()  # type: ignore[assignment]
+            self.bundle = WordBundle()
 
     folder = tmp_path_factory.mktemp("served") / "model"
     schema = Schema([ColSpec("string", "prompts")])
