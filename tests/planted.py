@@ -114,15 +114,19 @@ def all_defects() -> list[Defect]:
 
 
 class Outcomes:
-    """A pytest plugin that keeps what became of each test."""
+    """A pytest plugin that writes what became of each test into a file, test by test: a later one may hang."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Path) -> None:
+        self.told = told
         self.of: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = report.nodeid.removeprefix("tests/")
         if report.outcome != "passed" or name not in self.of:
             self.of[name] = report.outcome
+            part = self.told.with_suffix(".part")
+            part.write_text(json.dumps(self.of), encoding="utf-8")
+            os.replace(part, self.told)
 
 
 def _child(copy: Path, base: Path, tests: Sequence[str], told: Path) -> None:
@@ -137,11 +141,9 @@ def _child(copy: Path, base: Path, tests: Sequence[str], told: Path) -> None:
     roots = [str(copy), str(copy / "dnd_repo" / "workspace")]
     sys.path[:0] = roots
     os.environ["PYTHONPATH"] = os.pathsep.join(roots)
-    outcomes = Outcomes()
     options = ["-n", "0", "-m", "", "-p", "no:cacheprovider", f"--basetemp={base / 'tmp' / 'gw0'}"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are loaded
-    pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[outcomes])
-    told.write_text(json.dumps(outcomes.of), encoding="utf-8")
+    pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[Outcomes(told)])
     sys.stdout.flush()
     os._exit(0)
 
@@ -161,7 +163,7 @@ class Field:
         if (ROOT.parent / "shared").exists():
             (folder / "shared").symlink_to(ROOT.parent / "shared")
 
-    def run(self, tests: Sequence[str], seconds: float = 300) -> dict[str, str]:
+    def run(self, tests: Sequence[str], seconds: float = 900) -> dict[str, str]:
         """Run tests in a process forked from this one; a defect may hang or kill it."""
         told = self.folder / "told.json"
         told.unlink(missing_ok=True)
