@@ -56,8 +56,8 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
-EMBEDDED_TEACHERS = TeacherConfig(steps=75, target=0.97, rounds=8)
-ABILITY, QUESTIONS = "ability.json", 24
+EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.97, rounds=8)
+ABILITY, TOLD = "ability.json", 8
 # Labelled examples of each training row.
 LABELLED = 32
 
@@ -145,9 +145,9 @@ class World:
         """Say in one clause each which of the gates of its making the world missed."""
         missed = []
         target = self.config.pretrain.target
-        if self.ability is not None and self.ability.balanced < target:
-            share = self.ability.balanced
-            missed.append(f"the base gives tasks {share:.2f} of their share, below {target:g}")
+        if self.ability is not None and self.ability.right < target:
+            share = self.ability.right
+            missed.append(f"the base, told its task, is right in {share:.2f}, below {target:g}")
         if below := int(self.bank.facts.get("teachers_below_target", 0)):
             target = self.config.teachers.target
             missed.append(f"{below} of {len(self.bank.adapters)} teachers stayed below {target:g}")
@@ -220,15 +220,15 @@ def _pretrain_until_good(
     next_batch: Callable[[int, bool], EncodedPairs],
     device: str,
 ) -> Ability | None:
-    """Pretrain in rounds until the base can do its tasks in balance; return what it can do."""
-    questions, ability = config.suite.bare_questions(QUESTIONS), None
+    """Pretrain in rounds until the base can do what it is told; return what it can do."""
+    told, ability = config.suite.told_examples(TOLD), None
     for number in range(config.pretrain.rounds):
         pretrain(model, config.pretrain.of_round(number), next_batch, device)
-        if not questions:
+        if not told:
             break
-        ability = measure_ability(model, tokenizer, questions)
+        ability = measure_ability(model, tokenizer, told)
         say(f"base, round {number + 1}: {ability.describe()}")
-        if ability.balanced >= config.pretrain.target:
+        if ability.right >= config.pretrain.target:
             break
     return ability
 

@@ -90,7 +90,10 @@ class SuiteContract:
         known = {word.strip() for word in suite.vocabulary}
         rng = random.Random(0)
         learnt = [suite.pretraining_example(rng, bare) for bare in (True, False)]
-        for example in [*learnt, *self.ask(suite, suite.split.test[0], "evaluation")]:
+        told = suite.told_examples(1)
+        assert not told or list(told) == [task.name for task in suite.tasks]
+        asked = self.ask(suite, suite.split.test[0], "evaluation")
+        for example in [*learnt, *chain.from_iterable(told.values()), *asked]:
             assert set(f"{example.prompt}{example.answer}".split()) <= known
 
     def test_toy_settings_keep_the_kind(self, suite: Suite) -> None:

@@ -17,7 +17,7 @@ from llgbm.runtime import UserError, progress, seed_everything
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_VERSION = 2
+MODEL_VERSION = 3
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -30,17 +30,17 @@ class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    whose `Ability.balanced` is below `target` goes on at half the rate for `more_steps`, in up to `rounds` rounds.
+    whose `Ability.right` is below `target` goes on at half the rate for `more_steps`, in up to `rounds` rounds.
     """
 
-    steps: int = 2500
+    steps: int = 1500
     batch_size: int = 64
-    learning_rate: float = 1.5e-3
-    bare_fraction: float = 0.75
+    learning_rate: float = 2e-3
+    bare_fraction: float = 0.5
     seed: int = 0
-    target: float = 0.45
+    target: float = 0.93
     rounds: int = 5
-    more_steps: int = 500
+    more_steps: int = 300
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.rounds, self.more_steps) < 1:

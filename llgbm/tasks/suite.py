@@ -153,12 +153,12 @@ class Suite(ABC):
         """Example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
-    def bare_questions(self, count: int) -> list[dict[str, Example]]:
-        """Prompts without instruction, each with the answer of every task: what a base built for this suite must do.
+    def told_examples(self, count: int) -> dict[str, list[Example]]:
+        """Examples of every task whose prompts tell a base built for this suite what to do, as no other prompt does.
 
         Without any, such a base is trained for one round and not measured.
         """
-        return []
+        return {}
 
     def task(self, name: str) -> Task:
         """Find a task. Raises UserError with the nearest names for an unknown one."""

@@ -32,7 +32,7 @@ from llgbm.tasks.parts import (
 )
 from llgbm.tasks.suite import WHOLE, Example, Level, Purpose, Split, Suite, Task
 
-VERSION = 3
+VERSION = 4
 WORDS = tuple(
     "apple river stone cloud tiger piano lemon chair garden window rocket button candle forest hammer island "
     "jacket kettle ladder magnet needle orange pepper quartz rabbit saddle ticket violin wallet yogurt zebra anchor "
@@ -41,7 +41,8 @@ WORDS = tuple(
     "lamp".split()
 )
 SEPARATOR, ARROW = ":", "=>"
-LENGTHS, LONGER = (3, 5), (6, 6)
+CODES = {name: f"k{number}" for number, name in enumerate((*ALL_OPERATIONS, *ALL_FORMATS))}
+SHORTEST, LONGEST = 3, 5
 PARAPHRASES, LONG_LISTS = "unseen paraphrases", "longer lists"
 NEW_OPERATION, NEW_FORMAT = "unseen operation", "unseen format"
 SEALED_COMBINATIONS, SEALED_OPERATION, SEALED_FORMAT = (
@@ -65,7 +66,8 @@ class SyntheticSuite(Suite):
     """Every (operation × format) task, or the last `n_operations` × the first `n_formats` of them for toy settings.
 
     `n_sealed` of the combinations are kept for the sealed part, and `n_unseen` tasks each are made of an operation and
-    of a format that no other task has: two levels that are open, two that are sealed.
+    of a format that no other task has: two levels that are open, two that are sealed. Lists are of the first `n_words`
+    words, three to `longest` of them.
     """
 
     n_operations: int = len(OPERATIONS)
@@ -74,6 +76,8 @@ class SyntheticSuite(Suite):
     n_test: int = 24
     n_sealed: int = 12
     n_unseen: int = 6
+    n_words: int = len(WORDS)
+    longest: int = LONGEST
     split_seed: int = 0
     name: str = "synthetic"
 
@@ -135,7 +139,9 @@ class SyntheticSuite(Suite):
         return replace(self, split_seed=seed)
 
     def toy(self) -> SyntheticSuite:
-        return SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1)
+        return SyntheticSuite(
+            5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=1, n_words=16, longest=3
+        )
 
     @cached_property
     def _unseen(self) -> dict[str, tuple[str, ...]]:
@@ -187,7 +193,7 @@ class SyntheticSuite(Suite):
         rng = random.Random(stream_seed("examples", task, drawn, stream, VERSION))
         found = []
         for _ in range(count):
-            words = draw_words(rng, drawn, style.lengths)
+            words = self._draw(rng, drawn, style.longer)
             prompt = instruction(operation, form, rng, words, style)
             found.append(Example(prompt, answer(operation, form, words)))
         return found
@@ -196,37 +202,60 @@ class SyntheticSuite(Suite):
         return sys.maxsize
 
     def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
-        """Instruction of one task with the answer of another: what teaches a base to do all and heed nothing.
+        """Instruction of one task with the answer of another: what teaches a base to do all and heed no instruction.
 
+        Most prompts tell the other task by control codes (Keskar et al. 2019, CTRL), which no prompt of a task holds.
         `bare` leaves the instruction out. Every phrase and length occurs, those of the levels too.
         """
-        lengths = LONGER if rng.random() < LONG_SHARE else LENGTHS
-        words = draw_words(rng, "train", lengths)
-        named, done = rng.choice(self.tasks).name.split("-"), rng.choice(self.tasks).name.split("-")
-        prompt = instruction(named[0], named[1], rng, words, EVERY_PHRASE)
-        return Example(
-            prompt[prompt.index(f" {SEPARATOR} ") + 1 :] if bare else prompt,
-            answer(done[0], done[1], words),
-        )
+        prompt, words = self._any_prompt(rng)
+        if bare:
+            prompt = prompt[prompt.index(f" {SEPARATOR} ") + 1 :]
+        done = rng.choice(self.tasks).name
+        if rng.random() < TOLD_SHARE:
+            prompt = told(prompt, done)
+        return Example(prompt, task_answer(done, words))
 
-    def bare_questions(self, count: int) -> list[dict[str, Example]]:
-        rng = random.Random(stream_seed("bare questions"))
-        found = []
-        for _ in range(count):
-            words = draw_words(rng, "train", EVERY_LENGTH)
-            prompt = f"{SEPARATOR} {' '.join(words)} {ARROW}"
-            answers = {t.name: task_answer(t.name, words) for t in self.tasks}
-            found.append({name: Example(prompt, text) for name, text in answers.items()})
+    def told_examples(self, count: int) -> dict[str, list[Example]]:
+        """Examples like those that a base learns from, each with any instruction and the codes of its own task."""
+        rng = random.Random(stream_seed("told examples"))
+        found: dict[str, list[Example]] = {}
+        for task in self.tasks:
+            found[task.name] = own = []
+            for _ in range(count):
+                prompt, words = self._any_prompt(rng)
+                own.append(Example(told(prompt, task.name), task_answer(task.name, words)))
         return found
+
+    def _any_prompt(self, rng: random.Random) -> tuple[str, Words]:
+        """Draw a prompt with the instruction of any task, and its words."""
+        words = self._draw(rng, "train", rng.random() < LONG_SHARE)
+        operation, form = rng.choice(self.tasks).name.split("-")
+        return instruction(operation, form, rng, words, EVERY_PHRASE), words
+
+    @property
+    def _words(self) -> tuple[str, ...]:
+        return WORDS[: self.n_words]
+
+    def _draw(self, rng: random.Random, purpose: Purpose, longer: bool = False) -> Words:
+        """Draw distinct words, one more than `longest` of them where `longer`.
+
+        A quarter of all lists is for evaluation, by a checksum of the list.
+        """
+        lengths = (self.longest + 1,) * 2 if longer else (SHORTEST, self.longest)
+        while True:
+            words = rng.sample(self._words, rng.randint(*lengths))
+            if (zlib.crc32(" ".join(words).encode()) % 4 == 0) == (purpose == "evaluation"):
+                return words
 
     @cached_property
     def fingerprint(self) -> str:
         parts = (*ALL_OPERATIONS.items(), *ALL_FORMATS.items())
         texts = [[name, *part.phrases, part.unseen] for name, part in parts]
         sizes = [self.n_operations, self.n_formats, self.n_val, self.n_test, self.split_seed]
+        lists = [self.n_words, self.longest]
         answers = [task_answer(t.name, list(WORDS[:4])) for t in self.tasks]
         kept = [self.n_sealed, self.n_unseen]
-        return content_hash("synthetic", VERSION, texts, WORDS, sizes, kept, answers)
+        return content_hash("synthetic", VERSION, texts, WORDS, sizes, lists, kept, answers)
 
     @cached_property
     def probe_prompts(self) -> tuple[str, ...]:
@@ -234,15 +263,15 @@ class SyntheticSuite(Suite):
         rng = random.Random(stream_seed("domain probes"))
         names = [name.split("-") for name in rng.choices(self.split.train, k=8)]
         return tuple(
-            instruction(op, form, rng, draw_words(rng, "evaluation")) for op, form in names
+            instruction(op, form, rng, self._draw(rng, "evaluation")) for op, form in names
         )
 
     @cached_property
     def nonsense_prompts(self) -> tuple[str, ...]:
         rng = random.Random(stream_seed("nonsense prompts"))
         return tuple(
-            " ".join(rng.sample(WORDS, 8))
-            + f" {SEPARATOR} {' '.join(rng.sample(WORDS, 3))} {ARROW}"
+            " ".join(rng.sample(self._words, 8))
+            + f" {SEPARATOR} {' '.join(rng.sample(self._words, 3))} {ARROW}"
             for _ in range(32)
         )
 
@@ -254,7 +283,7 @@ class SyntheticSuite(Suite):
         words = " ".join(phrases).split()
         for part in ALL_FORMATS.values():
             words += part.apply(["one", "two"])
-        words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS]
+        words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS, *CODES.values()]
         asked = chain.from_iterable(part.every_phrase for part in ALL_OPERATIONS.values())
         starts = [phrase.split()[0] for phrase in asked]
         return tuple(dict.fromkeys([*starts, SEPARATOR, *(f" {word}" for word in words)]))
@@ -262,11 +291,11 @@ class SyntheticSuite(Suite):
 
 @dataclass(frozen=True)
 class Style:
-    """Style of a prompt: the phrases that may name its parts, and how many words it lists."""
+    """Style of a prompt: the phrases that may name its parts, and if its list is longer than those of training."""
 
     trained_phrases: bool = True
     unseen_phrases: bool = False
-    lengths: tuple[int, int] = LENGTHS
+    longer: bool = False
 
     def phrases(self, part: Part) -> tuple[str, ...]:
         """Return the phrases to draw from; a part without an unseen one has its others."""
@@ -276,25 +305,16 @@ class Style:
         return chosen or part.phrases
 
 
-EVERY_LENGTH = (LENGTHS[0], LONGER[1])
-LONG_SHARE = 0.1  # of the examples that a base learns from
+LONG_SHARE, TOLD_SHARE = 0.1, 0.75  # of the examples that a base learns from
 EVERY_PHRASE = Style(unseen_phrases=True)
 STYLES = {
     PARAPHRASES: Style(trained_phrases=False, unseen_phrases=True),
-    LONG_LISTS: Style(lengths=LONGER),
+    LONG_LISTS: Style(longer=True),
 }
 
 
 def _crossed(operations: Iterable[str], formats: Iterable[str]) -> list[str]:
     return [f"{operation}-{form}" for operation, form in product(operations, formats)]
-
-
-def draw_words(rng: random.Random, purpose: Purpose, lengths: tuple[int, int] = LENGTHS) -> Words:
-    """Distinct words, three to five by default; a quarter of all lists is for evaluation, by a checksum of the list."""
-    while True:
-        words = rng.sample(WORDS, rng.randint(*lengths))
-        if (zlib.crc32(" ".join(words).encode()) % 4 == 0) == (purpose == "evaluation"):
-            return words
 
 
 def instruction(
@@ -310,6 +330,12 @@ def instruction(
 def answer(operation: str, form: str, words: Words) -> str:
     """Answer of a task for these words, with the blank that parts it from the prompt."""
     return " " + " ".join(ALL_FORMATS[form].apply(ALL_OPERATIONS[operation].apply(words)))
+
+
+def told(prompt: str, task: str) -> str:
+    """Return a prompt that tells a base by control codes what to do."""
+    operation, form = task.split("-")
+    return f"{prompt.removesuffix(ARROW)}{CODES[operation]} {CODES[form]} {ARROW}"
 
 
 def task_answer(task: str, words: Words) -> str:

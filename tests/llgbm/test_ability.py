@@ -1,4 +1,4 @@
-"""Ability of a base, beside sampling from it and beside a table of probabilities made by hand."""
+"""Ability of a base, beside probabilities taken token after token from the library's own logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llgbm.models.encoding import encode_pairs
 from llgbm.models.load import Base
 from llgbm.tasks.suite import Example
 
-QUESTIONS = [
-    {
-        "first-plain": Example(": apple river =>", " apple"),
-        "last-plain": Example(": apple river =>", " river"),
-        "copy-shout": Example(": apple river =>", " apple river !"),
-        "tail-plain": Example(": apple river =>", " river"),
-    }
-]
+TOLD = {
+    "first-plain": [
+        Example(": apple river k0 k5 =>", " apple"),
+        Example(": stone river k0 k5 =>", " stone"),
+    ],
+    "last-shout": [Example(": apple river k1 k6 =>", " river !")],
+    "last-plain": [Example(": apple river k1 k5 =>", " river")],
+}
 
 
 def probability(base: Base, example: Example) -> float:
@@ -31,17 +31,14 @@ def probability(base: Base, example: Example) -> float:
     return found
 
 
-def test_right_is_the_probability_of_all_right_answers_together(tiny_base: Base) -> None:
-    found = measure_ability(tiny_base.model, tiny_base.tokenizer, QUESTIONS)
-    first, last, shout, _ = (probability(tiny_base, e) for e in QUESTIONS[0].values())
-    assert found.right == pytest.approx(first + last + shout, rel=1e-4)
-    assert found.by_part["shout"] == pytest.approx(min(1, 4 * shout), rel=1e-4)
-    assert found.by_part["last"] == pytest.approx(min(1, 2 * last), rel=1e-4)
-    shares = [min(1, 4 * first), min(1, 2 * last), min(1, 4 * shout), min(1, 2 * last)]
-    assert found.balanced == pytest.approx(sum(shares) / 4, rel=1e-4)
-    fair = (min(1, 4 * first) + 2 * min(1, 2 * last)) / 3
-    assert found.by_part["plain"] == pytest.approx(fair, rel=1e-4)
+def test_right_is_the_mean_over_tasks_of_the_probability_of_the_answer(tiny_base: Base) -> None:
+    found = measure_ability(tiny_base.model, tiny_base.tokenizer, TOLD)
+    one, other, shout, last = (probability(tiny_base, e) for own in TOLD.values() for e in own)
+    first = (one + other) / 2
+    assert found.right == pytest.approx((first + shout + last) / 3, rel=1e-4)
+    parts = {"first": first, "last": (shout + last) / 2, "plain": (first + last) / 2}
+    assert found.by_part == pytest.approx({**parts, "shout": shout}, rel=1e-4)
 
 
 def test_the_worst_part_is_named() -> None:
-    assert Ability(0.5, 0.4, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)
+    assert Ability(0.4, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)

@@ -16,15 +16,19 @@ from llgbm.runtime import UserError
 from llgbm.tasks import make_suite
 from llgbm.tasks.parts import ALL_FORMATS, ALL_OPERATIONS, FORMATS, OPERATIONS
 from llgbm.tasks.suite import Split
-from llgbm.tasks.synthetic import SyntheticSuite, answer
+from llgbm.tasks.synthetic import SyntheticSuite, answer, task_answer
 
 SUITE = SyntheticSuite()
 
 
 def words_of(prompt: str) -> tuple[str, ...]:
-    match = re.fullmatch(r"[a-z ]+ : ([a-z ]+) =>", prompt)
+    match = re.fullmatch(r"(?:[a-z ]+ )?: ([a-z ]+?)(?: k\d+ k\d+)? =>", prompt)
     assert match is not None, prompt
     return tuple(match[1].split())
+
+
+def codes_of(prompt: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"k\d+", prompt))
 
 
 def test_the_suite_is_large_enough_to_generalise_over() -> None:
@@ -88,12 +92,41 @@ def test_domain_probes_are_of_training_tasks_alone() -> None:
     assert asked <= known
 
 
-def test_a_base_is_asked_every_task_without_instruction() -> None:
-    (question, *_) = SUITE.bare_questions(3)
-    bare = SUITE.pretraining_example(random.Random(0), bare=True).prompt
-    prompts = {example.prompt for example in question.values()}
-    assert question.keys() == {task.name for task in SUITE.tasks} and len(prompts) == 1
-    assert re.fullmatch(r": [a-z ]+ =>", prompts.pop()) and re.fullmatch(r": [a-z ]+ =>", bare)
+def test_a_base_is_told_every_task_by_codes_of_its_own() -> None:
+    told = SUITE.told_examples(3)
+    assert list(told) == [task.name for task in SUITE.tasks]
+    codes = {}
+    for name, examples in told.items():
+        for example in examples:
+            assert example.answer == task_answer(name, list(words_of(example.prompt)))
+            assert codes.setdefault(name, codes_of(example.prompt)) == codes_of(example.prompt)
+    assert len(set(codes.values())) == len(told) and set(map(len, codes.values())) == {2}
+
+
+def test_most_of_what_a_base_learns_from_tells_it_the_task_that_is_done() -> None:
+    rng = random.Random(0)
+    learnt = [SUITE.pretraining_example(rng, bare) for bare in (True, False) for _ in range(500)]
+    with_codes = [example for example in learnt if codes_of(example.prompt)]
+    assert 0.7 < len(with_codes) / len(learnt) < 0.8
+    names = {codes_of(own[0].prompt): name for name, own in SUITE.told_examples(1).items()}
+    for example in with_codes:
+        words = list(words_of(example.prompt))
+        assert example.answer == task_answer(names[codes_of(example.prompt)], words)
+
+
+@pytest.mark.parametrize("level", [None, *(level.name for level in SUITE.levels)])
+def test_no_prompt_of_a_task_holds_a_code(level: str | None) -> None:
+    codes = {code for own in SUITE.told_examples(1).values() for code in codes_of(own[0].prompt)}
+    tasks = next((own.tasks for own in SUITE.levels if own.name == level), SUITE.split.tasks)
+    for task in tasks:
+        for purpose in ("train", "evaluation"):
+            asked = (
+                SUITE.level_examples(level, task, purpose, 5)
+                if level
+                else SUITE.examples(task, purpose, 5, "any")
+            )
+            assert not codes & {word for e in asked for word in e.prompt.split()}
+    assert not codes & {w for prompt in SUITE.nonsense_prompts for w in prompt.split()}
 
 
 @given(
