@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llgbm.generator.heads import ModuleHeadsGenerator
-from llgbm.generator.hyperconv import HyperConvGenerator
+from llgbm.generator.hyperconv import HyperConvGenerator, HyperConvTokensGenerator
 from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
@@ -27,6 +27,7 @@ GENERATORS: dict[str, Maker] = {
     "default": ModuleCodeGenerator,
     "heads": ModuleHeadsGenerator,
     "hyperconv": HyperConvGenerator,
+    "hyperconv_tokens": HyperConvTokensGenerator,
     "mixture": MixtureGenerator,
 }
 
@@ -52,6 +53,11 @@ def find_generator(name: str) -> Maker:
         known = ", ".join([*GENERATORS, *sorted(offered(plugins.GENERATORS))])
         raise UserError(f"unknown generator {name!r}; there are: {known}")
     return found
+
+
+def needs_tokens(name: str) -> bool:
+    """Return whether a generator reads nothing but states of tokens."""
+    return bool(getattr(find_generator(name), "needs_tokens", False))
 
 
 def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
@@ -107,6 +113,7 @@ __all__ = [
     "GENERATORS",
     "GeneratorConfig",
     "HyperConvGenerator",
+    "HyperConvTokensGenerator",
     "LoraGenerator",
     "MixtureConfig",
     "MixtureGenerator",
@@ -116,6 +123,7 @@ __all__ = [
     "generator_code",
     "generator_config",
     "make_generator",
+    "needs_tokens",
     "read_generator",
     "settled",
 ]

@@ -33,13 +33,12 @@ from llgbm.training import TrainingConfig
 GOLDENS = SHARED / "goldens"
 
 
+ON_A_TRUNK = sorted(set(GENERATORS) - {"hyperconv_tokens"})
 READINGS = ((0.0, "mean"), (0.2, "mean"), (0.0, "attention"))
 
 
 class TestGenerators(GeneratorContract):
-    @pytest.fixture(
-        params=[(name, *how) for name in sorted(GENERATORS) for how in READINGS], ids=str
-    )
+    @pytest.fixture(params=[(name, *how) for name in ON_A_TRUNK for how in READINGS], ids=str)
     def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
         name, dropout, pooling = request.param
         return generator_config(name, hidden=32, blocks=2, dropout=dropout, pooling=pooling)
@@ -49,6 +48,16 @@ class TestGenerators(GeneratorContract):
     ) -> LoraGenerator:
         spec = spec or make_spec()
         return make_generator(config, spec, WIDTH, random_statistics(spec), seed)
+
+
+class TestTokensOfHyperConv(GeneratorContract):
+    """Its decoder reads two prompts at once, so that four are two groups."""
+
+    @pytest.fixture(params=[2, 5])
+    def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
+        return generator_config("hyperconv_tokens", prompts=request.param, length=2)
+
+    make = TestGenerators.make
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,8 @@ def test_equal_configurations_have_one_class_and_one_id() -> None:
         ("mixture,bases=2,bases=3", "cannot be read"),
         ("default,pooling=max", "unknown pooling 'max'; there are: mean, attention"),
         ("nosuch,hidden=3", "unknown generator"),
+        ("hyperconv_tokens,pooling=attention", "no trunk: leave its option pooling out"),
+        ("hyperconv_tokens,length=0", "reads 16 prompts of 0 tokens"),
     ],
 )
 def test_a_generator_that_cannot_be_is_a_users_mistake(text: str, said: str) -> None:
