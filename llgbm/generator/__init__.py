@@ -27,9 +27,10 @@ GENERATORS: dict[str, Maker] = {
     "default": ModuleCodeGenerator,
     "heads": ModuleHeadsGenerator,
     "hyperconv": HyperConvGenerator,
-    "hyperconv_tokens": HyperConvTokensGenerator,
     "mixture": MixtureGenerator,
 }
+# Those that read states of tokens, and nothing else.
+OF_TOKENS: dict[str, Maker] = {"hyperconv_tokens": HyperConvTokensGenerator}
 
 
 def make_generator(
@@ -48,9 +49,9 @@ def make_generator(
 
 def find_generator(name: str) -> Maker:
     """Return what makes a generator: of this package, or of another by an entry point. Raises UserError for no such."""
-    found = GENERATORS.get(name) or load_plugin(plugins.GENERATORS, name)
+    found = (GENERATORS | OF_TOKENS).get(name) or load_plugin(plugins.GENERATORS, name)
     if found is None:
-        known = ", ".join([*GENERATORS, *sorted(offered(plugins.GENERATORS))])
+        known = ", ".join([*GENERATORS, *OF_TOKENS, *sorted(offered(plugins.GENERATORS))])
         raise UserError(f"unknown generator {name!r}; there are: {known}")
     return found
 
@@ -106,11 +107,12 @@ def settled(config: GeneratorConfig) -> GeneratorConfig:
 
 def generator_code(name: str) -> str:
     """Return what a trial's id holds of a generator's code: a hash of its file for one of another package, else ""."""
-    return "" if name in GENERATORS else source_hash(find_generator(name))
+    return "" if name in GENERATORS | OF_TOKENS else source_hash(find_generator(name))
 
 
 __all__ = [
     "GENERATORS",
+    "OF_TOKENS",
     "GeneratorConfig",
     "HyperConvGenerator",
     "HyperConvTokensGenerator",

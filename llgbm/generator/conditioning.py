@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ class Conditioning:
     kind: str = CONDITIONS[0]
     tokens: int = 0
 
+    def __post_init__(self) -> None:
+        if self.kind not in CONDITIONS:
+            raise UserError(f"unknown condition {self.kind!r}; there are: {', '.join(CONDITIONS)}")
+        if not isinstance(self.tokens, int) or self.tokens < 0:
+            raise UserError(
+                f"{self.tokens!r} tokens of a prompt cannot be read: give a whole number"
+            )
+
     @property
     def has_prompts(self) -> bool:
         return self.kind != "description"
@@ -38,6 +47,13 @@ class Conditioning:
     @property
     def has_description(self) -> bool:
         return self.kind != "prompts"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a bundle has to say of it: nothing where it is a vector of each prompt."""
+        return (
+            {} if self == Conditioning() else {"condition": self.kind, "prompt_tokens": self.tokens}
+        )
 
     def condition(self, encoder: TextEncoder, prompts: Sequence[str], description: str) -> Tensor:
         """Condition of one task, [1, N, C] or [1, N, L, C]; a text that the kind does not ask for is not read."""

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from llgbm.generator import generator_code, needs_tokens, settled
-from llgbm.generator.conditioning import CONDITIONS, Conditioning
+from llgbm.generator.conditioning import Conditioning
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.losses import DELTA_LOSSES, check_lambdas
 from llgbm.models.load import OWN_PREFIX, SIZES, family_size
@@ -101,7 +101,6 @@ class TrainingConfig:
         _one_of("delta reading", self.delta_reading, DELTA_READINGS)
         _one_of("delta loss", self.delta_loss, tuple(DELTA_LOSSES))
         _one_of("mixed precision", self.mixed_precision, PRECISIONS)
-        _one_of("condition", self.condition, CONDITIONS)
         for name, least in COUNTS.items():
             value = getattr(self, name)
             is_number = isinstance(value, Real) and not isinstance(value, bool)
@@ -123,7 +122,8 @@ class TrainingConfig:
 
     def _check_conditions(self) -> None:
         """Raise UserError for settings of conditions that contradict each other, or that change nothing."""
-        if self.n_prompts_min and not self.conditioning.has_prompts:
+        how = self.conditioning
+        if self.n_prompts_min and not how.has_prompts:
             raise UserError(
                 "n_prompts_min varies the number of prompts, and a condition of descriptions has none: leave it out"
             )
@@ -131,7 +131,7 @@ class TrainingConfig:
             raise UserError(
                 f"n_prompts_min is {self.n_prompts_min} and n_prompts {self.n_prompts}: nothing varies, give less"
             )
-        if not self.prompt_tokens and needs_tokens(self.generator.name):
+        if not how.tokens and needs_tokens(self.generator.name):
             raise UserError(
                 f"the generator {self.generator.name} reads states of tokens: give prompt_tokens (--prompt-tokens)"
             )
@@ -147,6 +147,12 @@ class TrainingConfig:
         if not self.conditioning.has_prompts:
             return 1, 1
         return self.n_prompts_min or self.n_prompts, self.n_prompts
+
+    @property
+    def condition_rows(self) -> tuple[int, ...]:
+        """Return the sizes of a condition before its width: prompts, and tokens where their states are read."""
+        tokens = (self.prompt_tokens,) if self.prompt_tokens else ()
+        return self.prompts_drawn[1], *tokens
 
     def _settle_terms(self) -> None:
         """Bring weights and options of terms into the one form that equal trainings have."""

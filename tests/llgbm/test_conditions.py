@@ -15,7 +15,7 @@ from llgbm.dataset import DeltaAugmentedDataset, Draw
 from llgbm.evaluation.baselines import nearest_teacher
 from llgbm.evaluation.metrics import evaluate_generator
 from llgbm.generator import generator_config, make_generator
-from llgbm.generator.conditioning import Conditioning, condition_pools, joined, level_conditions
+from llgbm.generator.conditioning import Conditioning, level_conditions
 from llgbm.generator.conditions import (
     BaseModelEncoder,
     TextEncoder,
@@ -44,9 +44,7 @@ def worlds(cache: Path, world: World) -> Any:
     """Return the toy world with other conditions; base, bank and deltas are those of the shared one."""
 
     def make(how: Conditioning) -> World:
-        config = replace(
-            world.config, encoder="base", condition=how.kind, prompt_tokens=how.tokens
-        )
+        config = replace(world.config, encoder="base", condition=how.kind, prompt_tokens=how.tokens)
         return replace(
             world, config=config, data=gather_data(cache, config, world.base, world.bank)
         )
@@ -207,9 +205,7 @@ def test_baselines_read_a_vector_of_each_prompt_whatever_generators_read(worlds:
         assert torch.equal(nearest_teacher(worlds(how).data, plain.lora_model, rows), wanted)
 
 
-def samples(
-    world: World, n_prompts: int | tuple[int, int], seed: int = 0
-) -> DeltaAugmentedDataset:
+def samples(world: World, n_prompts: int | tuple[int, int], seed: int = 0) -> DeltaAugmentedDataset:
     rows = list(world.data.rows["train"])
     return DeltaAugmentedDataset(
         world.data.conditions.train_ANC[rows],

@@ -33,12 +33,13 @@ from llgbm.training import TrainingConfig
 GOLDENS = SHARED / "goldens"
 
 
-ON_A_TRUNK = sorted(set(GENERATORS) - {"hyperconv_tokens"})
 READINGS = ((0.0, "mean"), (0.2, "mean"), (0.0, "attention"))
 
 
 class TestGenerators(GeneratorContract):
-    @pytest.fixture(params=[(name, *how) for name in ON_A_TRUNK for how in READINGS], ids=str)
+    @pytest.fixture(
+        params=[(name, *how) for name in sorted(GENERATORS) for how in READINGS], ids=str
+    )
     def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
         name, dropout, pooling = request.param
         return generator_config(name, hidden=32, blocks=2, dropout=dropout, pooling=pooling)

@@ -49,6 +49,9 @@ class StudyOptions:
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: tuple[str, ...] | None = None
+    prompt_tokens: tuple[int, ...] | None = None
+    n_prompts_min: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ TERMS = (
     of_weights("delta + kl", delta=1.0, kl=1.0),
     WEIGHT_ONLY,
 )
+WHY_CONDITION = {
+    "description": "Does a description of the task say what its prompts do?",
+    "both": "Does a description add to the prompts?",
+}
 LABELS = of_weights("true labels", labels=1.0)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
@@ -175,7 +182,7 @@ def objectives(options: StudyOptions) -> Study:
         raise UserError(
             "study objectives compares delta losses: give --lambda-delta values above 0"
         )
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
     return Study(
         "objectives",
@@ -187,7 +194,7 @@ def objectives(options: StudyOptions) -> Study:
 def terms(options: StudyOptions) -> Study:
     """Delta, KL, both, and weights, each on every seed: what is worth matching?"""
     chosen = _weight_options(options) or list(TERMS)
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     return Study(
         "terms",
         make_trials(options, crossed(chosen, *axes)),
@@ -197,7 +204,7 @@ def terms(options: StudyOptions) -> Study:
 
 def labels(options: StudyOptions) -> Study:
     """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
     chosen = _weight_options(options) or behaviour
     return Study(
@@ -212,15 +219,14 @@ def optuna_lambda(options: StudyOptions) -> Study:
     options = replace(options, seeds=options.seeds or SEEDS[:2])
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
-    if any(len(values) > 1 for values in single.values()):
+    axes = (generator_variants(options), *condition_axes(options))
+    if any(len(values) > 1 for values in (*single.values(), *axes)):
         raise UserError(
-            "a search has one model size and one generator: give one, or run one search for each"
+            "a search has one model size, one generator and one kind of condition: give one, or run one search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
-    base = make_trials(
-        replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options))
-    )[0]
+    base = make_trials(replace(options, seeds=(0,)), crossed([Variant("search")], *axes))[0]
     given: dict[str, Any] = {
         name: _range(name, ends) for name, ends in ranges.items() if ends is not None
     }
@@ -257,8 +263,13 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
 
 
 def standard_variants(options: StudyOptions) -> list[Variant]:
-    """Return the three configurations (or the given λ), on every generator and learning rate asked for."""
-    return crossed(lambda_variants(options), generator_variants(options), rate_variants(options))
+    """Return the three configurations (or the given λ), crossed with what else is compared."""
+    return crossed(lambda_variants(options), *other_axes(options))
+
+
+def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return what is compared beside the losses: the generators, learning rates and conditions asked for."""
+    return generator_variants(options), rate_variants(options), *condition_axes(options)
 
 
 def crossed(*axes: Iterable[Variant]) -> list[Variant]:
@@ -305,6 +316,27 @@ def rate_variants(options: StudyOptions) -> list[Variant]:
     return _unnamed_if_single(variants) or [Variant()]
 
 
+def condition_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return the kinds of condition, token states and least numbers of prompts asked for; a single one is not named."""
+    kinds = [
+        Variant(name, {"condition": name}, WHY_CONDITION.get(name, ""))
+        for name in options.conditions or ()
+    ]
+    states = [
+        Variant(_tokens_name(count), {"prompt_tokens": count})
+        for count in options.prompt_tokens or ()
+    ]
+    numbers = [
+        Variant(f"prompts≥{least}" if least else "prompts fixed", {"n_prompts_min": least})
+        for least in options.n_prompts_min or ()
+    ]
+    return tuple(_unnamed_if_single(axis) or [Variant()] for axis in (kinds, states, numbers))
+
+
+def _tokens_name(count: int) -> str:
+    return f"tokens={count}" if count else "vectors"
+
+
 def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
     if len(variants) == 1:
         return [replace(variants[0], name="")]
@@ -334,7 +366,7 @@ def _trial(
         )
     config = replace(_config(options, size, seed), **variant.changes)
     config = _with_term_options(config, options.term_options)
-    world = _world(options, size, config.delta_probes)
+    world = _world(options, size, config)
     if world_seed is not None:
         world = world.with_seed(world_seed)
     return TrialSpec(variant.name, config, world, variant.why)
@@ -360,10 +392,17 @@ def _with_term_options(config: TrainingConfig, given: Mapping[str, Any]) -> Trai
     return replace(config, term_options={**own, **config.term_options})
 
 
-def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
+def _world(options: StudyOptions, size: str, config: TrainingConfig) -> WorldConfig:
+    """Return the world that a configuration names: its size, its probes, and what is read of its tasks."""
     own = {world.size: world for world in options.own_worlds}
     world = own[size] if own else WorldConfig(size=size)
-    world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
+    world = replace(
+        world,
+        encoder=options.encoder,
+        delta_probes=config.delta_probes,
+        condition=config.condition,
+        prompt_tokens=config.prompt_tokens,
+    )
     if options.smoke:
         world = smoke_world(world)
     given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
