@@ -251,7 +251,7 @@ class FileSuite(Suite):
 
     def description(self, task: str, level: str = "") -> str:
         """Return the `description` of the dataset's entry in `dataset_info.json`, "" without one."""
-        return read_descriptions(self.folder).get(self.task(task).name, "")
+        return read_descriptions(self.folder).get(task, "")
 
     def answer_kind(self, task: str) -> Kind:
         return self.datasets[self.task(task).name].kind

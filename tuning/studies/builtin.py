@@ -7,9 +7,8 @@ which changes a few fields of `TrainingConfig`; a new study calls its parent and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 from llgbm.generator import GENERATORS, read_generator
@@ -18,7 +17,14 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, smoke_world
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.studies.terms import changes_of, weight_grid, weights_name, why_of
+from tuning.studies.terms import weight_grid, weights_name
+from tuning.studies.variants import (
+    Variant,
+    condition_axes,
+    crossed,
+    of_weights,
+    unnamed_if_single,
+)
 
 SEEDS = (0, 1, 2)
 WORLD_SEEDS = (0, 1, 2)
@@ -54,29 +60,6 @@ class StudyOptions:
     n_prompts_min: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Named change of `TrainingConfig` fields, with its reason."""
-
-    name: str = ""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
-
-    def joined(self, other: Variant) -> Variant:
-        """Return both changes at once; where both change a field, the other's value is used."""
-        names, reasons = ((self.name, other.name), (self.why, other.why))
-        return Variant(
-            ", ".join(filter(None, names)),
-            {**self.changes, **other.changes},
-            " ".join(filter(None, reasons)),
-        )
-
-
-def of_weights(name: str, **weights: float) -> Variant:
-    """Return the variant whose loss is the sum of these terms, with the reason for it."""
-    return Variant(name, changes_of(weights), why_of(weights))
-
-
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
 DELTA_ONLY = of_weights("delta-only", delta=1.0)
 WEIGHT_ONLY = of_weights("weight-only", weight=1.0)
@@ -87,10 +70,6 @@ TERMS = (
     of_weights("delta + kl", delta=1.0, kl=1.0),
     WEIGHT_ONLY,
 )
-WHY_CONDITION = {
-    "description": "Does a description of the task say what its prompts do?",
-    "both": "Does a description add to the prompts?",
-}
 LABELS = of_weights("true labels", labels=1.0)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
@@ -272,11 +251,6 @@ def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
     return generator_variants(options), rate_variants(options), *condition_axes(options)
 
 
-def crossed(*axes: Iterable[Variant]) -> list[Variant]:
-    """Return every combination of one variant of each axis, the first axis slowest."""
-    return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
-
-
 def lambda_variants(options: StudyOptions) -> list[Variant]:
     """Return the three configurations, or the grid of the given λ and terms."""
     return _weight_options(options) or list(CONFIGURATIONS)
@@ -306,41 +280,14 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
         Variant(name, {"generator": config}, f"Generator: {name}.")
         for name, config in configs.items()
     ]
-    return _unnamed_if_single(variants)
+    return unnamed_if_single(variants)
 
 
 def rate_variants(options: StudyOptions) -> list[Variant]:
     """Return the learning rates asked for; a single one is not named."""
     rates = options.learning_rates or ()
     variants = [Variant(f"lr={rate:g}", {"learning_rate": rate}) for rate in rates]
-    return _unnamed_if_single(variants) or [Variant()]
-
-
-def condition_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
-    """Return the kinds of condition, token states and least numbers of prompts asked for; a single one is not named."""
-    kinds = [
-        Variant(name, {"condition": name}, WHY_CONDITION.get(name, ""))
-        for name in options.conditions or ()
-    ]
-    states = [
-        Variant(_tokens_name(count), {"prompt_tokens": count})
-        for count in options.prompt_tokens or ()
-    ]
-    numbers = [
-        Variant(f"prompts≥{least}" if least else "prompts fixed", {"n_prompts_min": least})
-        for least in options.n_prompts_min or ()
-    ]
-    return tuple(_unnamed_if_single(axis) or [Variant()] for axis in (kinds, states, numbers))
-
-
-def _tokens_name(count: int) -> str:
-    return f"tokens={count}" if count else "vectors"
-
-
-def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
-    if len(variants) == 1:
-        return [replace(variants[0], name="")]
-    return variants
+    return unnamed_if_single(variants) or [Variant()]
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
