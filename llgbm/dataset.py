@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ from llgbm.generator.networks import TokenMap
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.reading import Questions
+from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
+from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.table import BankTable
 
 PARTS = ("train", "val", "test")
+# Labelled examples of each training row.
+LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,19 @@ class ExperimentData:
         ids = self.examples.input_ids_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         targets = self.examples.targets_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         return EncodedPairs(ids, targets)
+
+
+def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
+    """Return `count` evaluation examples of each task, task after task."""
+    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
+    return list(chain.from_iterable(found))
+
+
+def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
+    """Encode labelled training examples of tasks, task after task, for references that use labels."""
+    count = min(LABELLED, suite.available("train"))
+    found = [suite.examples(task, "train", count, "labels") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
 
 
 class Draw(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llgbm.dataset import PARTS, ExperimentData, LevelData
+from llgbm.dataset import (
+    PARTS,
+    ExperimentData,
+    LevelData,
+    evaluation_examples,
+    labelled_examples,
+)
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
@@ -65,8 +71,6 @@ EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.97, rounds=8)
 ABILITY, TOLD = "ability.json", 8
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.
 PRACTISED_AT_LEAST = 0.05
-# Labelled examples of each training row.
-LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -352,19 +356,6 @@ def build_levels(
             cache, encoder, suite, level.name, n_prompts, config.conditioning
         )
         yield LevelData(level.name, level.tasks, conditions, encode_examples(base, examples))
-
-
-def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
-    """Return `count` evaluation examples of each task, task after task."""
-    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
-    return list(chain.from_iterable(found))
-
-
-def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
-    """Encode labelled training examples of tasks, task after task, for references that use labels."""
-    count = min(LABELLED, suite.available("train"))
-    found = [suite.examples(task, "train", count, "labels") for task in tasks]
-    return encode_examples(base, list(chain.from_iterable(found)))
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
