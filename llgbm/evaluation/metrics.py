@@ -76,7 +76,8 @@ def control_accuracies(
         return data.conditions.evaluation_ANC[[others[row] for row in own]]
 
     def nonsense(own: list[int]) -> Tensor:
-        return data.conditions.nonsense_NC[None].expand(len(own), -1, -1)
+        same = data.conditions.nonsense_NC
+        return same.expand(len(own), *same.shape)
 
     return {
         "accuracy_shuffled_prompts": accuracy_from(of_another_task),
