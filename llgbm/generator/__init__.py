@@ -10,13 +10,16 @@ import torch
 
 from llgbm.generator.heads import ModuleHeadsGenerator
 from llgbm.generator.hyperconv import HyperConvGenerator
+from llgbm.generator.latent import LatentConfig, LatentGenerator
 from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
     LoraGenerator,
     ModuleCodeGenerator,
     Standardiser,
+    TrainingRows,
 )
+from llgbm.generator.retrieval import RetrievalConfig, RetrievalGenerator
 from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError, stream_seed
 from llgbm.system import plugins
@@ -27,8 +30,11 @@ GENERATORS: dict[str, Maker] = {
     "default": ModuleCodeGenerator,
     "heads": ModuleHeadsGenerator,
     "hyperconv": HyperConvGenerator,
+    "latent": LatentGenerator,
     "mixture": MixtureGenerator,
+    "retrieval": RetrievalGenerator,
 }
+SWITCH = {"true": True, "false": False}
 
 
 def make_generator(
@@ -72,6 +78,10 @@ def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
 def _read(key: str, value: Any, default: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if isinstance(default, bool):
+        if value not in SWITCH:
+            raise UserError(f"{key} is {value!r}; it must be true or false")
+        return SWITCH[value]
     try:
         return type(default)(value)
     except ValueError as error:
@@ -107,11 +117,16 @@ __all__ = [
     "GENERATORS",
     "GeneratorConfig",
     "HyperConvGenerator",
+    "LatentConfig",
+    "LatentGenerator",
     "LoraGenerator",
     "MixtureConfig",
     "MixtureGenerator",
     "ModuleCodeGenerator",
     "ModuleHeadsGenerator",
+    "RetrievalConfig",
+    "RetrievalGenerator",
+    "TrainingRows",
     "find_generator",
     "generator_code",
     "generator_config",
