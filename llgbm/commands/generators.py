@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, say, uncollected
-from llgbm.system.output import carded_output, named_path
+from llgbm.system.output import carded_output, named_path, sample_outputs
 from llgbm.tasks.prompts import read_prompts
 
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
@@ -47,7 +47,34 @@ def _add_generate(commands: Any) -> None:
     make.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
     )
+    _add_samples(make)
     make.set_defaults(do=generate)
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="K",
+        help="draw K adapters into OUT/sample_0, OUT/sample_1 ...; of generators that can, such as latent",
+    )
+    parser.add_argument("--seed", type=int, help="of --samples (default: 0)")
+
+
+def _samples_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Return number and seed of the adapters to draw, None for one that is not drawn; check where they go.
+
+    Raises UserError for a seed without samples, and as `sample_outputs`.
+    """
+    if arguments.samples is None:
+        if arguments.seed is not None:
+            raise UserError("--seed is of --samples: give both, or neither")
+        carded_output(arguments.out)
+        return None
+    if (arguments.seed or 0) < 0:
+        raise UserError(f"--seed is {arguments.seed}; it must be at least 0")
+    sample_outputs(arguments.out, arguments.samples)
+    return arguments.samples, arguments.seed or 0
 
 
 def _add_fetch(commands: Any) -> None:
@@ -59,6 +86,7 @@ def _add_fetch(commands: Any) -> None:
     source.add_argument("--hub", metavar="REPO", help=REPOSITORY)
     ask.add_argument("--prompts", type=named_path, help=f"with --url: {PROMPTS_HELP}")
     ask.add_argument("--out", required=True, type=named_path, help="the folder that is written")
+    _add_samples(ask)
     ask.set_defaults(do=fetch)
 
 
@@ -93,21 +121,27 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.hub:
         from llgbm.commands.hub import fetch_from_hub
 
-        if arguments.prompts:
-            raise UserError("--prompts go with --url: what is on the hub is made already")
+        for name in ("prompts", "samples", "seed"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} goes with --url: what is on the hub is made already")
         return fetch_from_hub(arguments.hub, arguments.out)
-    from llgbm.client import fetch_adapter
+    from llgbm.client import fetch_adapter, fetch_samples
 
     if not arguments.prompts:
         raise UserError("--url needs --prompts: the server generates an adapter from them")
+    drawn = _samples_of(arguments)
     prompts = read_prompts(arguments.prompts)
-    fetch_adapter(arguments.url, prompts, arguments.out)
-    return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
+    told = {"server": arguments.url, "prompts": len(prompts)}
+    if drawn is None:
+        fetch_adapter(arguments.url, prompts, arguments.out)
+        return {"adapter": str(arguments.out), **told}
+    folders = fetch_samples(arguments.url, prompts, arguments.out, *drawn)
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn[1], **told}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write an adapter; return its folder, its base and the number of prompts."""
-    carded_output(arguments.out)
+    """Write an adapter, or several samples; return their folders, their base and the number of prompts."""
+    drawn = _samples_of(arguments)
     if arguments.dtype not in ADAPTER_DTYPES:
         raise UserError(
             f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
@@ -115,10 +149,16 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(arguments.prompts)
     with uncollected():
         bundle = open_bundle(arguments.model, arguments.tracking_uri)
-        bundle.save_adapter(prompts, arguments.out, arguments.dtype)
+        if drawn is None:
+            bundle.save_adapter(prompts, arguments.out, arguments.dtype)
+        else:
+            folders = bundle.save_samples(prompts, arguments.out, *drawn, arguments.dtype)
     base = bundle.facts["base_path"]
     say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
-    return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}
+    told = {"base": base, "prompts": len(prompts)}
+    if drawn is None:
+        return {"adapter": str(arguments.out), **told}
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn[1], **told}
 
 
 def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:

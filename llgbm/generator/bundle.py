@@ -35,7 +35,7 @@ from llgbm.system.lineage import (
     portable_name,
     prompts_facts,
 )
-from llgbm.system.output import CARD, carded_output
+from llgbm.system.output import CARD, Output, carded_output, sample_outputs
 from llgbm.tasks.prompts import check_prompts
 
 # Format of `generator.json`. Version 1 did not say which it was.
@@ -98,12 +98,24 @@ class GeneratorBundle:
         texts = check_prompts(prompts)
         return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
 
+    def sample(
+        self, prompts: Sequence[str], seed: int, numbers: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        """Draw adapters as PEFT state dicts, one for each number; a number and a seed always give the same adapter.
+
+        Raises UserError for no prompt, a negative seed or number, and a generator that draws nothing.
+        """
+        if seed < 0 or not numbers or min(numbers) < 0:
+            raise UserError("to draw adapters takes a seed of at least 0, and at least one sample")
+        texts = check_prompts(prompts)
+        return self.generator.sample(self.encoder.encode(texts), seed, numbers).to_state_dicts()
+
     def adapter_config(self) -> dict[str, Any]:
         """Content of `adapter_config.json` for its adapters."""
         return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
 
-    def lineage(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Return where the adapter for these prompts comes from."""
+    def lineage(self, prompts: Sequence[str], drawn: str = "") -> dict[str, Any]:
+        """Return where the adapter for these prompts comes from; `drawn` says which of several it is."""
         facts = self.facts
         base = portable_base(facts["base_path"])
         name, commit = split_revision(base)
@@ -124,11 +136,17 @@ class GeneratorBundle:
             "prompts": prompts_facts(check_prompts(prompts)),
             "heldout": facts.get("heldout"),
         }
-        return begin_lineage(f"generated from {len(prompts)} prompts") | found
+        return begin_lineage(f"generated from {len(prompts)} prompts{drawn}") | found
 
     def pack_adapter(self, prompts: Sequence[str]) -> bytes:
         """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
         return pack_weights(self.generate(prompts), self.adapter_config(), self.lineage(prompts))[0]
+
+    def pack_sample(self, prompts: Sequence[str], seed: int, number: int) -> bytes:
+        """Draw one adapter as the content of its weights file. Raises UserError as `sample`."""
+        (state,) = self.sample(prompts, seed, [number])
+        lineage = self.lineage(prompts, drawn_text(seed, number))
+        return pack_weights(state, self.adapter_config(), lineage)[0]
 
     def save_adapter(
         self, prompts: Sequence[str], folder: str | Path, dtype: str = "float32"
@@ -139,16 +157,39 @@ class GeneratorBundle:
         `llgbm.lora.save_adapter`.
         """
         output = carded_output(folder)
+        self._write(output, self.generate(prompts), self.lineage(prompts), dtype)
+
+    def save_samples(
+        self,
+        prompts: Sequence[str],
+        folder: str | Path,
+        samples: int,
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> list[Path]:
+        """Draw adapters for these prompts and write each as a PEFT folder `sample_<number>`; return the folders.
+
+        Raises UserError as `sample`, and before anything else as `sample_outputs`.
+        """
+        outputs = sample_outputs(folder, samples)
+        states = self.sample(prompts, seed, range(samples))
+        for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
+            self._write(output, state, self.lineage(prompts, drawn_text(seed, number)), dtype)
+        return [output.path for output in outputs]
+
+    def _write(
+        self, output: Output, state: Mapping[str, Tensor], lineage: dict[str, Any], dtype: str
+    ) -> None:
         kind = getattr(torch, dtype)
-        state = {key: value.to(kind) for key, value in self.generate(prompts).items()}
+        state = {key: value.to(kind) for key, value in state.items()}
+        with_card = CARD in output.patterns
         with output.writing() as stage:
-            write_adapter_files(
-                stage,
-                state,
-                self.adapter_config(),
-                self.lineage(prompts),
-                CARD in output.patterns,
-            )
+            write_adapter_files(stage, state, self.adapter_config(), lineage, with_card)
+
+
+def drawn_text(seed: int, number: int) -> str:
+    """Say in a lineage which of several samples an adapter is."""
+    return f", sample {number} of seed {seed}"
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

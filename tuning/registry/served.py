@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 # Of one request; a task is described by far fewer.
 MOST_PROMPTS = 1000
+ROW_OF_SAMPLE = {"prompts", "seed", "sample"}
 
 
 class GeneratorModel(PythonModel):
     """Generates one LoRA adapter per row.
 
     A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. A column of lists
-    would not survive CSV and some clients of MLflow's scoring server.
+    would not survive CSV and some clients of MLflow's scoring server. `{"prompts": [...], "seed": 0, "sample": 3}` in
+    its place draws an adapter, of generators that can.
     """
 
     bundle: GeneratorBundle
@@ -47,25 +49,40 @@ class GeneratorModel(PythonModel):
         server keeps the reason to itself.
         """
         config = json.dumps(self.bundle.adapter_config())
-        rows = [_prompts(index, text) for index, text in enumerate(model_input["prompts"])]
-        adapters = [self._adapter(prompts) for prompts in rows]
+        rows = [_row(index, text) for index, text in enumerate(model_input["prompts"])]
+        adapters = [self._adapter(*row) for row in rows]
         return pd.DataFrame(
             {"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)}
         )
 
-    def _adapter(self, prompts: list[str]) -> str:
+    def _adapter(self, prompts: list[str], drawn: tuple[int, int] | None) -> str:
         try:
-            content = self.bundle.pack_adapter(prompts)
+            if drawn is None:
+                content = self.bundle.pack_adapter(prompts)
+            else:
+                content = self.bundle.pack_sample(prompts, *drawn)
         except ValueError as error:  # what a user can mend, such as an encoder that is another
             raise _refusal(str(error)) from error
         return base64.b64encode(content).decode("ascii")
 
 
-def _prompts(index: int, text: Any) -> list[str]:
+def _row(index: int, text: Any) -> tuple[list[str], tuple[int, int] | None]:
+    """Return the prompts of a row, and seed and number of the adapter to draw, None for one that is not drawn."""
     try:
-        prompts = json.loads(text)
+        found = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        prompts = None
+        found = None
+    if not isinstance(found, dict):
+        return _prompts(index, text, found), None
+    seed, number = found.get("seed"), found.get("sample")
+    if type(seed) is not int or type(number) is not int or found.keys() != ROW_OF_SAMPLE:
+        raise _refusal(
+            f"row {index}: a sample is asked for by prompts, seed and sample, two whole numbers"
+        )
+    return _prompts(index, text, found["prompts"]), (seed, number)
+
+
+def _prompts(index: int, text: Any, prompts: Any) -> list[str]:
     usable = (
         isinstance(prompts, list)
         and prompts
