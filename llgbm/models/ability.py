@@ -6,6 +6,7 @@ letters: see `llgbm`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -39,6 +40,10 @@ class Ability:
         """Return the part that the base does least, with its share."""
         name = min(self.by_part, key=self.by_part.__getitem__)
         return name, self.by_part[name]
+
+    def need(self, task: str) -> float:
+        """Return how much a task is still to be practised: 1 less the product of the shares of its parts."""
+        return 1 - math.prod(self.by_part[part] for part in task.split("-"))
 
     def describe(self) -> str:
         """Return one clause for people."""

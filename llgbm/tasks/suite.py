@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,8 +150,13 @@ class Suite(ABC):
         """Every word that a tokenizer built for this suite needs. Raises UserError: only some suites build a base."""
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
-    def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
-        """Example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
+    def pretraining_example(
+        self, rng: random.Random, bare: bool, needs: Mapping[str, float] | None = None
+    ) -> Example:
+        """Example that a base built for this suite learns from; tasks are drawn by `needs`, by default all alike.
+
+        Raises UserError as `vocabulary`.
+        """
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
     def told_examples(self, count: int) -> dict[str, list[Example]]:

@@ -40,5 +40,11 @@ def test_right_is_the_mean_over_tasks_of_the_probability_of_the_answer(tiny_base
     assert found.by_part == pytest.approx({**parts, "shout": shout}, rel=1e-4)
 
 
+def test_a_task_needs_practice_by_what_its_parts_lack() -> None:
+    ability = Ability(0.5, {"copy": 0.5, "shout": 0.4, "plain": 1.0})
+    assert ability.need("copy-shout") == pytest.approx(0.8)
+    assert ability.need("copy-plain") == pytest.approx(0.5)
+
+
 def test_the_worst_part_is_named() -> None:
     assert Ability(0.4, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)
