@@ -114,8 +114,8 @@ class GeneratorBundle:
         """Content of `adapter_config.json` for its adapters."""
         return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
 
-    def lineage(self, prompts: Sequence[str], drawn: str = "") -> dict[str, Any]:
-        """Return where the adapter for these prompts comes from; `drawn` says which of several it is."""
+    def lineage(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return where the adapter for these prompts comes from."""
         facts = self.facts
         base = portable_base(facts["base_path"])
         name, commit = split_revision(base)
@@ -136,7 +136,7 @@ class GeneratorBundle:
             "prompts": prompts_facts(check_prompts(prompts)),
             "heldout": facts.get("heldout"),
         }
-        return begin_lineage(f"generated from {len(prompts)} prompts{drawn}") | found
+        return begin_lineage(f"generated from {len(prompts)} prompts") | found
 
     def pack_adapter(self, prompts: Sequence[str]) -> bytes:
         """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
@@ -145,7 +145,7 @@ class GeneratorBundle:
     def pack_sample(self, prompts: Sequence[str], seed: int, number: int) -> bytes:
         """Draw one adapter as the content of its weights file. Raises UserError as `sample`."""
         (state,) = self.sample(prompts, seed, [number])
-        lineage = self.lineage(prompts, drawn_text(seed, number))
+        lineage = of_sample(self.lineage(prompts), seed, number)
         return pack_weights(state, self.adapter_config(), lineage)[0]
 
     def save_adapter(
@@ -174,7 +174,7 @@ class GeneratorBundle:
         outputs = sample_outputs(folder, samples)
         states = self.sample(prompts, seed, range(samples))
         for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
-            self._write(output, state, self.lineage(prompts, drawn_text(seed, number)), dtype)
+            self._write(output, state, of_sample(self.lineage(prompts), seed, number), dtype)
         return [output.path for output in outputs]
 
     def _write(
@@ -187,9 +187,9 @@ class GeneratorBundle:
             write_adapter_files(stage, state, self.adapter_config(), lineage, with_card)
 
 
-def drawn_text(seed: int, number: int) -> str:
-    """Say in a lineage which of several samples an adapter is."""
-    return f", sample {number} of seed {seed}"
+def of_sample(lineage: Mapping[str, Any], seed: int, number: int) -> dict[str, Any]:
+    """Return a lineage that says which of several samples an adapter is."""
+    return {**lineage, "made_by": f"{lineage['made_by']}, sample {number} of seed {seed}"}
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
