@@ -30,17 +30,28 @@ MOST_BYTES = 1_000_000
 
 
 def fetch_adapter(
-    url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS
+    url: str,
+    prompts: Sequence[str],
+    folder: str | Path,
+    timeout: float = SECONDS,
+    subsets: int = 0,
+    description: str = "",
 ) -> Path:
     """Send the unlabelled prompts of one task to the server at `url` and write its answer as a PEFT folder.
 
-    The folder is checked first and written whole or not at all; an earlier adapter of this program there is replaced.
-    Raises UserError if there is no prompt, the folder cannot be written or holds another adapter, or the server does
-    not answer within `timeout` seconds or answers something else.
+    With `subsets` the adapter is the mean of those for so many halves of the prompts; a generator that was trained on
+    descriptions reads a `description` of the task, beside prompts or without any. The folder is checked first and
+    written whole or not at all; an earlier adapter of this program there is replaced. Raises UserError if there is
+    nothing to send, the folder cannot be written or holds another adapter, or the server does not answer within
+    `timeout` seconds or answers something else.
     """
-    texts = check_prompts(prompts)
+    texts = check_prompts(prompts) if prompts or not description else []
+    others = {"subsets": subsets, "description": description}
+    given = {name: value for name, value in others.items() if value}
     output = carded_output(folder)
-    (found,) = _adapters_of(url, _ask(url, [texts], timeout), 1)
+    # A list is what every server knows; one of an older version refuses an object.
+    asked = {"prompts": texts, **given} if given else texts
+    (found,) = _adapters_of(url, _ask(url, [asked], timeout), 1)
     return _write(output, *found)
 
 
@@ -50,17 +61,20 @@ def fetch_samples(
     folder: str | Path,
     samples: int,
     seed: int = 0,
-    timeout: float = SECONDS,
+    description: str = "",
 ) -> list[Path]:
-    """Let the server at `url` draw several adapters for the prompts of one task; return the folders `sample_<number>`.
+    """Let the server at `url` draw several adapters for the texts of one task; return the folders `sample_<number>`.
 
     The same seed gives the same adapters. Raises UserError as `fetch_adapter`, and where the served generator draws
     nothing.
     """
-    texts = check_prompts(prompts)
+    texts = check_prompts(prompts) if prompts or not description else []
     outputs = sample_outputs(folder, samples)
-    rows = [{"prompts": texts, "seed": seed, "sample": number} for number in range(samples)]
-    found = _adapters_of(url, _ask(url, rows, timeout), samples)
+    asked = {"prompts": texts, "seed": seed}
+    if description:
+        asked["description"] = description
+    rows = [{**asked, "sample": number} for number in range(samples)]
+    found = _adapters_of(url, _ask(url, rows, SECONDS), samples)
     return [_write(output, *own) for output, own in zip(outputs, found, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, say, uncollected
@@ -37,7 +38,8 @@ def _add_generate(commands: Any) -> None:
         required=True,
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
     )
-    make.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
+    make.add_argument("--prompts", type=named_path, help=PROMPTS_HELP)
+    _add_asked(make)
     make.add_argument(
         "--out", required=True, type=named_path, help="the folder that the adapter is written to"
     )
@@ -61,20 +63,52 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of --samples (default: 0)")
 
 
-def _samples_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """Return number and seed of the adapters to draw, None for one that is not drawn; check where they go.
+def _samples_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return number and seed of the adapters to draw, nothing for one that is not drawn; check where they go.
 
-    Raises UserError for a seed without samples, and as `sample_outputs`.
+    Raises UserError for a seed without samples, for subsets with them, and as `sample_outputs`.
     """
     if arguments.samples is None:
         if arguments.seed is not None:
             raise UserError("--seed is of --samples: give both, or neither")
         carded_output(arguments.out)
-        return None
+        return {}
+    if arguments.subsets is not None:
+        raise UserError("--subsets averages adapters and --samples draws several: give one of them")
     if (arguments.seed or 0) < 0:
         raise UserError(f"--seed is {arguments.seed}; it must be at least 0")
     sample_outputs(arguments.out, arguments.samples)
-    return arguments.samples, arguments.seed or 0
+    return {"samples": arguments.samples, "seed": arguments.seed or 0}
+
+
+def _add_asked(parser: argparse.ArgumentParser) -> None:
+    """Register what a generator is asked with beside a file of prompts."""
+    parser.add_argument(
+        "--subsets",
+        type=int,
+        metavar="S",
+        help="average the adapters for S different halves of the prompts",
+    )
+    parser.add_argument(
+        "--description",
+        metavar="TEXT",
+        help="what the task is, for generators that were trained on descriptions (--condition)",
+    )
+
+
+def read_asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the texts that a generator is asked with. Raises UserError where there are none, or subsets of none."""
+    description = arguments.description or ""
+    if arguments.description is not None and not description.strip():
+        raise UserError("--description is empty: say what the task is, or leave it out")
+    if not arguments.prompts and not description:
+        raise UserError("there is nothing to generate from: give --prompts (or --description)")
+    if arguments.subsets is not None and (arguments.subsets < 2 or not arguments.prompts):
+        raise UserError(
+            "--subsets averages over at least 2 subsets of --prompts: give both, or neither"
+        )
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    return {"prompts": prompts, "subsets": arguments.subsets or 0, "description": description}
 
 
 def _add_fetch(commands: Any) -> None:
@@ -85,6 +119,7 @@ def _add_fetch(commands: Any) -> None:
     source.add_argument("--url", help="a server (`llgbm serve`), such as http://127.0.0.1:5001")
     source.add_argument("--hub", metavar="REPO", help=REPOSITORY)
     ask.add_argument("--prompts", type=named_path, help=f"with --url: {PROMPTS_HELP}")
+    _add_asked(ask)
     ask.add_argument("--out", required=True, type=named_path, help="the folder that is written")
     _add_samples(ask)
     ask.set_defaults(do=fetch)
@@ -121,22 +156,22 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.hub:
         from llgbm.commands.hub import fetch_from_hub
 
-        for name in ("prompts", "samples", "seed"):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} goes with --url: what is on the hub is made already")
+        of_url = ("prompts", "subsets", "description", "samples", "seed")
+        if name := next((own for own in of_url if getattr(arguments, own) is not None), None):
+            raise UserError(f"--{name} goes with --url: what is on the hub is made already")
         return fetch_from_hub(arguments.hub, arguments.out)
     from llgbm.client import fetch_adapter, fetch_samples
 
-    if not arguments.prompts:
+    if not arguments.prompts and not arguments.description:
         raise UserError("--url needs --prompts: the server generates an adapter from them")
-    drawn = _samples_of(arguments)
-    prompts = read_prompts(arguments.prompts)
-    told = {"server": arguments.url, "prompts": len(prompts)}
-    if drawn is None:
-        fetch_adapter(arguments.url, prompts, arguments.out)
+    drawn, asked = _samples_of(arguments), read_asked(arguments)
+    told = {"server": arguments.url, "prompts": len(asked["prompts"])}
+    if not drawn:
+        fetch_adapter(arguments.url, folder=arguments.out, **asked)
         return {"adapter": str(arguments.out), **told}
-    folders = fetch_samples(arguments.url, prompts, arguments.out, *drawn)
-    return {"adapters": [str(folder) for folder in folders], "seed": drawn[1], **told}
+    del asked["subsets"]
+    folders = fetch_samples(arguments.url, folder=arguments.out, **drawn, **asked)
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn["seed"], **told}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,19 +181,26 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
         )
-    prompts = read_prompts(arguments.prompts)
+    asked = read_asked(arguments)
     with uncollected():
         bundle = open_bundle(arguments.model, arguments.tracking_uri)
-        if drawn is None:
-            bundle.save_adapter(prompts, arguments.out, arguments.dtype)
-        else:
-            folders = bundle.save_samples(prompts, arguments.out, *drawn, arguments.dtype)
-    base = bundle.facts["base_path"]
-    say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
-    told = {"base": base, "prompts": len(prompts)}
-    if drawn is None:
-        return {"adapter": str(arguments.out), **told}
-    return {"adapters": [str(folder) for folder in folders], "seed": drawn[1], **told}
+        written = write_asked(bundle, arguments.out, arguments.dtype, asked, drawn)
+    base, count = bundle.facts["base_path"], len(asked["prompts"])
+    read = f"{count} prompts" if count else "a description"
+    say(f"wrote {arguments.out} from {read}; its base is {base}")
+    return {**written, "base": base, "prompts": count}
+
+
+def write_asked(
+    bundle: GeneratorBundle, out: Path, dtype: str, asked: dict[str, Any], drawn: dict[str, int]
+) -> dict[str, Any]:
+    """Write the adapter that is asked for, or those to draw; return where they are."""
+    if not drawn:
+        bundle.save_adapter(folder=out, dtype=dtype, **asked)
+        return {"adapter": str(out)}
+    texts = {name: asked[name] for name in ("prompts", "description")}
+    folders = bundle.save_samples(folder=out, dtype=dtype, **texts, **drawn)
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn["seed"]}
 
 
 def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llgbm.generator.heads import ModuleHeadsGenerator
-from llgbm.generator.hyperconv import HyperConvGenerator
+from llgbm.generator.hyperconv import HyperConvGenerator, HyperConvTokensGenerator
 from llgbm.generator.latent import LatentConfig, LatentGenerator
 from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
@@ -34,6 +34,8 @@ GENERATORS: dict[str, Maker] = {
     "mixture": MixtureGenerator,
     "retrieval": RetrievalGenerator,
 }
+# Those that read states of tokens, and nothing else.
+OF_TOKENS: dict[str, Maker] = {"hyperconv_tokens": HyperConvTokensGenerator}
 SWITCH = {"true": True, "false": False}
 
 
@@ -53,11 +55,16 @@ def make_generator(
 
 def find_generator(name: str) -> Maker:
     """Return what makes a generator: of this package, or of another by an entry point. Raises UserError for no such."""
-    found = GENERATORS.get(name) or load_plugin(plugins.GENERATORS, name)
+    found = (GENERATORS | OF_TOKENS).get(name) or load_plugin(plugins.GENERATORS, name)
     if found is None:
-        known = ", ".join([*GENERATORS, *sorted(offered(plugins.GENERATORS))])
+        known = ", ".join([*GENERATORS, *OF_TOKENS, *sorted(offered(plugins.GENERATORS))])
         raise UserError(f"unknown generator {name!r}; there are: {known}")
     return found
+
+
+def needs_tokens(name: str) -> bool:
+    """Return whether a generator reads nothing but states of tokens."""
+    return bool(getattr(find_generator(name), "needs_tokens", False))
 
 
 def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
@@ -110,13 +117,15 @@ def settled(config: GeneratorConfig) -> GeneratorConfig:
 
 def generator_code(name: str) -> str:
     """Return what a trial's id holds of a generator's code: a hash of its file for one of another package, else ""."""
-    return "" if name in GENERATORS else source_hash(find_generator(name))
+    return "" if name in GENERATORS | OF_TOKENS else source_hash(find_generator(name))
 
 
 __all__ = [
     "GENERATORS",
+    "OF_TOKENS",
     "GeneratorConfig",
     "HyperConvGenerator",
+    "HyperConvTokensGenerator",
     "LatentConfig",
     "LatentGenerator",
     "LoraGenerator",
@@ -131,6 +140,7 @@ __all__ = [
     "generator_code",
     "generator_config",
     "make_generator",
+    "needs_tokens",
     "read_generator",
     "settled",
 ]

@@ -104,7 +104,7 @@ class LatentGenerator(ModuleCodeGenerator):
     def prepare_training(self, rows: TrainingRows) -> None:
         """Set the statistics to those of the teachers in their fixed form."""
         if self.gauge == "svd":
-            fitted = Standardiser.fit(fix_values(self.spec, rows.values_BV))
+            fitted = Standardiser.fit(fix_values(self.spec, rows.read_teachers()))
             self.mean_V, self.scale_V = fitted.mean_V, fitted.scale_V
 
     def forward(self, condition_ANC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from llgbm.generator.networks import GeneratorConfig, ModuleCodeGenerator, TrainingRows
+from llgbm.generator.pooling import MeanPool
 from llgbm.runtime import UserError
 
 
@@ -66,9 +67,9 @@ class RetrievalGenerator(ModuleCodeGenerator):
             raise UserError(
                 "the generator retrieval needs teachers of at least two training tasks: no task may retrieve its own"
             )
-        self.keys_BC = rows.condition_BNC.mean(1)
-        self.teachers_BV = self.standardiser.encode(rows.values_BV)
-        self.task_B = rows.task_B
+        self.keys_BC = MeanPool()(rows.read_conditions())
+        self.teachers_BV = self.standardiser.encode(rows.read_teachers())
+        self.task_B = rows.task_B.to(self.keys_BC.device)
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
         return self._answer(condition_ANC, None)

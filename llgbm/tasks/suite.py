@@ -121,6 +121,10 @@ class Suite(ABC):
     def available(self, purpose: Purpose) -> int:
         """Return the least number of different examples that every task has for a purpose."""
 
+    def description(self, task: str, level: str = "") -> str:
+        """Return what a task is in words, at a level of novelty where one is named; "" where nothing says so."""
+        return ""
+
     def answer_kind(self, task: str) -> Kind:
         """Return how answers of a task are read; `text` counts by exact match of the whole response."""
         return "text"

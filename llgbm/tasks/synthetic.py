@@ -198,6 +198,14 @@ class SyntheticSuite(Suite):
             found.append(Example(prompt, answer(operation, form, words)))
         return found
 
+    def description(self, task: str, level: str = "") -> str:
+        """Return the first phrase of the operation and of the format that prompts of that level may hold."""
+        style = STYLES.get(level, Style())
+        operation, form = self.task(task).name.split("-")
+        return (
+            f"{style.phrases(ALL_OPERATIONS[operation])[0]} {style.phrases(ALL_FORMATS[form])[0]}"
+        )
+
     def available(self, purpose: Purpose) -> int:
         return sys.maxsize
 

@@ -95,14 +95,14 @@ def teacher_tokens(
 
 
 def training_rows(data: ExperimentData, rows: list[int]) -> TrainingRows:
-    """Return what a generator may keep of the training rows; teachers are read when it asks for them."""
+    """Return what a generator may keep of the training rows; nothing is read before it asks."""
     tasks = tuple(data.tasks[row] for row in rows)
-    return TrainingRows(data.conditions.train_ANC[rows], tasks, lambda: data.teachers(rows))
+    return TrainingRows(tasks, lambda: data.conditions.train_ANC[rows], lambda: data.teachers(rows))
 
 
 def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
-    """Raise UserError for data of another size or other probes than the configuration names."""
-    for name in ("size", "delta_probes"):
+    """Raise UserError for data of another size, other probes or other conditions than the configuration names."""
+    for name in ("size", "delta_probes", "conditioning"):
         asked = getattr(config, "model_size" if name == "size" else name)
         found = getattr(data, name)
         if found and asked != found:
@@ -132,6 +132,7 @@ class Trial:
         generator = make_generator(
             config.generator, lora_model.spec, width, standardiser, config.seed
         )
+        generator.check_reads(config.prompt_tokens, padded=config.n_prompts_min > 0)
         # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
         self.generator = generator.to(self.accelerator.device)
         generator.prepare_training(training_rows(data, rows))
@@ -149,7 +150,7 @@ class Trial:
             data.conditions.train_ANC[rows],
             tokens,
             data.loss_deltas.select(rows),
-            config.n_prompts,
+            config.prompts_drawn,
             config.n_probes,
             config.seed,
         )

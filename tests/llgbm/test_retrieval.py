@@ -57,7 +57,7 @@ def test_in_training_no_row_of_a_batch_depends_on_a_teacher_of_its_own_task(
 def test_all_teachers_of_the_own_task_are_hidden_not_the_own_row_alone() -> None:
     generator = prepared(residual=False)
     rows = random_rows(make_spec())
-    batch = {"condition": rows.condition_BNC[4:], "row": torch.tensor([4])}
+    batch = {"condition": rows.read_conditions()[4:], "row": torch.tensor([4])}
     before = generator.training_forward(batch)[0]
     generator.teachers_BV[3:] += 100.0  # rows 3 and 4 are of one task
     assert torch.equal(generator.training_forward(batch)[0], before)
@@ -68,7 +68,7 @@ def test_all_teachers_of_the_own_task_are_hidden_not_the_own_row_alone() -> None
 def test_the_nearest_alone_is_copied_and_of_two_a_mixture_is_written() -> None:
     alone = prepared(residual=False, top=1)
     rows = random_rows(make_spec())
-    torch.testing.assert_close(alone(rows.condition_BNC), alone.teachers_BV)
+    torch.testing.assert_close(alone(rows.read_conditions()), alone.teachers_BV)
     two = prepared(top=2)
     weights_AB = two.weigh(two.read(random_conditions(7)))
     assert ((weights_AB > 0).sum(1) == 2).all()
@@ -79,7 +79,7 @@ def test_fewer_teachers_of_other_tasks_than_asked_for_are_all_that_is_mixed() ->
     generator = prepared(top=4)
     rows = random_rows(make_spec())
     hidden_AB = rows.task_B[:, None] == rows.task_B
-    weights_AB = generator.weigh(generator.read(rows.condition_BNC), hidden_AB)
+    weights_AB = generator.weigh(generator.read(rows.read_conditions()), hidden_AB)
     assert torch.equal(weights_AB > 0, ~hidden_AB)
 
 

@@ -88,6 +88,8 @@ def test_samples_are_adapters_of_their_own_and_the_same_again(
         (["--samples", "100000"], "from 1 to 1000"),
         (["--seed", "1"], "--seed is of --samples"),
         (["--samples", "2", "--seed", "-1"], "--seed is -1"),
+        (["--samples", "2", "--subsets", "2"], "give one of them"),
+        (["--samples", "2", "--description", "x"], "leave the description out"),
     ],
 )
 def test_numbers_that_cannot_be_drawn_are_one_sentence(
@@ -187,13 +189,17 @@ def test_a_served_generator_draws_what_it_would_draw_itself(
         {"prompts": "text", "seed": 0, "sample": 1},
         {"prompts": [], "seed": 0, "sample": 1},
         {"prompts": PROMPTS, "seed": 0, "sample": -1},
+        {"prompts": PROMPTS, "seed": 0, "sample": 1, "subsets": 2},
+        {"prompts": PROMPTS, "seed": 0, "sample": 1, "description": "what it is"},
     ],
     ids=str,
 )
 def test_a_sample_that_is_asked_for_wrongly_is_refused(
     model: GeneratorModel, row: dict[str, object]
 ) -> None:
-    with pytest.raises(MlflowException, match="row 0|at least 0"):
+    with pytest.raises(
+        MlflowException, match="row 0|at least 0|leave the description out|no prompt"
+    ):
         model.predict(None, pd.DataFrame({"prompts": [json.dumps(row)]}))
 
 

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 # Of one request; a task is described by far fewer.
 MOST_PROMPTS = 1000
-ROW_OF_SAMPLE = {"prompts", "seed", "sample"}
+# What a row may ask with beside prompts.
+OTHERS = {"description": str, "subsets": int, "seed": int, "sample": int}
 
 
 class GeneratorModel(PythonModel):
     """Generates one LoRA adapter per row.
 
-    A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. A column of lists
-    would not survive CSV and some clients of MLflow's scoring server. `{"prompts": [...], "seed": 0, "sample": 3}` in
-    its place draws an adapter, of generators that can.
+    A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. It may be an object
+    of `prompts`, `description` and `subsets` instead, or of `seed` and `sample` to draw one. A column of lists would
+    not survive CSV and some clients of MLflow's scoring server.
     """
 
     bundle: GeneratorBundle
@@ -49,37 +50,43 @@ class GeneratorModel(PythonModel):
         server keeps the reason to itself.
         """
         config = json.dumps(self.bundle.adapter_config())
-        rows = [_row(index, text) for index, text in enumerate(model_input["prompts"])]
-        adapters = [self._adapter(*row) for row in rows]
+        rows = [_asked(index, text) for index, text in enumerate(model_input["prompts"])]
+        adapters = [self._adapter(*asked) for asked in rows]
         return pd.DataFrame(
             {"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)}
         )
 
-    def _adapter(self, prompts: list[str], drawn: tuple[int, int] | None) -> str:
+    def _adapter(self, prompts: list[str], others: dict[str, Any]) -> str:
         try:
-            if drawn is None:
-                content = self.bundle.pack_adapter(prompts)
+            if "sample" in others:
+                seed, number = others["seed"], others["sample"]
+                description = others.get("description", "")
+                content = self.bundle.pack_sample(prompts, seed, number, description)
             else:
-                content = self.bundle.pack_sample(prompts, *drawn)
+                content = self.bundle.pack_adapter(prompts, **others)
         except ValueError as error:  # what a user can mend, such as an encoder that is another
             raise _refusal(str(error)) from error
         return base64.b64encode(content).decode("ascii")
 
 
-def _row(index: int, text: Any) -> tuple[list[str], tuple[int, int] | None]:
-    """Return the prompts of a row, and seed and number of the adapter to draw, None for one that is not drawn."""
+def _asked(index: int, text: Any) -> tuple[list[str], dict[str, Any]]:
+    """Return the prompts of a row, and what else it asks with."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        return _prompts(index, text, found), None
-    seed, number = found.get("seed"), found.get("sample")
-    if type(seed) is not int or type(number) is not int or found.keys() != ROW_OF_SAMPLE:
+        return _prompts(index, text, found), {}
+    others = {name: found[name] for name, kind in OTHERS.items() if type(found.get(name)) is kind}
+    odd = found.keys() - others.keys() - {"prompts"}
+    halves = ("seed" in others) != ("sample" in others)
+    if odd or halves or not others or {"subsets", "sample"} <= others.keys():
         raise _refusal(
-            f"row {index}: a sample is asked for by prompts, seed and sample, two whole numbers"
+            f"row {index}: `prompts` must be a JSON list of texts, or an object of prompts (a list), description (a "
+            f"text) and subsets (a number) or seed and sample (two numbers), got {str(text)[:80]!r}"
         )
-    return _prompts(index, text, found["prompts"]), (seed, number)
+    prompts = found.get("prompts", [])
+    return prompts and _prompts(index, text, prompts), others
 
 
 def _prompts(index: int, text: Any, prompts: Any) -> list[str]:

@@ -7,9 +7,8 @@ which changes a few fields of `TrainingConfig`; a new study calls its parent and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 from llgbm.generator import GENERATORS, read_generator
@@ -18,7 +17,14 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, smoke_world
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.studies.terms import changes_of, weight_grid, weights_name, why_of
+from tuning.studies.terms import weight_grid, weights_name
+from tuning.studies.variants import (
+    Variant,
+    condition_axes,
+    crossed,
+    of_weights,
+    unnamed_if_single,
+)
 
 SEEDS = (0, 1, 2)
 WORLD_SEEDS = (0, 1, 2)
@@ -49,29 +55,9 @@ class StudyOptions:
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Named change of `TrainingConfig` fields, with its reason."""
-
-    name: str = ""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
-
-    def joined(self, other: Variant) -> Variant:
-        """Return both changes at once; where both change a field, the other's value is used."""
-        names, reasons = ((self.name, other.name), (self.why, other.why))
-        return Variant(
-            ", ".join(filter(None, names)),
-            {**self.changes, **other.changes},
-            " ".join(filter(None, reasons)),
-        )
-
-
-def of_weights(name: str, **weights: float) -> Variant:
-    """Return the variant whose loss is the sum of these terms, with the reason for it."""
-    return Variant(name, changes_of(weights), why_of(weights))
+    conditions: tuple[str, ...] | None = None
+    prompt_tokens: tuple[int, ...] | None = None
+    n_prompts_min: tuple[int, ...] | None = None
 
 
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
@@ -175,7 +161,7 @@ def objectives(options: StudyOptions) -> Study:
         raise UserError(
             "study objectives compares delta losses: give --lambda-delta values above 0"
         )
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
     return Study(
         "objectives",
@@ -187,7 +173,7 @@ def objectives(options: StudyOptions) -> Study:
 def terms(options: StudyOptions) -> Study:
     """Delta, KL, both, and weights, each on every seed: what is worth matching?"""
     chosen = _weight_options(options) or list(TERMS)
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     return Study(
         "terms",
         make_trials(options, crossed(chosen, *axes)),
@@ -197,7 +183,7 @@ def terms(options: StudyOptions) -> Study:
 
 def labels(options: StudyOptions) -> Study:
     """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
-    axes = (generator_variants(options), rate_variants(options))
+    axes = other_axes(options)
     behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
     chosen = _weight_options(options) or behaviour
     return Study(
@@ -212,15 +198,14 @@ def optuna_lambda(options: StudyOptions) -> Study:
     options = replace(options, seeds=options.seeds or SEEDS[:2])
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
-    if any(len(values) > 1 for values in single.values()):
+    axes = (generator_variants(options), *condition_axes(options))
+    if any(len(values) > 1 for values in (*single.values(), *axes)):
         raise UserError(
-            "a search has one model size and one generator: give one, or run one search for each"
+            "a search has one model size, one generator and one kind of condition: give one, or run one search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
-    base = make_trials(
-        replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options))
-    )[0]
+    base = make_trials(replace(options, seeds=(0,)), crossed([Variant("search")], *axes))[0]
     given: dict[str, Any] = {
         name: _range(name, ends) for name, ends in ranges.items() if ends is not None
     }
@@ -257,13 +242,13 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
 
 
 def standard_variants(options: StudyOptions) -> list[Variant]:
-    """Return the three configurations (or the given λ), on every generator and learning rate asked for."""
-    return crossed(lambda_variants(options), generator_variants(options), rate_variants(options))
+    """Return the three configurations (or the given λ), crossed with what else is compared."""
+    return crossed(lambda_variants(options), *other_axes(options))
 
 
-def crossed(*axes: Iterable[Variant]) -> list[Variant]:
-    """Return every combination of one variant of each axis, the first axis slowest."""
-    return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
+def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return what is compared beside the losses: the generators, learning rates and conditions asked for."""
+    return generator_variants(options), rate_variants(options), *condition_axes(options)
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
@@ -295,20 +280,14 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
         Variant(name, {"generator": config}, f"Generator: {name}.")
         for name, config in configs.items()
     ]
-    return _unnamed_if_single(variants)
+    return unnamed_if_single(variants)
 
 
 def rate_variants(options: StudyOptions) -> list[Variant]:
     """Return the learning rates asked for; a single one is not named."""
     rates = options.learning_rates or ()
     variants = [Variant(f"lr={rate:g}", {"learning_rate": rate}) for rate in rates]
-    return _unnamed_if_single(variants) or [Variant()]
-
-
-def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
-    if len(variants) == 1:
-        return [replace(variants[0], name="")]
-    return variants
+    return unnamed_if_single(variants) or [Variant()]
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
@@ -334,7 +313,7 @@ def _trial(
         )
     config = replace(_config(options, size, seed), **variant.changes)
     config = _with_term_options(config, options.term_options)
-    world = _world(options, size, config.delta_probes)
+    world = _world(options, size, config)
     if world_seed is not None:
         world = world.with_seed(world_seed)
     return TrialSpec(variant.name, config, world, variant.why)
@@ -360,10 +339,17 @@ def _with_term_options(config: TrainingConfig, given: Mapping[str, Any]) -> Trai
     return replace(config, term_options={**own, **config.term_options})
 
 
-def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
+def _world(options: StudyOptions, size: str, config: TrainingConfig) -> WorldConfig:
+    """Return the world that a configuration names: its size, its probes, and what is read of its tasks."""
     own = {world.size: world for world in options.own_worlds}
     world = own[size] if own else WorldConfig(size=size)
-    world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
+    world = replace(
+        world,
+        encoder=options.encoder,
+        delta_probes=config.delta_probes,
+        condition=config.condition,
+        prompt_tokens=config.prompt_tokens,
+    )
     if options.smoke:
         world = smoke_world(world)
     given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
