@@ -75,10 +75,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+# Generators that came later have no bundle of the first format.
+LATER = ("latent", "retrieval")
+OLDER = sorted(GENERATORS.keys() - set(LATER))
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [*((OLDER_BUNDLES, name) for name in GENERATORS), (BUNDLES, "default")],
-    ids=[*GENERATORS, "format 2"],
+    [
+        *((OLDER_BUNDLES, name) for name in OLDER),
+        *((BUNDLES, name) for name in ("default", *LATER)),
+    ],
+    ids=[*OLDER, "format 2", *LATER],
 )
 def test_a_bundle_writes_the_adapter_that_it_wrote(folder: Path, name: str) -> None:
     bundle = GeneratorBundle.load(folder / name)
