@@ -53,7 +53,8 @@ class ExperimentData:
     adapter-major, `n_examples` per task, and `questions` the same ones as they are asked and read (None: exact match
     only). `labelled` holds equally many labelled examples of each training row, for references. `multitask_V` is the
     adapter trained on all training tasks together. `size` and `delta_probes` are those that a trial's configuration
-    must name ("" fits any). `levels` are the open levels of novelty.
+    must name ("" fits any). `levels` are the open levels of novelty. `cache` is the folder for what a training
+    measures once, if there is one.
     """
 
     adapter_ids: tuple[str, ...]
@@ -76,6 +77,7 @@ class ExperimentData:
     levels: tuple[LevelData, ...] = ()
     labelled: EncodedPairs | None = None
     questions: Questions | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}

@@ -298,6 +298,7 @@ def gather_data(
         size=config.size,
         delta_probes=config.delta_probes,
         labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
+        cache=cache,
     )
     return data.to(base.model.device)
 

@@ -47,6 +47,8 @@ class TrainingConfig:
     `activation_checkpointing` and `probe_chunk` (probes per pass, 0 for all) trade time for memory and change no
     gradient.
 
+    `mixup` is the number of mixtures of two teachers that are trained on, for each teacher (`llgbm.training.mixup`).
+
     `terms` holds the weights of loss terms by name, `term_options` their options as `<term>.<option>`. The weights of
     the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `plugin_code` follows from terms and
     generator: what they are of other packages.
@@ -73,6 +75,7 @@ class TrainingConfig:
     probe_chunk: int = 0
     eval_every: int = 100
     patience: int = 0
+    mixup: float = 0.0
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     term_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -108,6 +111,20 @@ class TrainingConfig:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay is {self.weight_decay:g}; it must be at least 0")
+        self._settle_mixup()
+
+    def _settle_mixup(self) -> None:
+        value = self.mixup
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise UserError(f"mixup is {value!r}; it must be a finite number of at least 0")
+        object.__setattr__(self, "mixup", float(value))
+        for term in self.objective.terms if value else ():
+            if "examples" in term.reads:
+                raise UserError(
+                    f"the loss term {term.name} reads labelled examples, which mixtures do not have: "
+                    "leave it or mixup out"
+                )
 
     def _settle_terms(self) -> None:
         """Bring weights and options of terms into the one form that equal trainings have."""

@@ -188,6 +188,7 @@ CONFIGS: dict[str, list[Any]] = {
     "probe_chunk": [1, 2],
     "eval_every": [50, 200],
     "patience": [1, 3],
+    "mixup": [0.5, 1.0],
     "generator": list(GENERATORS.values()),
     "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }

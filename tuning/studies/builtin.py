@@ -33,6 +33,7 @@ class StudyOptions:
     lambda_weight: tuple[float, ...] | None = None
     lambda_delta: tuple[float, ...] | None = None
     learning_rates: tuple[float, ...] | None = None
+    mixup: tuple[float, ...] | None = None
     generators: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
     world_seeds: tuple[int, ...] | None = None
@@ -85,6 +86,7 @@ TERMS = (
     WEIGHT_ONLY,
 )
 LABELS = of_weights("true labels", labels=1.0)
+_MIXED = "Mixtures of two teachers, with prompts of both tasks, are trained on beside the teachers."
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -175,7 +177,7 @@ def objectives(options: StudyOptions) -> Study:
         raise UserError(
             "study objectives compares delta losses: give --lambda-delta values above 0"
         )
-    axes = (generator_variants(options), rate_variants(options))
+    axes = common_axes(options)
     variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
     return Study(
         "objectives",
@@ -187,7 +189,7 @@ def objectives(options: StudyOptions) -> Study:
 def terms(options: StudyOptions) -> Study:
     """Delta, KL, both, and weights, each on every seed: what is worth matching?"""
     chosen = _weight_options(options) or list(TERMS)
-    axes = (generator_variants(options), rate_variants(options))
+    axes = common_axes(options)
     return Study(
         "terms",
         make_trials(options, crossed(chosen, *axes)),
@@ -197,7 +199,7 @@ def terms(options: StudyOptions) -> Study:
 
 def labels(options: StudyOptions) -> Study:
     """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
-    axes = (generator_variants(options), rate_variants(options))
+    axes = common_axes(options)
     behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
     chosen = _weight_options(options) or behaviour
     return Study(
@@ -207,19 +209,35 @@ def labels(options: StudyOptions) -> Study:
     )
 
 
+def composition(options: StudyOptions) -> Study:
+    """Delta-only, KL and multitask, each with and without mixtures of teachers as training rows."""
+    mixed = replace(options, mixup=options.mixup or (0.0, 1.0))
+    chosen = _weight_options(options) or [DELTA_ONLY, TERMS[1], MULTITASK]
+    return Study(
+        "composition",
+        make_trials(options, crossed(chosen, *common_axes(mixed))),
+        note="Do mixtures of two teachers, as further training rows, help on tasks never seen?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
-    own = {"model_sizes": ("nano",), "generators": ("default",)}
+    own: dict[str, Any] = {
+        "model_sizes": ("nano",),
+        "generators": ("default",),
+        "mixup": (0.0,),
+    }
     single = {name: getattr(options, name) or value for name, value in own.items()}
     if any(len(values) > 1 for values in single.values()):
         raise UserError(
-            "a search has one model size and one generator: give one, or run one search for each"
+            "a search has one model size, one generator and one mixup: give one, or run one search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
     base = make_trials(
-        replace(options, seeds=(0,)), crossed([Variant("search")], generator_variants(options))
+        replace(options, seeds=(0,)),
+        crossed([Variant("search")], generator_variants(options), mixup_variants(options)),
     )[0]
     given: dict[str, Any] = {
         name: _range(name, ends) for name, ends in ranges.items() if ends is not None
@@ -251,14 +269,20 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         generators,
         objectives,
         labels,
+        composition,
         optuna_lambda,
     )
 }
 
 
 def standard_variants(options: StudyOptions) -> list[Variant]:
-    """Return the three configurations (or the given λ), on every generator and learning rate asked for."""
-    return crossed(lambda_variants(options), generator_variants(options), rate_variants(options))
+    """Return the three configurations (or the given λ), on every generator, learning rate and mixup asked for."""
+    return crossed(lambda_variants(options), *common_axes(options))
+
+
+def common_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return what every study crosses its own variants with: generators, learning rates, mixtures of teachers."""
+    return generator_variants(options), rate_variants(options), mixup_variants(options)
 
 
 def crossed(*axes: Iterable[Variant]) -> list[Variant]:
@@ -302,6 +326,15 @@ def rate_variants(options: StudyOptions) -> list[Variant]:
     """Return the learning rates asked for; a single one is not named."""
     rates = options.learning_rates or ()
     variants = [Variant(f"lr={rate:g}", {"learning_rate": rate}) for rate in rates]
+    return _unnamed_if_single(variants) or [Variant()]
+
+
+def mixup_variants(options: StudyOptions) -> list[Variant]:
+    """Return the shares of mixtures asked for; 0 and a single one are not named."""
+    variants = [
+        Variant(f"mixup={share:g}", {"mixup": share}, _MIXED) if share else Variant()
+        for share in options.mixup or ()
+    ]
     return _unnamed_if_single(variants) or [Variant()]
 
 
