@@ -249,12 +249,12 @@ def _predicted_deltas(data: ExperimentData, rows: Sequence[int]) -> tuple[Tensor
 
 def weighted_teachers(data: ExperimentData, weights_AW: Tensor) -> Tensor:
     """Sums of training teachers by weights, A and B apart, [A, V]; some are read at a time."""
-    found = 0
     train = list(data.rows["train"])
+    found_AV = weights_AW.new_zeros(len(weights_AW), data.multitask_V.shape[-1])
     for start in range(0, len(train), AT_ONCE):
         own = slice(start, start + AT_ONCE)
-        found = found + weights_AW[:, own] @ data.teachers(train[own])
-    return torch.as_tensor(found)
+        found_AV += weights_AW[:, own] @ data.teachers(train[own])
+    return found_AV
 
 
 # By group: the first baselines, and those that were added later.

@@ -75,11 +75,11 @@ class TrainingConfig:
     probe_chunk: int = 0
     eval_every: int = 100
     patience: int = 0
-    mixup: float = 0.0
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     term_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     plugin_code: Mapping[str, str] = field(default_factory=dict, hash=False)
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         self._settle_terms()

@@ -33,7 +33,6 @@ class StudyOptions:
     lambda_weight: tuple[float, ...] | None = None
     lambda_delta: tuple[float, ...] | None = None
     learning_rates: tuple[float, ...] | None = None
-    mixup: tuple[float, ...] | None = None
     generators: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
     world_seeds: tuple[int, ...] | None = None
@@ -50,6 +49,7 @@ class StudyOptions:
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
+    mixup: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
