@@ -223,11 +223,7 @@ def composition(options: StudyOptions) -> Study:
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
-    own: dict[str, Any] = {
-        "model_sizes": ("nano",),
-        "generators": ("default",),
-        "mixup": (0.0,),
-    }
+    own: dict[str, Any] = {"model_sizes": ("nano",), "generators": ("default",), "mixup": (0.0,)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
     if any(len(values) > 1 for values in single.values()):
         raise UserError(
