@@ -91,17 +91,17 @@ def test_deltas_are_measured_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = replace(world.data, cache=tmp_path)
-    first = with_mixtures(data, world.lora_model, 0.5, 0)
+    shared = replace(data, loss_deltas=data.shared_deltas)
+    first, of_shared = (with_mixtures(own, world.lora_model, 0.5, 0) for own in (data, shared))
     monkeypatch.setattr(module, "measure_deltas", lambda *_: pytest.fail("measured again"))
-    again = with_mixtures(data, world.lora_model, 0.5, 0)
-    for name in ("base_APQD", "delta_APQD"):
-        assert torch.equal(getattr(first.loss_deltas, name), getattr(again.loss_deltas, name))
-    others = [(data, 0.5, 1), (data, 0.6, 0)]
-    others += [
-        (replace(data, loss_deltas=data.shared_deltas), 0.5, 0),
-        (replace(data, hash="x"), 0.5, 0),
-    ]
+    for own, found in ((data, first), (shared, of_shared)):
+        again = with_mixtures(own, world.lora_model, 0.5, 0)
+        for name in ("base_APQD", "delta_APQD"):
+            assert torch.equal(getattr(found.loss_deltas, name), getattr(again.loss_deltas, name))
+    # Shared probes are the same for any pairs.
+    others = [(data, 0.5, 1), (data, 0.6, 0), (shared, 0.5, 1), (replace(data, hash="x"), 0.5, 0)]
     others += [(replace(data, cache=tmp_path / "elsewhere"), 0.5, 0)]
+    others += [(replace(data, loss_deltas=data.generic_deltas), 0.5, 0)]
     for changed, mixup, seed in others:
         with pytest.raises(pytest.fail.Exception, match="measured again"):
             with_mixtures(changed, world.lora_model, mixup, seed)
