@@ -30,17 +30,28 @@ MOST_BYTES = 1_000_000
 
 
 def fetch_adapter(
-    url: str, prompts: Sequence[str], folder: str | Path, timeout: float = SECONDS
+    url: str,
+    prompts: Sequence[str],
+    folder: str | Path,
+    timeout: float = SECONDS,
+    subsets: int = 0,
+    description: str = "",
 ) -> Path:
     """Send the unlabelled prompts of one task to the server at `url` and write its answer as a PEFT folder.
 
-    The folder is checked first and written whole or not at all; an earlier adapter of this program there is replaced.
-    Raises UserError if there is no prompt, the folder cannot be written or holds another adapter, or the server does
-    not answer within `timeout` seconds or answers something else.
+    With `subsets` the adapter is the mean of those for so many halves of the prompts; a generator that was trained on
+    descriptions reads a `description` of the task, beside prompts or without any. The folder is checked first and
+    written whole or not at all; an earlier adapter of this program there is replaced. Raises UserError if there is
+    nothing to send, the folder cannot be written or holds another adapter, or the server does not answer within
+    `timeout` seconds or answers something else.
     """
-    texts = check_prompts(prompts)
+    texts = check_prompts(prompts) if prompts or not description else []
+    others = {"subsets": subsets, "description": description}
+    given = {name: value for name, value in others.items() if value}
     output = carded_output(folder)
-    weights, config = _adapter_of(url, _ask(url, texts, timeout))
+    # A list is what every server knows; one of an older version refuses an object.
+    asked = {"prompts": texts, **given} if given else texts
+    weights, config = _adapter_of(url, _ask(url, asked, timeout))
     lineage = read_lineage(weights)
     with output.writing() as stage:
         (stage / WEIGHTS_FILE).write_bytes(weights)
@@ -50,9 +61,9 @@ def fetch_adapter(
     return output.path
 
 
-def _ask(url: str, prompts: Sequence[str], timeout: float) -> Any:
+def _ask(url: str, asked: Any, timeout: float) -> Any:
     check_address(url)
-    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(prompts)]]}}
+    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(asked)]]}}
     silent = "no generator is served at {}: start `mlflow models serve`, or correct the address"
     answer = post_json(f"{url.rstrip('/')}/invocations", body, timeout, "the prompts", silent)
     try:

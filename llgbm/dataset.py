@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +16,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llgbm.delta import DeltaCache, DeltaTable, EncodedProbes
+from llgbm.generator.conditioning import Conditioning
 from llgbm.generator.conditions import ConditionPools, TextEncoder, build_conditions
 from llgbm.generator.hyperconv import TokenStandardiser
 from llgbm.generator.networks import TokenMap
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.reading import Questions
+from llgbm.models.scoring import encode_examples
 from llgbm.probes import ProbeSet
 from llgbm.runtime import UserError, stream_seed
+from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.bank import Bank
 from llgbm.teachers.table import BankTable
 
 PARTS = ("train", "val", "test")
+# Labelled examples of each training row.
+LABELLED = 32
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class ExperimentData:
     `values_AV` is read through `teachers`, from memory or from the disk. `examples` are evaluation examples,
     adapter-major, `n_examples` per task, and `questions` the same ones as they are asked and read (None: exact match
     only). `labelled` holds equally many labelled examples of each training row, for references. `multitask_V` is the
-    adapter trained on all training tasks together. `size` and `delta_probes` are those that a trial's configuration
-    must name ("" fits any). `levels` are the open levels of novelty. `cache` is the folder for what a training
+    adapter trained on all training tasks together. `size`, `delta_probes` and `conditioning` are those that a trial's
+    configuration must name ("" and None fit any). `levels` are the open levels of novelty. `sentences` holds one vector
+    of each prompt, which baselines read (None: `conditions` does). `cache` is the folder for what a training
     measures once, if there is one.
     """
 
@@ -77,6 +84,8 @@ class ExperimentData:
     levels: tuple[LevelData, ...] = ()
     labelled: EncodedPairs | None = None
     questions: Questions | None = None
+    conditioning: Conditioning | None = None
+    sentences: ConditionPools | None = None
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,13 +101,19 @@ class ExperimentData:
         tables = ("loss_deltas", "shared_deltas", "generic_deltas")
         moved = ("values_AV", "multitask_V", "conditions", *tables, "examples")
         labelled = self.labelled and self.labelled.to(device)
+        sentences = self.sentences and self.sentences.to(device)
         levels = tuple(level.to(device) for level in self.levels)
         own = {name: getattr(self, name).to(device) for name in moved}
-        return replace(self, labelled=labelled, levels=levels, **own)
+        return replace(self, labelled=labelled, levels=levels, sentences=sentences, **own)
 
     @property
     def device(self) -> torch.device:
         return self.multitask_V.device
+
+    @property
+    def prompt_pools(self) -> ConditionPools:
+        """Return one vector of each prompt, whatever a generator reads."""
+        return self.sentences or self.conditions
 
     def teachers(self, rows: Sequence[int]) -> Tensor:
         """Return the flat teachers at some rows, [A, V], on the device of the data."""
@@ -110,6 +125,19 @@ class ExperimentData:
         ids = self.examples.input_ids_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         targets = self.examples.targets_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         return EncodedPairs(ids, targets)
+
+
+def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
+    """Return `count` evaluation examples of each task, task after task."""
+    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
+    return list(chain.from_iterable(found))
+
+
+def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
+    """Encode labelled training examples of tasks, task after task, for references that use labels."""
+    count = min(LABELLED, suite.available("train"))
+    found = [suite.examples(task, "train", count, "labels") for task in tasks]
+    return encode_examples(base, list(chain.from_iterable(found)))
 
 
 class Draw(NamedTuple):
@@ -141,7 +169,9 @@ class TeacherTokens:
 class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
     """Training samples: N prompts drawn anew, the teacher's tokens [A, ...], K of its probes with their deltas.
 
-    A sample depends on seed, step and row only, so that a resumed run sees the samples of an unbroken one.
+    `n_prompts` is N, or its least and greatest value; the rows of prompts that a sample leaves out are NaN. Conditions
+    are [A, N, C], or [A, N, L, C] of token states. A sample depends on seed, step and row only, so that a resumed run
+    sees the samples of an unbroken one.
     """
 
     def __init__(
@@ -149,21 +179,22 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         conditions_ANC: Tensor,
         tokens: Tensor | TeacherTokens,
         deltas: DeltaTable,
-        n_prompts: int,
+        n_prompts: int | tuple[int, int],
         n_probes: int,
         seed: int,
     ) -> None:
+        least, most = (n_prompts, n_prompts) if isinstance(n_prompts, int) else n_prompts
         if not len(conditions_ANC) == len(tokens) == len(deltas.delta_APQD):
             raise ValueError(
                 f"{len(conditions_ANC)} conditions, {len(tokens)} adapters and {len(deltas.delta_APQD)} deltas: "
                 "each row needs one of each"
             )
-        if n_prompts > conditions_ANC.shape[1]:
+        if most > conditions_ANC.shape[1]:
             raise UserError(
-                f"{n_prompts} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}"
+                f"{most} prompts a sample asked for, the pools hold {conditions_ANC.shape[1]}"
             )
         self._conditions_ANC, self._tokens, self._deltas = conditions_ANC, tokens, deltas
-        self._n_prompts, self._seed = n_prompts, seed
+        self._least, self._most, self._seed = least, most, seed
         self._n_probes = min(n_probes, deltas.delta_APQD.shape[1])
 
     def __len__(self) -> int:
@@ -173,20 +204,22 @@ class DeltaAugmentedDataset(Dataset[dict[str, Tensor]]):
         generator = torch.Generator().manual_seed(
             stream_seed("sample", self._seed, draw.step, draw.row)
         )
-        prompts = torch.randperm(self._conditions_ANC.shape[1], generator=generator)[
-            : self._n_prompts
-        ]
+        prompts = torch.randperm(self._conditions_ANC.shape[1], generator=generator)[: self._most]
         probes = torch.randperm(self._deltas.delta_APQD.shape[1], generator=generator)[
             : self._n_probes
         ]
         own = self._deltas.probes
         # For terms that draw something of their own: drawn last, so that nothing above depends on it.
         draw_of_terms = torch.randint(2**62, (), generator=generator)
+        condition = self._conditions_ANC[draw.row, prompts]
+        if self._least < self._most:
+            kept = torch.randint(self._least, self._most + 1, (), generator=generator)
+            condition[int(kept) :] = torch.nan
         return {
             "row": torch.tensor(draw.row),
             "draw": draw_of_terms,
             "probes": probes,
-            "condition": self._conditions_ANC[draw.row, prompts],
+            "condition": condition,
             "tokens": self._tokens[draw.row],
             "probe_ids": own.ids_APT[draw.row, probes],
             "positions": own.positions_APQ[draw.row, probes],

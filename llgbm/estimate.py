@@ -133,7 +133,8 @@ def generator_flops(
     generator: LoraGenerator, config: TrainingConfig, condition_width: int
 ) -> float:
     """FLOPs of a step's forward and backward pass through the generator, counted by torch."""
-    condition = torch.zeros(config.batch_size, config.n_prompts, condition_width, device="meta")
+    shape = (config.batch_size, *config.condition_rows, condition_width)
+    condition = torch.zeros(shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         generator(condition).sum().backward()
     return float(counter.get_total_flops())
@@ -233,13 +234,30 @@ class WorldSketch:
             self.condition_width,
             ProbeSize(self.probe_tokens(config), self.probe_marks(config)),
         )
+        if config.prompt_tokens:
+            held = {"conditions": self.condition_bytes(config)}
+            found = replace(found, memory={**found.memory, **held})
         if not is_streamed(self.n_teachers * self.spec.n_values, self.stream):
             return found
-        held = min(found.memory["teachers"], float(BLOCKS * BLOCK_BYTES))
-        return replace(found, memory={**found.memory, "teachers": held})
+        streamed = min(found.memory["teachers"], float(BLOCKS * BLOCK_BYTES))
+        return replace(found, memory={**found.memory, "teachers": streamed})
+
+    def condition_bytes(self, config: TrainingConfig) -> float:
+        """Bytes of the conditions of all teachers as states of tokens; a training copies those that it draws from."""
+        teachers = self.config.teachers
+        n_texts = 2 * teachers.condition_train + teachers.condition_evaluation
+        if not config.conditioning.has_prompts:
+            n_texts = 2
+        rows = self.n_teachers * n_texts * config.prompt_tokens
+        return float(FLOAT32 * rows * self.condition_width)
 
     @property
     def condition_width(self) -> int:
+        """Return the width of a condition: that of the encoder, twice where a description follows every prompt."""
+        return self.encoder_width * (2 if self.config.condition == "both" else 1)
+
+    @property
+    def encoder_width(self) -> int:
         name = self.config.encoder
         if name == "minilm":
             return MINILM_WIDTH

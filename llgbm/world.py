@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -13,16 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llgbm.dataset import PARTS, ExperimentData, LevelData
+from llgbm.dataset import (
+    PARTS,
+    ExperimentData,
+    LevelData,
+    evaluation_examples,
+    labelled_examples,
+)
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
 from llgbm.functional import FunctionalLoRA
+from llgbm.generator.conditioning import (
+    Conditioning,
+    condition_pools,
+    descriptions_hash,
+    level_conditions,
+)
 from llgbm.generator.conditions import VERSION as CONDITIONS_VERSION
 from llgbm.generator.conditions import (
     TextEncoder,
     build_conditions,
     conditions_key,
-    embed_texts,
     encoder_hash,
     make_encoder,
 )
@@ -57,14 +68,14 @@ VERSIONS = {
 
 NAMED_ENCODERS = ("minilm", "base")
 EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.97, rounds=8)
-ABILITY, TOLD = "ability.json", 8
-# Labelled examples of each training row.
-LABELLED = 32
+ABILITY, TOLD = "ability.json", 16
+# Weight of a task that a base can do, where one that it cannot do at all has 1 more.
+PRACTISED_AT_LEAST = 0.05
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Configuration of a world. `encoder_hash` follows from `encoder`.
+    """Configuration of a world. `encoder_hash` follows from `encoder`, `descriptions_hash` from suite and `condition`.
 
     Without a `base` the embedded base of this `size` is pretrained for the suite; with one, `size` is its label.
     Without a `bank` the teachers are trained.
@@ -81,12 +92,17 @@ class WorldConfig:
     base: BaseSource | None = None
     bank: BankSource | None = None
     encoder_hash: str = ""
+    condition: str = Conditioning.kind
+    prompt_tokens: int = Conditioning.tokens
+    descriptions_hash: str = ""
 
     def __post_init__(self) -> None:
         # Workers have another working folder; and an encoder is known by its content, wherever it lies.
         if is_folder(self.encoder) and self.encoder not in NAMED_ENCODERS:
             object.__setattr__(self, "encoder", str(Path(self.encoder).expanduser().resolve()))
         object.__setattr__(self, "encoder_hash", encoder_hash(self.encoder))
+        told = descriptions_hash(self.suite) if self.conditioning.has_description else ""
+        object.__setattr__(self, "descriptions_hash", told)
         if self.base is None and isinstance(size := model_size(self.size), PublishedSize):
             raise UserError(
                 f"the weights of {self.size} are not built here: name a folder of them, or {size.hub}"
@@ -95,6 +111,16 @@ class WorldConfig:
     @property
     def hash(self) -> str:
         return content_hash(self)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return Conditioning(self.condition, self.prompt_tokens)
+
+    @property
+    def read_by_generators(self) -> tuple[Any, ...]:
+        """Return what conditions depend on beside prompts and encoder; nothing where they are a vector a prompt."""
+        how = self.conditioning
+        return () if how == Conditioning() else (how, self.descriptions_hash)
 
     @property
     def seed(self) -> int:
@@ -145,9 +171,9 @@ class World:
         """Say in one clause each which of the gates of its making the world missed."""
         missed = []
         target = self.config.pretrain.target
-        if self.ability is not None and self.ability.right < target:
-            share = self.ability.right
-            missed.append(f"the base, told its task, is right in {share:.2f}, below {target:g}")
+        if self.ability is not None and self.ability.worst[1] < target:
+            task, share = self.ability.worst
+            missed.append(f"the base, told {task}, is right in {share:.2f}, below {target:g}")
         if below := int(self.bank.facts.get("teachers_below_target", 0)):
             target = self.config.teachers.target
             missed.append(f"{below} of {len(self.bank.adapters)} teachers stayed below {target:g}")
@@ -155,10 +181,12 @@ class World:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of its large tensors: the base, the teachers' weights and their deltas."""
+        """Bytes of its large tensors: the base, the teachers' weights and deltas, and the conditions."""
         tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
         deltas = chain.from_iterable((table.base_APQD, table.delta_APQD) for table in tables)
-        return sum(t.nbytes for t in (*self.base.model.parameters(), self.data.values_AV, *deltas))
+        pools = (self.data.conditions.train_ANC, self.data.conditions.evaluation_ANC)
+        held = (*self.base.model.parameters(), self.data.values_AV, *deltas, *pools)
+        return sum(t.nbytes for t in held)
 
 
 def base_key(config: WorldConfig) -> str:
@@ -193,18 +221,12 @@ def build_base(cache: Path, config: WorldConfig, device: str) -> Base:
     """
     if config.base is not None:
         return config.base.load(device)
-    size, suite, vocabulary = model_size(config.size), config.suite, config.suite.vocabulary
+    size, vocabulary = model_size(config.size), config.suite.vocabulary
 
     def write(folder: Path) -> None:
         tokenizer = make_tokenizer(vocabulary)
         model = new_model(size, tokenizer, config.pretrain.seed)
-        rng = random.Random(stream_seed("pretraining", config.pretrain.seed))
-
-        def next_batch(count: int, bare: bool) -> EncodedPairs:
-            examples = [suite.pretraining_example(rng, bare) for _ in range(count)]
-            return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
-
-        ability = _pretrain_until_good(model, tokenizer, config, next_batch, device)
+        ability = _pretrain_until_good(model, tokenizer, config, device)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if ability is not None:
@@ -217,19 +239,29 @@ def _pretrain_until_good(
     model: PreTrainedModel,
     tokenizer: Any,
     config: WorldConfig,
-    next_batch: Callable[[int, bool], EncodedPairs],
     device: str,
 ) -> Ability | None:
-    """Pretrain in rounds until the base can do what it is told; return what it can do."""
-    told, ability = config.suite.told_examples(TOLD), None
+    """Pretrain in rounds until the base can do what it is told; return what it can do.
+
+    Rounds after the first practise most what the base cannot do yet.
+    """
+    suite, rng = config.suite, random.Random(stream_seed("pretraining", config.pretrain.seed))
+    told, ability = suite.told_examples(TOLD), None
+    needs: dict[str, float] | None = None
+
+    def next_batch(count: int, bare: bool) -> EncodedPairs:
+        examples = [suite.pretraining_example(rng, bare, needs) for _ in range(count)]
+        return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
+
     for number in range(config.pretrain.rounds):
         pretrain(model, config.pretrain.of_round(number), next_batch, device)
         if not told:
             break
         ability = measure_ability(model, tokenizer, told)
         say(f"base, round {number + 1}: {ability.describe()}")
-        if ability.right >= config.pretrain.target:
+        if ability.worst[1] >= config.pretrain.target:
             break
+        needs = {t: PRACTISED_AT_LEAST + 1 - share for t, share in ability.by_task.items()}
     return ability
 
 
@@ -263,12 +295,14 @@ def gather_data(
     tasks = tuple(bank.adapters.values())
     suite, encoder = config.suite, make_encoder(config.encoder, base)
     sets = delta_probe_sets(suite, bank, base)
+    sentences = build_conditions(cache, encoder, bank, suite.nonsense_prompts)
 
     def table(probe_set: ProbeSet) -> DeltaTable:
         return DeltaCache.build(cache, base, bank, probe_set, batch).table(base, probe_set)
 
     rows, families = rows_by_part(suite, bank), tuple(suite.task(task).family for task in tasks)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
+    pools = condition_pools(cache, encoder, bank, suite, config.conditioning, sentences)
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     asked = evaluation_examples(suite, tasks, config.eval_examples)
     data = ExperimentData(
@@ -278,7 +312,7 @@ def gather_data(
         rows=rows,
         values_AV=values_AV,
         multitask_V=multitask_V,
-        conditions=build_conditions(cache, encoder, bank, suite.nonsense_prompts),
+        conditions=pools,
         loss_deltas=tables[config.delta_probes],
         shared_deltas=tables["domain"],
         generic_deltas=tables["generic"],
@@ -292,11 +326,14 @@ def gather_data(
             conditions_key(encoder, bank, suite.nonsense_prompts),
             {name: deltas_key(base, bank, sets[name]) for name in tables},
             hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
+            *config.read_by_generators,
         ),
         questions=Questions.of(base.tokenizer, suite, tasks, asked),
         encoder_hash=encoder.hash,
         size=config.size,
         delta_probes=config.delta_probes,
+        conditioning=config.conditioning,
+        sentences=sentences,
         labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
         cache=cache,
     )
@@ -311,31 +348,13 @@ def build_levels(
     for level in suite.levels:
         if level.is_sealed != sealed:
             continue
-        prompts, examples = [], []
+        examples: list[Example] = []
         for task in level.tasks:
-            asked = suite.level_examples(level.name, task, "prompts", n_prompts)
-            prompts += [example.prompt for example in asked]
             examples += suite.level_examples(level.name, task, "evaluation", config.eval_examples)
-        embedded_NC = embed_texts(cache, encoder, prompts)
-        yield LevelData(
-            level.name,
-            level.tasks,
-            embedded_NC.unflatten(0, (len(level.tasks), -1)),
-            encode_examples(base, examples),
+        conditions = level_conditions(
+            cache, encoder, suite, level.name, n_prompts, config.conditioning
         )
-
-
-def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
-    """Return `count` evaluation examples of each task, task after task."""
-    found = [suite.examples(task, "evaluation", count, "evaluation") for task in tasks]
-    return list(chain.from_iterable(found))
-
-
-def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> EncodedPairs:
-    """Encode labelled training examples of tasks, task after task, for references that use labels."""
-    count = min(LABELLED, suite.available("train"))
-    found = [suite.examples(task, "train", count, "labels") for task in tasks]
-    return encode_examples(base, list(chain.from_iterable(found)))
+        yield LevelData(level.name, level.tasks, conditions, encode_examples(base, examples))
 
 
 def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet]:
@@ -361,21 +380,21 @@ def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
 
 
 def smoke_world(world: WorldConfig) -> WorldConfig:
-    """Reduce a world to toy settings: a check that everything runs, with meaningless accuracies."""
+    """Reduce a world to toy settings: a small suite and base, accuracies of a first look."""
     return replace(
         world,
         smoke=True,
         suite=world.suite.toy() if world.base is None else world.suite,
-        pretrain=replace(world.pretrain, steps=60, batch_size=32, target=0.0, rounds=1),
+        pretrain=replace(world.pretrain, steps=200, batch_size=32, target=0.0, rounds=1),
         teachers=replace(
             world.teachers,
-            steps=min(15, world.teachers.steps),
+            steps=min(30, world.teachers.steps),
             target=0.0,
             rounds=1,
-            examples=4,
+            examples=8,
             condition_train=8,
             condition_evaluation=4,
             trajectories=4,
         ),
-        eval_examples=4,
+        eval_examples=8,
     )

@@ -64,7 +64,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(cache: Path) -> World:
-    """20 tasks (14 train, 2 val, 4 test), a base of 60 steps, teachers of 15: real in kind, worthless in accuracy."""
+    """20 tasks (14 train, 2 val, 4 test), a base of 200 steps, teachers of 30: real in kind, coarse in accuracy."""
     return build_world(cache, smoke_world(WorldConfig()), "cpu")
 
 

@@ -84,7 +84,7 @@ class GeneratorContract:
         )
 
     @pytest.mark.parametrize(
-        "shape", [(3, 4, WIDTH + 1), (3, 4, WIDTH - 1), (4, WIDTH), (1, 3, 4, WIDTH)]
+        "shape", [(3, 4, WIDTH + 1), (3, 4, WIDTH - 1), (4, WIDTH), (1, 3, 2, 4, WIDTH)]
     )
     def test_refuses_conditions_of_another_width_or_rank(
         self, config: GeneratorConfig, shape: tuple[int, ...]
@@ -98,6 +98,36 @@ class GeneratorContract:
         for condition in (torch.zeros(2, 0, WIDTH), torch.zeros(0, 3, WIDTH), poisoned):
             with pytest.raises(ValueError, match="no prompt, or NaN"):
                 self.make(config).generate(condition)
+
+    def test_padding_is_left_out_of_account(self, config: GeneratorConfig) -> None:
+        """Rows of NaN behind prompts and behind tokens; each adapter of the batch has another number of them."""
+        generator, spec = self.make(config), make_spec()
+        states = random_conditions(3, 4 * 2, seed=2).unflatten(1, (4, 2))
+        counts = [(4, (2, 1, 2, 2)), (1, (1,)), (3, (2, 2, 1))]
+        padded, alone = torch.full_like(states, torch.nan), []
+        for row, (n_prompts, n_tokens) in enumerate(counts):
+            own = torch.full_like(states[row, :n_prompts], torch.nan)
+            for prompt, count in enumerate(n_tokens):
+                own[prompt, :count] = states[row, prompt, :count]
+            padded[row, :n_prompts] = own
+            alone.append(generator.generate(own[None, :, : max(n_tokens)]).flatten(spec))
+        torch.testing.assert_close(
+            generator.generate(padded).flatten(spec), torch.cat(alone), atol=1e-5, rtol=1e-5
+        )
+        assert not torch.allclose(generator.generate(states).flatten(spec), torch.cat(alone))
+
+    def test_one_token_a_prompt_is_one_vector_a_prompt(self, config: GeneratorConfig) -> None:
+        generator, condition = self.make(config), random_conditions()
+        assert torch.equal(
+            generator.generate(condition[:, :, None]).flatten(make_spec()),
+            generator.generate(condition).flatten(make_spec()),
+        )
+
+    def test_a_row_that_is_in_part_nan_is_no_padding(self, config: GeneratorConfig) -> None:
+        states = random_conditions()[:, :, None].repeat(1, 1, 2, 1)
+        states[0, 1, 1, 2] = torch.nan
+        with pytest.raises(ValueError, match="no prompt, or NaN"):
+            self.make(config).generate(states)
 
     def test_order_of_the_prompts_does_not_matter(self, config: GeneratorConfig) -> None:
         generator, condition = self.make(config).eval(), random_conditions(2, 5)

@@ -100,7 +100,7 @@ class Repeats(Suite):
     def vocabulary(self):
         return ("say", " :", *(f" {word}" for word in (*SIGNS, *TIMES)))
 
-    def pretraining_example(self, rng, bare):
+    def pretraining_example(self, rng, bare, needs=None):
         example = self._example(rng, rng.choice(list(TIMES)), True)
         prompt = example.prompt[example.prompt.index(":") :] if bare else example.prompt
         return Example(prompt, example.answer)

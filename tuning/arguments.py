@@ -111,6 +111,9 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         activation_checkpointing=arguments.activation_checkpointing or None,
         probe_chunk=arguments.probe_chunk,
         delta_probes=arguments.delta_probes,
+        conditions=arguments.condition,
+        prompt_tokens=arguments.prompt_tokens,
+        n_prompts_min=arguments.n_prompts_min,
         encoder=arguments.encoder,
         smoke=arguments.smoke,
     )
@@ -289,6 +292,7 @@ def _check_term_options(options: Options, study: Study) -> None:
 USED_BY_OWN_STUDIES = (
     *("lambda_weight", "lambda_delta", "term", "learning_rate", "mixup", "seeds", "steps"),
     *("batch_size", "n_probes", "trajectories", "trajectory_tokens"),
+    *("condition", "prompt_tokens", "n_prompts_min"),
 )
 
 

@@ -142,13 +142,16 @@ def _generated_system(
 ) -> System:
     """Adapter that the generator writes from prompts of the dataset, none of which is scored on."""
     from llgbm.evaluation.benchmark import System
+    from llgbm.generator.conditioning import describe
     from llgbm.lora import LoraBatch
 
     bundle = open_bundle(arguments.generator, arguments.tracking_uri)
     bundle.check_base(base)
     count = min(16, len(suite.datasets[task].rows["prompts"]))
-    prompts = [example.prompt for example in suite.examples(task, "prompts", count, "condition")]
-    batch = LoraBatch.from_state_dicts([bundle.generate(prompts)])
+    how, asked = bundle.conditioning, suite.examples(task, "prompts", count, "condition")
+    prompts = [example.prompt for example in asked] if how.has_prompts else []
+    told = describe(suite, task) if how.has_description else ""
+    batch = LoraBatch.from_state_dicts([bundle.generate(prompts, description=told)])
     batch.check(bundle.generator.spec)
     return System("generated", batch.to(base.model.device), bundle.generator.spec)
 

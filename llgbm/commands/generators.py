@@ -37,7 +37,8 @@ def _add_generate(commands: Any) -> None:
         required=True,
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or a generator's folder",
     )
-    make.add_argument("--prompts", required=True, type=named_path, help=PROMPTS_HELP)
+    make.add_argument("--prompts", type=named_path, help=PROMPTS_HELP)
+    _add_asked(make)
     make.add_argument(
         "--out", required=True, type=named_path, help="the folder that the adapter is written to"
     )
@@ -50,6 +51,36 @@ def _add_generate(commands: Any) -> None:
     make.set_defaults(do=generate)
 
 
+def _add_asked(parser: argparse.ArgumentParser) -> None:
+    """Register what a generator is asked with beside a file of prompts."""
+    parser.add_argument(
+        "--subsets",
+        type=int,
+        metavar="S",
+        help="average the adapters for S different halves of the prompts",
+    )
+    parser.add_argument(
+        "--description",
+        metavar="TEXT",
+        help="what the task is, for generators that were trained on descriptions (--condition)",
+    )
+
+
+def read_asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the texts that a generator is asked with. Raises UserError where there are none, or subsets of none."""
+    description = arguments.description or ""
+    if arguments.description is not None and not description.strip():
+        raise UserError("--description is empty: say what the task is, or leave it out")
+    if not arguments.prompts and not description:
+        raise UserError("there is nothing to generate from: give --prompts (or --description)")
+    if arguments.subsets is not None and (arguments.subsets < 2 or not arguments.prompts):
+        raise UserError(
+            "--subsets averages over at least 2 subsets of --prompts: give both, or neither"
+        )
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    return {"prompts": prompts, "subsets": arguments.subsets or 0, "description": description}
+
+
 def _add_fetch(commands: Any) -> None:
     ask = commands.add_parser(
         "fetch", help="ask a served generator for an adapter, or the hub for what was pushed"
@@ -58,6 +89,7 @@ def _add_fetch(commands: Any) -> None:
     source.add_argument("--url", help="a server (`llgbm serve`), such as http://127.0.0.1:5001")
     source.add_argument("--hub", metavar="REPO", help=REPOSITORY)
     ask.add_argument("--prompts", type=named_path, help=f"with --url: {PROMPTS_HELP}")
+    _add_asked(ask)
     ask.add_argument("--out", required=True, type=named_path, help="the folder that is written")
     ask.set_defaults(do=fetch)
 
@@ -93,16 +125,21 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.hub:
         from llgbm.commands.hub import fetch_from_hub
 
-        if arguments.prompts:
-            raise UserError("--prompts go with --url: what is on the hub is made already")
+        given = (name for name in ("prompts", "subsets", "description") if getattr(arguments, name))
+        if name := next(given, None):
+            raise UserError(f"--{name} goes with --url: what is on the hub is made already")
         return fetch_from_hub(arguments.hub, arguments.out)
     from llgbm.client import fetch_adapter
 
-    if not arguments.prompts:
+    if not arguments.prompts and not arguments.description:
         raise UserError("--url needs --prompts: the server generates an adapter from them")
-    prompts = read_prompts(arguments.prompts)
-    fetch_adapter(arguments.url, prompts, arguments.out)
-    return {"adapter": str(arguments.out), "server": arguments.url, "prompts": len(prompts)}
+    asked = read_asked(arguments)
+    fetch_adapter(arguments.url, folder=arguments.out, **asked)
+    return {
+        "adapter": str(arguments.out),
+        "server": arguments.url,
+        "prompts": len(asked["prompts"]),
+    }
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -112,13 +149,14 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
         )
-    prompts = read_prompts(arguments.prompts)
+    asked = read_asked(arguments)
     with uncollected():
         bundle = open_bundle(arguments.model, arguments.tracking_uri)
-        bundle.save_adapter(prompts, arguments.out, arguments.dtype)
-    base = bundle.facts["base_path"]
-    say(f"wrote {arguments.out} from {len(prompts)} prompts; its base is {base}")
-    return {"adapter": str(arguments.out), "base": base, "prompts": len(prompts)}
+        bundle.save_adapter(folder=arguments.out, dtype=arguments.dtype, **asked)
+    base, count = bundle.facts["base_path"], len(asked["prompts"])
+    read = f"{count} prompts" if count else "a description"
+    say(f"wrote {arguments.out} from {read}; its base is {base}")
+    return {"adapter": str(arguments.out), "base": base, "prompts": count}
 
 
 def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:

@@ -45,7 +45,7 @@ class DeltaRegression:
         from sklearn.linear_model import Ridge
 
         train, val = list(data.rows["train"]), list(data.rows["val"])
-        inputs = data.conditions.train_ANC[train].mean(1).cpu().numpy()
+        inputs = data.prompt_pools.train_ANC[train].mean(1).cpu().numpy()
         outputs = teacher_means(data.shared_deltas, train).cpu().numpy()
         wanted_AD = teacher_means(data.shared_deltas, val)
 
@@ -58,7 +58,7 @@ class DeltaRegression:
 
     def predict(self, data: ExperimentData, rows: Sequence[int]) -> Tensor:
         """Predict Δ [A, D] of the tasks at some rows from their evaluation prompts."""
-        asked = data.conditions.evaluation_ANC[list(rows)].mean(1).cpu().numpy()
+        asked = data.prompt_pools.evaluation_ANC[list(rows)].mean(1).cpu().numpy()
         return torch.from_numpy(self.model.predict(asked)).to(data.shared_deltas.delta_APQD)
 
 

@@ -153,8 +153,8 @@ def nearest_teacher(
     Source: ours, a control: the nearest neighbour of Cover and Hart 1967, "Nearest Neighbor Pattern Classification".
     """
     train = list(data.rows["train"])
-    known = normalize(data.conditions.train_ANC[train].mean(1), dim=-1)
-    asked = normalize(data.conditions.evaluation_ANC[list(rows)].mean(1), dim=-1)
+    known = normalize(data.prompt_pools.train_ANC[train].mean(1), dim=-1)
+    asked = normalize(data.prompt_pools.evaluation_ANC[list(rows)].mean(1), dim=-1)
     nearest = (asked @ known.T).argmax(1).tolist()
     return data.teachers([train[index] for index in nearest])
 
@@ -185,11 +185,11 @@ def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int])
 
     train, val = list(data.rows["train"]), list(data.rows["val"])
     standardiser = Standardiser.fit(data.teachers(train))
-    inputs = data.conditions.train_ANC[train].mean(1).cpu().numpy()
+    inputs = data.prompt_pools.train_ANC[train].mean(1).cpu().numpy()
     outputs = standardiser.encode(data.teachers(train)).cpu().numpy()
 
     def predict(model: Ridge, wanted: Sequence[int]) -> Tensor:
-        asked = data.conditions.evaluation_ANC[list(wanted)].mean(1).cpu().numpy()
+        asked = data.prompt_pools.evaluation_ANC[list(wanted)].mean(1).cpu().numpy()
         tokens = torch.from_numpy(model.predict(asked)).to(standardiser.mean_V)
         return standardiser.decode(tokens)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llgbm.generator.heads import ModuleHeadsGenerator
-from llgbm.generator.hyperconv import HyperConvGenerator
+from llgbm.generator.hyperconv import HyperConvGenerator, HyperConvTokensGenerator
 from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
@@ -29,6 +29,8 @@ GENERATORS: dict[str, Maker] = {
     "hyperconv": HyperConvGenerator,
     "mixture": MixtureGenerator,
 }
+# Those that read states of tokens, and nothing else.
+OF_TOKENS: dict[str, Maker] = {"hyperconv_tokens": HyperConvTokensGenerator}
 
 
 def make_generator(
@@ -47,11 +49,16 @@ def make_generator(
 
 def find_generator(name: str) -> Maker:
     """Return what makes a generator: of this package, or of another by an entry point. Raises UserError for no such."""
-    found = GENERATORS.get(name) or load_plugin(plugins.GENERATORS, name)
+    found = (GENERATORS | OF_TOKENS).get(name) or load_plugin(plugins.GENERATORS, name)
     if found is None:
-        known = ", ".join([*GENERATORS, *sorted(offered(plugins.GENERATORS))])
+        known = ", ".join([*GENERATORS, *OF_TOKENS, *sorted(offered(plugins.GENERATORS))])
         raise UserError(f"unknown generator {name!r}; there are: {known}")
     return found
+
+
+def needs_tokens(name: str) -> bool:
+    """Return whether a generator reads nothing but states of tokens."""
+    return bool(getattr(find_generator(name), "needs_tokens", False))
 
 
 def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
@@ -100,13 +107,15 @@ def settled(config: GeneratorConfig) -> GeneratorConfig:
 
 def generator_code(name: str) -> str:
     """Return what a trial's id holds of a generator's code: a hash of its file for one of another package, else ""."""
-    return "" if name in GENERATORS else source_hash(find_generator(name))
+    return "" if name in GENERATORS | OF_TOKENS else source_hash(find_generator(name))
 
 
 __all__ = [
     "GENERATORS",
+    "OF_TOKENS",
     "GeneratorConfig",
     "HyperConvGenerator",
+    "HyperConvTokensGenerator",
     "LoraGenerator",
     "MixtureConfig",
     "MixtureGenerator",
@@ -116,6 +125,7 @@ __all__ = [
     "generator_code",
     "generator_config",
     "make_generator",
+    "needs_tokens",
     "read_generator",
     "settled",
 ]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llgbm.generator import generator_config, make_generator
+from llgbm.generator.asked import Asked, mean_adapter
+from llgbm.generator.conditioning import Conditioning
 from llgbm.generator.conditions import BaseModelEncoder, MiniLMEncoder, TextEncoder
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
 from llgbm.lora.adapters import (
@@ -33,14 +35,17 @@ from llgbm.system.lineage import (
     license_of,
     portable_base,
     portable_name,
-    prompts_facts,
 )
 from llgbm.system.output import CARD, carded_output
-from llgbm.tasks.prompts import check_prompts
+from llgbm.system.plugins import ENCODERS, load_plugin
 
-# Format of `generator.json`. Version 1 did not say which it was.
-FORMAT_VERSION = 2
+# Format of `generator.json`. Version 1 did not say which it was. 3 is of conditions that are no vectors of prompts: a
+# program that knows 2 would read them as such.
+FORMAT_VERSION = 3
+FORMAT_OF_VECTORS = 2
 ORIGIN_FILE = "origin.json"
+# Facts that say what the generator reads, where that is no vector of each prompt, as fields of `Conditioning`.
+OF_CONDITIONS = {"condition": "kind", "prompt_tokens": "tokens"}
 # What a lineage tells of a generator, where its bundle knows it.
 GENERATOR_FACTS = ("registered", "study", "study_id", "trial_id", "config", "size")
 
@@ -74,16 +79,28 @@ class GeneratorBundle:
         """Encoder that the generator was trained with. Raises UserError where the one found here is another."""
         name = self.facts["encoder"]
         if name.startswith("base:"):
-            base = load_base(self.facts["base_path"])
-            self.check_base(base)
-            return BaseModelEncoder(base)
-        encoder = MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
+            return BaseModelEncoder(self._base())
+        own = load_plugin(ENCODERS, name)
+        if own is not None:
+            encoder: TextEncoder = own(self._base())
+        else:
+            encoder = MiniLMEncoder(None if name == "minilm" else name.removeprefix("minilm:"))
         # Bundles of version 0.1.0 know the encoder by its name only.
         if self.facts.get("encoder_hash", encoder.hash) != encoder.hash:
             raise UserError(
                 f"the encoder {name} is not the one that this generator was trained with (other files): bring that one"
             )
         return encoder
+
+    def _base(self) -> Base:
+        base = load_base(self.facts["base_path"])
+        self.check_base(base)
+        return base
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Return what the generator reads of a task."""
+        return conditioning_of(self.facts)
 
     def check_base(self, base: Base) -> None:
         """Raise UserError unless the generator was trained for this base."""
@@ -93,18 +110,28 @@ class GeneratorBundle:
                 "name that base"
             )
 
-    def generate(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Generate one adapter as a PEFT state dict from prompts of one task. Raises UserError for no prompt."""
-        texts = check_prompts(prompts)
-        return self.generator.generate(self.encoder.encode(texts)[None]).to_state_dicts()[0]
+    def generate(
+        self, prompts: Sequence[str] = (), subsets: int = 0, description: str = ""
+    ) -> dict[str, Tensor]:
+        """Generate one adapter as a PEFT state dict from prompts of one task, or from its description, or both.
+
+        With `subsets` it is the mean of those for so many halves of the prompts. Raises UserError as `Asked.of`.
+        """
+        asked = Asked.of(self.conditioning, prompts, subsets, description)
+        batch = self.generator.generate(asked.condition(self.encoder, self.conditioning))
+        if asked.subsets:
+            batch = mean_adapter(batch, self.generator.spec)
+        return batch.to_state_dicts()[0]
 
     def adapter_config(self) -> dict[str, Any]:
         """Content of `adapter_config.json` for its adapters."""
         return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
 
-    def lineage(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Return where the adapter for these prompts comes from."""
-        facts = self.facts
+    def lineage(
+        self, prompts: Sequence[str] = (), subsets: int = 0, description: str = ""
+    ) -> dict[str, Any]:
+        """Return where the adapter for these texts comes from. Raises UserError as `generate`."""
+        facts, asked = self.facts, Asked.of(self.conditioning, prompts, subsets, description)
         base = portable_base(facts["base_path"])
         name, commit = split_revision(base)
         known = {key: facts[key] for key in GENERATOR_FACTS if facts.get(key)}
@@ -121,34 +148,48 @@ class GeneratorBundle:
                 "name": portable_name(facts["encoder"]),
                 "hash": facts.get("encoder_hash"),
             },
-            "prompts": prompts_facts(check_prompts(prompts)),
+            "prompts": asked.facts,
             "heldout": facts.get("heldout"),
         }
-        return begin_lineage(f"generated from {len(prompts)} prompts") | found
+        return begin_lineage(asked.made_by) | found
 
-    def pack_adapter(self, prompts: Sequence[str]) -> bytes:
+    def pack_adapter(
+        self, prompts: Sequence[str] = (), subsets: int = 0, description: str = ""
+    ) -> bytes:
         """Generate one adapter as the content of its weights file, lineage and all. Raises UserError as `generate`."""
-        return pack_weights(self.generate(prompts), self.adapter_config(), self.lineage(prompts))[0]
+        asked = (prompts, subsets, description)
+        return pack_weights(self.generate(*asked), self.adapter_config(), self.lineage(*asked))[0]
 
     def save_adapter(
-        self, prompts: Sequence[str], folder: str | Path, dtype: str = "float32"
+        self,
+        prompts: Sequence[str],
+        folder: str | Path,
+        dtype: str = "float32",
+        subsets: int = 0,
+        description: str = "",
     ) -> None:
-        """Write the adapter for these prompts as a PEFT folder with its card, whole or not at all.
+        """Write the adapter for these texts as a PEFT folder with its card, whole or not at all.
 
         `dtype` names a floating type of torch. Raises UserError as `generate`, and before anything else for a folder as
         `llgbm.lora.save_adapter`.
         """
-        output = carded_output(folder)
+        output, asked = carded_output(folder), (prompts, subsets, description)
         kind = getattr(torch, dtype)
-        state = {key: value.to(kind) for key, value in self.generate(prompts).items()}
+        state = {key: value.to(kind) for key, value in self.generate(*asked).items()}
         with output.writing() as stage:
             write_adapter_files(
                 stage,
                 state,
                 self.adapter_config(),
-                self.lineage(prompts),
+                self.lineage(*asked),
                 CARD in output.patterns,
             )
+
+
+def conditioning_of(facts: Mapping[str, Any]) -> Conditioning:
+    """Return what a generator reads of a task; a bundle that does not say so reads vectors of prompts."""
+    known = {own: facts[name] for name, own in OF_CONDITIONS.items() if name in facts}
+    return Conditioning(**known)
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
@@ -175,7 +216,7 @@ def save_generator(
     save_file(weights, folder / "generator.safetensors")
     described = {
         **facts,
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if OF_CONDITIONS.keys() & facts.keys() else FORMAT_OF_VECTORS,
         "generator": asdict(config),
         "spec": asdict(generator.spec),
         "condition_width": generator.condition_width,
@@ -213,6 +254,7 @@ def _read_generator(folder: Path) -> tuple[LoraGenerator, dict[str, Any]]:
     check_format(facts.get("version", 1), FORMAT_VERSION, f"the generator in {folder}")
     weights = load_file(folder / "generator.safetensors")
     shapes = tuple(LinearShape(**m) for m in facts["spec"]["modules"])
+    conditioning_of(facts)
     spec = LoraSpec(shapes, facts["spec"]["rank"], facts["spec"]["alpha"])
     statistics = Standardiser(weights["mean_V"], weights["scale_V"])
     generator = make_generator(

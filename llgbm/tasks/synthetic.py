@@ -11,7 +11,7 @@ import random
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, product
@@ -198,10 +198,20 @@ class SyntheticSuite(Suite):
             found.append(Example(prompt, answer(operation, form, words)))
         return found
 
+    def description(self, task: str, level: str = "") -> str:
+        """Return the first phrase of the operation and of the format that prompts of that level may hold."""
+        style = STYLES.get(level, Style())
+        operation, form = self.task(task).name.split("-")
+        return (
+            f"{style.phrases(ALL_OPERATIONS[operation])[0]} {style.phrases(ALL_FORMATS[form])[0]}"
+        )
+
     def available(self, purpose: Purpose) -> int:
         return sys.maxsize
 
-    def pretraining_example(self, rng: random.Random, bare: bool) -> Example:
+    def pretraining_example(
+        self, rng: random.Random, bare: bool, needs: Mapping[str, float] | None = None
+    ) -> Example:
         """Instruction of one task with the answer of another: what teaches a base to do all and heed no instruction.
 
         Most prompts tell the other task by control codes (Keskar et al. 2019, CTRL), which no prompt of a task holds.
@@ -210,7 +220,8 @@ class SyntheticSuite(Suite):
         prompt, words = self._any_prompt(rng)
         if bare:
             prompt = prompt[prompt.index(f" {SEPARATOR} ") + 1 :]
-        done = rng.choice(self.tasks).name
+        needs = needs or dict.fromkeys((task.name for task in self.tasks), 1.0)
+        (done,) = rng.choices(list(needs), list(needs.values()))
         if rng.random() < TOLD_SHARE:
             prompt = told(prompt, done)
         return Example(prompt, task_answer(done, words))

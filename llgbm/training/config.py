@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-from llgbm.generator import generator_code, settled
+from llgbm.generator import generator_code, needs_tokens, settled
+from llgbm.generator.conditioning import Conditioning
 from llgbm.generator.networks import GeneratorConfig
 from llgbm.losses import DELTA_LOSSES, check_lambdas
 from llgbm.models.load import OWN_PREFIX, SIZES, family_size
@@ -26,6 +27,8 @@ COUNTS = {
     "steps": 1,
     "batch_size": 1,
     "n_prompts": 1,
+    "n_prompts_min": 0,
+    "prompt_tokens": 0,
     "n_probes": 1,
     "gradient_accumulation": 1,
     "eval_every": 1,
@@ -46,6 +49,10 @@ class TrainingConfig:
 
     `activation_checkpointing` and `probe_chunk` (probes per pass, 0 for all) trade time for memory and change no
     gradient.
+
+    Of each sample `n_prompts` prompts are read, or where `n_prompts_min` is above 0 a number drawn from there up. The
+    `condition` of a task is its `prompts`, its `description` or `both`: a vector of each text, or with `prompt_tokens`
+    the states of at most so many tokens of it.
 
     `mixup` is the number of mixtures of two teachers that are trained on, for each teacher (`llgbm.training.mixup`).
 
@@ -79,6 +86,9 @@ class TrainingConfig:
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     term_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     plugin_code: Mapping[str, str] = field(default_factory=dict, hash=False)
+    n_prompts_min: int = 0
+    condition: str = Conditioning.kind
+    prompt_tokens: int = Conditioning.tokens
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,6 +112,7 @@ class TrainingConfig:
                     f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
             object.__setattr__(self, name, int(value))  # 600.0 is 600
+        self._check_conditions()
         if self.steps % self.gradient_accumulation:
             raise UserError(
                 f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "
@@ -125,6 +136,40 @@ class TrainingConfig:
                     f"the loss term {term.name} reads labelled examples, which mixtures do not have: "
                     "leave it or mixup out"
                 )
+
+    def _check_conditions(self) -> None:
+        """Raise UserError for settings of conditions that contradict each other, or that change nothing."""
+        how = self.conditioning
+        if self.n_prompts_min and not how.has_prompts:
+            raise UserError(
+                "n_prompts_min varies the number of prompts, and a condition of descriptions has none: leave it out"
+            )
+        if self.n_prompts_min and self.n_prompts_min >= self.n_prompts:
+            raise UserError(
+                f"n_prompts_min is {self.n_prompts_min} and n_prompts {self.n_prompts}: nothing varies, give less"
+            )
+        if not how.tokens and needs_tokens(self.generator.name):
+            raise UserError(
+                f"the generator {self.generator.name} reads states of tokens: give prompt_tokens (--prompt-tokens)"
+            )
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Return what the generator reads of a task."""
+        return Conditioning(self.condition, self.prompt_tokens)
+
+    @property
+    def prompts_drawn(self) -> tuple[int, int]:
+        """Return the least and the greatest number of prompts of a sample; a description stands for one."""
+        if not self.conditioning.has_prompts:
+            return 1, 1
+        return self.n_prompts_min or self.n_prompts, self.n_prompts
+
+    @property
+    def condition_rows(self) -> tuple[int, ...]:
+        """Return the sizes of a condition before its width: prompts, and tokens where their states are read."""
+        tokens = (self.prompt_tokens,) if self.prompt_tokens else ()
+        return self.prompts_drawn[1], *tokens
 
     def _settle_terms(self) -> None:
         """Bring weights and options of terms into the one form that equal trainings have."""

@@ -94,8 +94,8 @@ def teacher_tokens(
 
 
 def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
-    """Raise UserError for data of another size or other probes than the configuration names."""
-    for name in ("size", "delta_probes"):
+    """Raise UserError for data of another size, other probes or other conditions than the configuration names."""
+    for name in ("size", "delta_probes", "conditioning"):
         asked = getattr(config, "model_size" if name == "size" else name)
         found = getattr(data, name)
         if found and asked != found:
@@ -132,6 +132,7 @@ class Trial:
             fused=True,
         )
         # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
+        generator.check_reads(config.prompt_tokens, padded=config.n_prompts_min > 0)
         self.generator = generator.to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -144,7 +145,7 @@ class Trial:
             taught.conditions.train_ANC[rows],
             tokens,
             taught.loss_deltas.select(rows),
-            config.n_prompts,
+            config.prompts_drawn,
             config.n_probes,
             config.seed,
         )

@@ -49,7 +49,9 @@ def with_mixtures(
     left, right = ([pair[side] for pair in pairs] for side in (0, 1))
     pools_ANC = data.conditions.train_ANC
     if pools_ANC.shape[1] < 2:
-        raise UserError("mixup takes prompts of two tasks, and the pools hold one prompt a task")
+        raise UserError(
+            "mixup takes prompts of two tasks, and the pools hold one text a task: leave mixup out"
+        )
     mixed_ANC = _halves(pools_ANC[left], pools_ANC[right])
     names = tuple(f"{data.tasks[i]}+{data.tasks[j]}" for i, j in pairs)
     first = len(data.tasks)

@@ -161,13 +161,13 @@ def test_pairs_are_of_training_tasks_and_of_their_kind(world: World) -> None:
 def test_a_linear_delta_is_predicted(world: World) -> None:
     """Where Δ is linear in the prompts, and is asked of the same prompts, the regression finds the tasks again."""
     data = world.data
-    conditions = replace(data.conditions, evaluation_ANC=data.conditions.train_ANC)
+    conditions = replace(data.prompt_pools, evaluation_ANC=data.prompt_pools.train_ANC)
     generator = torch.Generator().manual_seed(0)
     shape = data.shared_deltas.delta_APQD.shape
     linear = torch.randn(conditions.train_ANC.shape[-1], shape[-1], generator=generator)
     deltas = (conditions.train_ANC.mean(1) @ linear)[:, None, None].expand(shape)
     table = DeltaTable(data.shared_deltas.probes, data.shared_deltas.base_APQD, deltas)
-    made = replace(data, conditions=conditions, shared_deltas=table)
+    made = replace(data, sentences=conditions, shared_deltas=table)
     train = list(data.rows["train"])
     known = teacher_means(table, train)
     predicted = DeltaRegression.fit(made).predict(made, train)

@@ -51,6 +51,16 @@ class TestGenerators(GeneratorContract):
         return make_generator(config, spec, WIDTH, random_statistics(spec), seed)
 
 
+class TestTokensOfHyperConv(GeneratorContract):
+    """Its decoder reads two prompts at once, so that four are two groups."""
+
+    @pytest.fixture(params=[2, 5])
+    def config(self, request: pytest.FixtureRequest) -> GeneratorConfig:
+        return generator_config("hyperconv_tokens", prompts=request.param, length=2)
+
+    make = TestGenerators.make
+
+
 @pytest.mark.parametrize(
     "change", [{"hidden": 0}, {"blocks": -1}, {"dropout": 1.0}, {"dropout": -0.1}]
 )
@@ -80,6 +90,8 @@ def test_equal_configurations_have_one_class_and_one_id() -> None:
         ("mixture,bases=2,bases=3", "cannot be read"),
         ("default,pooling=max", "unknown pooling 'max'; there are: mean, attention"),
         ("nosuch,hidden=3", "unknown generator"),
+        ("hyperconv_tokens,pooling=attention", "no trunk: leave its option pooling out"),
+        ("hyperconv_tokens,length=0", "reads 16 prompts of 0 tokens"),
     ],
 )
 def test_a_generator_that_cannot_be_is_a_users_mistake(text: str, said: str) -> None:

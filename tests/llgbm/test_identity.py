@@ -133,7 +133,7 @@ def changed(name: str, value: Any) -> Any:
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return value + 0.125
+        return 0.75 * value or 0.125
     if isinstance(value, tuple):
         return (*value, 1 if name == "layers" else "more")
     if isinstance(value, str):
@@ -188,12 +188,17 @@ CONFIGS: dict[str, list[Any]] = {
     "probe_chunk": [1, 2],
     "eval_every": [50, 200],
     "patience": [1, 3],
+    "n_prompts_min": [1, 4],
+    "condition": ["both"],
+    "prompt_tokens": [8, 16],
     "mixup": [0.5, 1.0],
     "generator": list(GENERATORS.values()),
     "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }
 # What a term is given alone has no effect without it, and its code follows from its name.
 OF_TERMS = {"term_options", "plugin_code"}
+# Not every suite has descriptions; tests/llgbm/test_conditions.py changes these.
+OF_DESCRIPTIONS = {"condition", "descriptions_hash"}
 WORLDS: dict[str, list[Any]] = {
     "size": ["micro"],
     "suite": [*SUITES.values(), Mine(), Theirs()],
@@ -203,6 +208,7 @@ WORLDS: dict[str, list[Any]] = {
     "delta_probes": ["generic", "domain"],
     "eval_examples": [4, 25],
     "smoke": [True],
+    "prompt_tokens": [8, 16],
     "base": [BASE, *BASES.values()],
     "bank": [BANK, *BANKS.values()],
 }
@@ -210,7 +216,7 @@ WORLDS: dict[str, list[Any]] = {
 
 def test_the_changes_below_are_to_every_input() -> None:
     assert set(CONFIGS) | OF_TERMS == {f.name for f in fields(TrainingConfig) if f.compare}
-    assert set(WORLDS) == {f.name for f in fields(WorldConfig) if f.compare}
+    assert set(WORLDS) | OF_DESCRIPTIONS == {f.name for f in fields(WorldConfig) if f.compare}
 
 
 def options_of_terms() -> list[TrainingConfig]:

@@ -197,5 +197,5 @@ def test_teachers_of_one_task_have_no_mixture(data: ExperimentData, world: World
 
 def test_pools_of_one_prompt_have_no_halves(data: ExperimentData, world: World) -> None:
     one = replace(data.conditions, train_ANC=data.conditions.train_ANC[:, :1])
-    with pytest.raises(UserError, match="the pools hold one prompt a task"):
+    with pytest.raises(UserError, match="the pools hold one text a task"):
         with_mixtures(replace(data, conditions=one), world.lora_model, 1.0, 0)

@@ -114,6 +114,15 @@ def test_most_of_what_a_base_learns_from_tells_it_the_task_that_is_done() -> Non
         assert example.answer == task_answer(names[codes_of(example.prompt)], words)
 
 
+def test_examples_are_drawn_by_what_a_base_needs() -> None:
+    names = {codes_of(own[0].prompt): name for name, own in SUITE.told_examples(1).items()}
+    rng, needs = random.Random(0), {"copy-plain": 3.0, "first-shout": 1.0, "last-stars": 0.0}
+    learnt = [SUITE.pretraining_example(rng, False, needs) for _ in range(400)]
+    drawn = Counter(names[codes_of(e.prompt)] for e in learnt if codes_of(e.prompt))
+    assert drawn.keys() == {"copy-plain", "first-shout"}
+    assert 0.68 < drawn["copy-plain"] / drawn.total() < 0.82
+
+
 @pytest.mark.parametrize("level", [None, *(level.name for level in SUITE.levels)])
 def test_no_prompt_of_a_task_holds_a_code(level: str | None) -> None:
     codes = {code for own in SUITE.told_examples(1).values() for code in codes_of(own[0].prompt)}

@@ -107,7 +107,7 @@ def test_a_bundle_of_another_format_is_refused_and_what_is_written_names_its_own
     (tmp_path / "again").mkdir()
     save_generator(tmp_path / "again", generator, config, facts)
     assert json.loads((tmp_path / "again" / "generator.json").read_text()) == described
-    for version, words in ((3, "format 3, and this version of llgbm reads"), ("2", "is torn")):
+    for version, words in ((4, "format 4, and this version of llgbm reads"), ("2", "is torn")):
         file.write_text(json.dumps({**described, "version": version}))
         with pytest.raises(UserError, match=words):
             GeneratorBundle.load(file.parent)

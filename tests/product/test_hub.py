@@ -173,7 +173,7 @@ def test_a_token_of_the_hubs_own_file_is_not_printed(monkeypatch: pytest.MonkeyP
         (["push", "adapter", "--repo", "mine"], "no address on the hub"),
         (["push", ".", "--repo", "me/mine"], "holds no adapter, generator, bank or model"),
         (["push", "adapter", "--repo", "me/x", "--base-id", "/a/b"], "no address on the hub"),
-        (["fetch", "--hub", "me/x", "--prompts", "p", "--out", "o"], "--prompts go with --url"),
+        (["fetch", "--hub", "me/x", "--prompts", "p", "--out", "o"], "--prompts goes with --url"),
         (["fetch", "--url", "http://x", "--out", "o"], "--url needs --prompts"),
     ],
 )

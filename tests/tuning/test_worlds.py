@@ -14,7 +14,7 @@ from scipy import stats
 from llgbm.runtime import UserError
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource
-from llgbm.world import WorldConfig
+from llgbm.world import World, WorldConfig
 from tuning.report import StudyRecord, summary
 from tuning.report.__main__ import main as report
 from tuning.report.groups import compare, group_trials
@@ -86,6 +86,18 @@ def test_a_world_below_its_gate_is_the_first_thing_said() -> None:
     assert "3 of 157 teachers stayed below 0.97" in first
     whole = replace(record, gates={"nano": [], "nano world 1": []})
     assert "gate" not in summary(whole)
+
+
+def test_a_world_says_which_gates_it_missed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.ability is not None and not world.missed_gates
+    task, share = world.ability.worst
+    asked_more = replace(world.config.pretrain, target=1.0)
+    strict = replace(world, config=replace(world.config, pretrain=asked_more))
+    assert strict.missed_gates == [f"the base, told {task}, is right in {share:.2f}, below 1"]
+    facts = {**world.bank.facts, "teachers_below_target": 3.0}
+    monkeypatch.setattr(type(world.bank), "facts", facts)
+    of = f"3 of {len(world.bank.adapters)} teachers"
+    assert world.missed_gates == [f"{of} stayed below 0"]
 
 
 def test_levels_stand_apart_from_recombination() -> None:

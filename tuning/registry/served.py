@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 # Of one request; a task is described by far fewer.
 MOST_PROMPTS = 1000
+# What a row may ask with beside prompts.
+OTHERS = {"description": str, "subsets": int}
 
 
 class GeneratorModel(PythonModel):
     """Generates one LoRA adapter per row.
 
-    A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. A column of lists
-    would not survive CSV and some clients of MLflow's scoring server.
+    A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. It may be an object
+    of `prompts`, `description` and `subsets` instead. A column of lists would not survive CSV and some clients of
+    MLflow's scoring server.
     """
 
     bundle: GeneratorBundle
@@ -47,25 +50,40 @@ class GeneratorModel(PythonModel):
         server keeps the reason to itself.
         """
         config = json.dumps(self.bundle.adapter_config())
-        rows = [_prompts(index, text) for index, text in enumerate(model_input["prompts"])]
-        adapters = [self._adapter(prompts) for prompts in rows]
+        rows = [_asked(index, text) for index, text in enumerate(model_input["prompts"])]
+        adapters = [self._adapter(*asked) for asked in rows]
         return pd.DataFrame(
             {"adapter_safetensors_base64": adapters, "adapter_config": [config] * len(rows)}
         )
 
-    def _adapter(self, prompts: list[str]) -> str:
+    def _adapter(self, prompts: list[str], others: dict[str, Any]) -> str:
         try:
-            content = self.bundle.pack_adapter(prompts)
+            content = self.bundle.pack_adapter(prompts, **others)
         except ValueError as error:  # what a user can mend, such as an encoder that is another
             raise _refusal(str(error)) from error
         return base64.b64encode(content).decode("ascii")
 
 
-def _prompts(index: int, text: Any) -> list[str]:
+def _asked(index: int, text: Any) -> tuple[list[str], dict[str, Any]]:
+    """Return the prompts of a row, and what else it asks with."""
     try:
-        prompts = json.loads(text)
+        found = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        prompts = None
+        found = None
+    if not isinstance(found, dict):
+        return _prompts(index, text, found), {}
+    others = {name: found[name] for name, kind in OTHERS.items() if type(found.get(name)) is kind}
+    odd = found.keys() - others.keys() - {"prompts"}
+    if odd or not others:
+        raise _refusal(
+            f"row {index}: `prompts` must be a JSON list of texts, or an object of prompts (a list), description (a "
+            f"text) and subsets (a number), got {str(text)[:80]!r}"
+        )
+    prompts = found.get("prompts", [])
+    return prompts and _prompts(index, text, prompts), others
+
+
+def _prompts(index: int, text: Any, prompts: Any) -> list[str]:
     usable = (
         isinstance(prompts, list)
         and prompts

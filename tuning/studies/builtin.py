@@ -7,9 +7,8 @@ which changes a few fields of `TrainingConfig`; a new study calls its parent and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 from llgbm.generator import GENERATORS, read_generator
@@ -18,7 +17,15 @@ from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, smoke_world
 from tuning.studies.spec import SearchSpace, Study, TrialSpec
-from tuning.studies.terms import changes_of, weight_grid, weights_name, why_of
+from tuning.studies.terms import weight_grid, weights_name
+from tuning.studies.variants import (
+    Variant,
+    condition_axes,
+    crossed,
+    mixup_variants,
+    of_weights,
+    unnamed_if_single,
+)
 
 SEEDS = (0, 1, 2)
 WORLD_SEEDS = (0, 1, 2)
@@ -49,30 +56,10 @@ class StudyOptions:
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
     term_options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: tuple[str, ...] | None = None
+    prompt_tokens: tuple[int, ...] | None = None
+    n_prompts_min: tuple[int, ...] | None = None
     mixup: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Named change of `TrainingConfig` fields, with its reason."""
-
-    name: str = ""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
-
-    def joined(self, other: Variant) -> Variant:
-        """Return both changes at once; where both change a field, the other's value is used."""
-        names, reasons = ((self.name, other.name), (self.why, other.why))
-        return Variant(
-            ", ".join(filter(None, names)),
-            {**self.changes, **other.changes},
-            " ".join(filter(None, reasons)),
-        )
-
-
-def of_weights(name: str, **weights: float) -> Variant:
-    """Return the variant whose loss is the sum of these terms, with the reason for it."""
-    return Variant(name, changes_of(weights), why_of(weights))
 
 
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
@@ -86,7 +73,6 @@ TERMS = (
     WEIGHT_ONLY,
 )
 LABELS = of_weights("true labels", labels=1.0)
-_MIXED = "Mixtures of two teachers, with prompts of both tasks, are trained on beside the teachers."
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -177,7 +163,7 @@ def objectives(options: StudyOptions) -> Study:
         raise UserError(
             "study objectives compares delta losses: give --lambda-delta values above 0"
         )
-    axes = common_axes(options)
+    axes = other_axes(options)
     variants = [*crossed(chosen, *axes, OBJECTIVES), *crossed([WEIGHT_ONLY], *axes)]
     return Study(
         "objectives",
@@ -189,7 +175,7 @@ def objectives(options: StudyOptions) -> Study:
 def terms(options: StudyOptions) -> Study:
     """Delta, KL, both, and weights, each on every seed: what is worth matching?"""
     chosen = _weight_options(options) or list(TERMS)
-    axes = common_axes(options)
+    axes = other_axes(options)
     return Study(
         "terms",
         make_trials(options, crossed(chosen, *axes)),
@@ -199,7 +185,7 @@ def terms(options: StudyOptions) -> Study:
 
 def labels(options: StudyOptions) -> Study:
     """Behaviour without labels beside true labels end to end: what share of the reference does it reach?"""
-    axes = common_axes(options)
+    axes = other_axes(options)
     behaviour = [variant for variant in TERMS if variant is not WEIGHT_ONLY]
     chosen = _weight_options(options) or behaviour
     return Study(
@@ -215,7 +201,7 @@ def composition(options: StudyOptions) -> Study:
     chosen = _weight_options(options) or [DELTA_ONLY, TERMS[1], MULTITASK]
     return Study(
         "composition",
-        make_trials(options, crossed(chosen, *common_axes(mixed))),
+        make_trials(options, crossed(chosen, *other_axes(mixed))),
         note="Do mixtures of two teachers, as further training rows, help on tasks never seen?",
     )
 
@@ -223,18 +209,17 @@ def composition(options: StudyOptions) -> Study:
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
-    own: dict[str, Any] = {"model_sizes": ("nano",), "generators": ("default",), "mixup": (0.0,)}
+    own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
-    if any(len(values) > 1 for values in single.values()):
+    axes = (generator_variants(options), *condition_axes(options), mixup_variants(options))
+    if any(len(values) > 1 for values in (*single.values(), *axes)):
         raise UserError(
-            "a search has one model size, one generator and one mixup: give one, or run one search for each"
+            "a search has one model size, one generator, one kind of condition and one mixup: give one, or run one "
+            "search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
-    base = make_trials(
-        replace(options, seeds=(0,)),
-        crossed([Variant("search")], generator_variants(options), mixup_variants(options)),
-    )[0]
+    base = make_trials(replace(options, seeds=(0,)), crossed([Variant("search")], *axes))[0]
     given: dict[str, Any] = {
         name: _range(name, ends) for name, ends in ranges.items() if ends is not None
     }
@@ -272,18 +257,14 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
 
 
 def standard_variants(options: StudyOptions) -> list[Variant]:
-    """Return the three configurations (or the given λ), on every generator, learning rate and mixup asked for."""
-    return crossed(lambda_variants(options), *common_axes(options))
+    """Return the three configurations (or the given λ), crossed with what else is compared."""
+    return crossed(lambda_variants(options), *other_axes(options))
 
 
-def common_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
-    """Return what every study crosses its own variants with: generators, learning rates, mixtures of teachers."""
-    return generator_variants(options), rate_variants(options), mixup_variants(options)
-
-
-def crossed(*axes: Iterable[Variant]) -> list[Variant]:
-    """Return every combination of one variant of each axis, the first axis slowest."""
-    return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
+def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return what is compared beside the losses: generators, learning rates, conditions and mixtures asked for."""
+    axes = (generator_variants(options), rate_variants(options), *condition_axes(options))
+    return *axes, mixup_variants(options)
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
@@ -315,29 +296,14 @@ def generator_variants(options: StudyOptions) -> list[Variant]:
         Variant(name, {"generator": config}, f"Generator: {name}.")
         for name, config in configs.items()
     ]
-    return _unnamed_if_single(variants)
+    return unnamed_if_single(variants)
 
 
 def rate_variants(options: StudyOptions) -> list[Variant]:
     """Return the learning rates asked for; a single one is not named."""
     rates = options.learning_rates or ()
     variants = [Variant(f"lr={rate:g}", {"learning_rate": rate}) for rate in rates]
-    return _unnamed_if_single(variants) or [Variant()]
-
-
-def mixup_variants(options: StudyOptions) -> list[Variant]:
-    """Return the shares of mixtures asked for; 0 and a single one are not named."""
-    variants = [
-        Variant(f"mixup={share:g}", {"mixup": share}, _MIXED) if share else Variant()
-        for share in options.mixup or ()
-    ]
-    return _unnamed_if_single(variants) or [Variant()]
-
-
-def _unnamed_if_single(variants: list[Variant]) -> list[Variant]:
-    if len(variants) == 1:
-        return [replace(variants[0], name="")]
-    return variants
+    return unnamed_if_single(variants) or [Variant()]
 
 
 def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[TrialSpec, ...]:
@@ -363,7 +329,7 @@ def _trial(
         )
     config = replace(_config(options, size, seed), **variant.changes)
     config = _with_term_options(config, options.term_options)
-    world = _world(options, size, config.delta_probes)
+    world = _world(options, size, config)
     if world_seed is not None:
         world = world.with_seed(world_seed)
     return TrialSpec(variant.name, config, world, variant.why)
@@ -377,7 +343,7 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
         delta_probes=options.delta_probes,
     )
     if options.smoke:
-        config = replace(config, steps=20, batch_size=4, eval_every=10, n_probes=2, n_prompts=4)
+        config = replace(config, steps=60, batch_size=8, eval_every=30, n_probes=2, n_prompts=4)
     names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
@@ -389,10 +355,17 @@ def _with_term_options(config: TrainingConfig, given: Mapping[str, Any]) -> Trai
     return replace(config, term_options={**own, **config.term_options})
 
 
-def _world(options: StudyOptions, size: str, delta_probes: str) -> WorldConfig:
+def _world(options: StudyOptions, size: str, config: TrainingConfig) -> WorldConfig:
+    """Return the world that a configuration names: its size, its probes, and what is read of its tasks."""
     own = {world.size: world for world in options.own_worlds}
     world = own[size] if own else WorldConfig(size=size)
-    world = replace(world, encoder=options.encoder, delta_probes=delta_probes)
+    world = replace(
+        world,
+        encoder=options.encoder,
+        delta_probes=config.delta_probes,
+        condition=config.condition,
+        prompt_tokens=config.prompt_tokens,
+    )
     if options.smoke:
         world = smoke_world(world)
     given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}

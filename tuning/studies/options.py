@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llgbm.generator.conditioning import CONDITIONS
 from llgbm.models.load import SIZES
 from llgbm.terms.registry import built_in_terms
 from tuning.studies.builtin import STUDIES
@@ -54,7 +55,7 @@ def _flag(group: str, text: str) -> Any:
 class StudyArguments:
     """Options that make a study. They are recorded with it, by the names of these fields."""
 
-    smoke: bool = _flag(START, "toy settings: shows that everything runs, nothing else")
+    smoke: bool = _flag(START, "small settings: a first look at everything within a minute")
     study: str | None = _option(
         START,
         f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
@@ -89,6 +90,22 @@ class StudyArguments:
         "generators by name, with options of their own where wanted: mixture,bases=32 default,pooling=attention "
         "(default: default)",
         "NAME[,OPTION=X]",
+    )
+    condition: tuple[str, ...] | None = _option(
+        COMPARED,
+        f"what a generator reads of a task, its prompts or its description in words: {', '.join(CONDITIONS)} "
+        "(default: prompts)",
+        "KIND",
+    )
+    prompt_tokens: tuple[int, ...] | None = _option(
+        COMPARED,
+        "states of the last N tokens of each prompt, where the encoder gives one vector a prompt with 0 (default: 0)",
+        "N",
+    )
+    n_prompts_min: tuple[int, ...] | None = _option(
+        COMPARED,
+        "draw the number of prompts of a training sample, from N to 16; 0 always takes 16 (default: 0)",
+        "N",
     )
     seeds: tuple[int, ...] | None = _option(COMPARED, "default: 0 1 2; of a search: 0 1", "N")
     world_seed: tuple[int, ...] | None = _option(

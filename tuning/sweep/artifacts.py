@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from llgbm.evaluation.metrics import PartResult
 from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator.conditioning import describe
 from llgbm.lora.adapters import LoraBatch, write_adapter_files
 from llgbm.system.documents import check_format
 from llgbm.system.lineage import license_of
@@ -40,8 +41,15 @@ def write_adapters(
     for row, state in zip(data.rows[part], adapters.to_state_dicts(), strict=True):
         own = folder / "adapters" / part / data.tasks[row]
         own.mkdir(parents=True)
-        prompts = world.bank.prompts(data.adapter_ids[row])["evaluation"]
-        write_adapter_files(own, state, config, bundle.lineage(prompts))
+        write_adapter_files(own, state, config, bundle.lineage(**asked_of(world, row)))
+
+
+def asked_of(world: World, row: int) -> dict[str, Any]:
+    """Return the texts that the adapter of a row of the data is generated from in evaluation."""
+    how, data = world.config.conditioning, world.data
+    prompts = world.bank.prompts(data.adapter_ids[row])["evaluation"]
+    told = describe(world.config.suite, data.tasks[row]) if how.has_description else ""
+    return {"prompts": prompts if how.has_prompts else (), "description": told}
 
 
 def write_trial_adapters(folder: Path, world: World, results: Mapping[str, PartResult]) -> None:
@@ -135,6 +143,7 @@ def bundle_facts(trial: TrialSpec, world: World) -> dict[str, Any]:
         "bank_hash": world.bank.hash,
         "encoder": world.data.encoder,
         "encoder_hash": world.data.encoder_hash,
+        **world.config.conditioning.facts,
         "base_license": license_of(world.base.folder),
         "trial_id": trial.id,
         "config": trial.name,

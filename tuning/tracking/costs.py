@@ -30,6 +30,8 @@ KIND_PARAMS = (
     "n_probes",
     "n_prompts",
 )
+# Runs that are older than these have the defaults.
+LATER_PARAMS = {"condition": TrainingConfig.condition, "prompt_tokens": "0"}
 
 
 def kind_of(config: TrainingConfig) -> Kind:
@@ -38,13 +40,19 @@ def kind_of(config: TrainingConfig) -> Kind:
     widths = (generator.hidden, generator.blocks)
     numbers = (*widths, config.batch_size, config.n_probes, config.n_prompts)
     named = (config.model_size, generator.name, *map(str, numbers))
-    return (*named, *_losses(config.weights, config.delta_probes))
+    read = (config.condition, str(config.prompt_tokens))
+    return (*named, *read, *_losses(config.weights, config.delta_probes))
 
 
 def kind_of_result(result: TrialResult) -> Kind:
     """Return the same as `kind_of`, from a run's parameters (texts)."""
     params = result.params
-    return (*map(params.get, KIND_PARAMS), *_losses(result.weights, params.get("delta_probes")))
+    read = (params.get(name, default) for name, default in LATER_PARAMS.items())
+    return (
+        *map(params.get, KIND_PARAMS),
+        *read,
+        *_losses(result.weights, params.get("delta_probes")),
+    )
 
 
 def _losses(weights: Mapping[str, float], probes: str | None) -> tuple[bool, str | None, str]:

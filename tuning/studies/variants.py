@@ -1,0 +1,86 @@
+"""Make the changes of configurations that a study compares, and cross them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from tuning.studies.terms import changes_of, why_of
+
+if TYPE_CHECKING:
+    from tuning.studies.builtin import StudyOptions
+
+WHY_CONDITION = {
+    "description": "Does a description of the task say what its prompts do?",
+    "both": "Does a description add to the prompts?",
+}
+WHY_MIXED = (
+    "Mixtures of two teachers, with prompts of both tasks, are trained on beside the teachers."
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Named change of `TrainingConfig` fields, with its reason."""
+
+    name: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+    def joined(self, other: Variant) -> Variant:
+        """Return both changes at once; where both change a field, the other's value is used."""
+        names, reasons = ((self.name, other.name), (self.why, other.why))
+        return Variant(
+            ", ".join(filter(None, names)),
+            {**self.changes, **other.changes},
+            " ".join(filter(None, reasons)),
+        )
+
+
+def of_weights(name: str, **weights: float) -> Variant:
+    """Return the variant whose loss is the sum of these terms, with the reason for it."""
+    return Variant(name, changes_of(weights), why_of(weights))
+
+
+def crossed(*axes: Iterable[Variant]) -> list[Variant]:
+    """Return every combination of one variant of each axis, the first axis slowest."""
+    return [reduce(Variant.joined, combination) for combination in itertools.product(*axes)]
+
+
+def condition_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return the kinds of condition, token states and least numbers of prompts asked for; a single one is not named."""
+    kinds = [
+        Variant(name, {"condition": name}, WHY_CONDITION.get(name, ""))
+        for name in options.conditions or ()
+    ]
+    states = [
+        Variant(_tokens_name(count), {"prompt_tokens": count})
+        for count in options.prompt_tokens or ()
+    ]
+    numbers = [
+        Variant(f"prompts≥{least}" if least else "prompts fixed", {"n_prompts_min": least})
+        for least in options.n_prompts_min or ()
+    ]
+    return tuple(unnamed_if_single(axis) or [Variant()] for axis in (kinds, states, numbers))
+
+
+def mixup_variants(options: StudyOptions) -> list[Variant]:
+    """Return the shares of mixtures asked for; 0 and a single one are not named."""
+    variants = [
+        Variant(f"mixup={share:g}", {"mixup": share}, WHY_MIXED) if share else Variant()
+        for share in options.mixup or ()
+    ]
+    return unnamed_if_single(variants) or [Variant()]
+
+
+def _tokens_name(count: int) -> str:
+    return f"tokens={count}" if count else "vectors"
+
+
+def unnamed_if_single(variants: list[Variant]) -> list[Variant]:
+    if len(variants) == 1:
+        return [replace(variants[0], name="")]
+    return variants
