@@ -29,6 +29,7 @@ from formats import (
     OLDER_CACHE,
     PROMPTS,
     STORE,
+    TOKEN_BUNDLES,
     TOPICS,
     restore_store,
     shown_numbers,
@@ -77,8 +78,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [*((OLDER_BUNDLES, name) for name in GENERATORS), (BUNDLES, "default")],
-    ids=[*GENERATORS, "format 2"],
+    [
+        *((OLDER_BUNDLES, name) for name in GENERATORS),
+        (BUNDLES, "default"),
+        (TOKEN_BUNDLES, "default"),
+    ],
+    ids=[*GENERATORS, "format 2", "format 3"],
 )
 def test_a_bundle_writes_the_adapter_that_it_wrote(folder: Path, name: str) -> None:
     bundle = GeneratorBundle.load(folder / name)
