@@ -20,7 +20,7 @@ from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from llgbm.runtime import UserError
 from llgbm.system.lineage import card, read_lineage, split_weights
-from llgbm.system.output import CARD, carded_output
+from llgbm.system.output import CARD, Output, carded_output, sample_outputs
 from llgbm.tasks.prompts import check_prompts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -51,7 +51,34 @@ def fetch_adapter(
     output = carded_output(folder)
     # A list is what every server knows; one of an older version refuses an object.
     asked = {"prompts": texts, **given} if given else texts
-    weights, config = _adapter_of(url, _ask(url, asked, timeout))
+    (found,) = _adapters_of(url, _ask(url, [asked], timeout), 1)
+    return _write(output, *found)
+
+
+def fetch_samples(
+    url: str,
+    prompts: Sequence[str],
+    folder: str | Path,
+    samples: int,
+    seed: int = 0,
+    description: str = "",
+) -> list[Path]:
+    """Let the server at `url` draw several adapters for the texts of one task; return the folders `sample_<number>`.
+
+    The same seed gives the same adapters. Raises UserError as `fetch_adapter`, and where the served generator draws
+    nothing.
+    """
+    texts = check_prompts(prompts) if prompts or not description else []
+    outputs = sample_outputs(folder, samples)
+    asked = {"prompts": texts, "seed": seed}
+    if description:
+        asked["description"] = description
+    rows = [{**asked, "sample": number} for number in range(samples)]
+    found = _adapters_of(url, _ask(url, rows, SECONDS), samples)
+    return [_write(output, *own) for output, own in zip(outputs, found, strict=True)]
+
+
+def _write(output: Output, weights: bytes, config: Mapping[str, Any]) -> Path:
     lineage = read_lineage(weights)
     with output.writing() as stage:
         (stage / WEIGHTS_FILE).write_bytes(weights)
@@ -61,9 +88,10 @@ def fetch_adapter(
     return output.path
 
 
-def _ask(url: str, asked: Any, timeout: float) -> Any:
+def _ask(url: str, rows: Sequence[Any], timeout: float) -> Any:
     check_address(url)
-    body = {"dataframe_split": {"columns": ["prompts"], "data": [[json.dumps(asked)]]}}
+    cells = [[json.dumps(row)] for row in rows]
+    body = {"dataframe_split": {"columns": ["prompts"], "data": cells}}
     silent = "no generator is served at {}: start `mlflow models serve`, or correct the address"
     answer = post_json(f"{url.rstrip('/')}/invocations", body, timeout, "the prompts", silent)
     try:
@@ -132,9 +160,20 @@ def _complaint(error: HTTPError) -> str:
     return " ".join(reason.split())[:300] or "no reason given"
 
 
-def _adapter_of(url: str, answer: Any) -> tuple[bytes, Mapping[str, Any]]:
+def _adapters_of(url: str, answer: Any, count: int) -> list[tuple[bytes, Mapping[str, Any]]]:
     try:
-        (row,) = answer["predictions"]
+        rows = list(answer["predictions"])
+    except (KeyError, TypeError):
+        rows = []
+    if len(rows) != count:
+        raise UserError(
+            f"the server at {url} answers no adapter: it serves something else than a generator"
+        )
+    return [_adapter_of(url, row) for row in rows]
+
+
+def _adapter_of(url: str, row: Any) -> tuple[bytes, Mapping[str, Any]]:
+    try:
         weights = base64.b64decode(row["adapter_safetensors_base64"], validate=True)
         config = json.loads(row["adapter_config"])
         whole = _is_safetensors(weights) and config["peft_type"] == "LORA"

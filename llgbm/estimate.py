@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llgbm.delta import encode_probes
 from llgbm.generator import make_generator
 from llgbm.generator.conditions import make_encoder
-from llgbm.generator.networks import LoraGenerator, Standardiser
+from llgbm.generator.networks import LoraGenerator, Standardiser, TrainingRows
 from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.apply import PASS_LOGITS
 from llgbm.models.cost import BaseShape
@@ -91,10 +91,12 @@ def estimate_trial(
 ) -> TrialEstimate:
     """Estimate a training on a bank of `n_teachers`, with probes of a size; `base` may be on meta.
 
+    A generator that keeps something of its training rows is counted as if all teachers were of training tasks.
     Raises UserError for a base whose blocks are not like those of Qwen2 or Llama.
     """
     shape = BaseShape.of(base, spec)
     generator = weightless_generator(config, spec, condition_width)
+    generator.prepare_training(weightless_rows(config, spec, condition_width, n_teachers))
     parameters, buffers = (
         sum(t.numel() for t in part()) for part in (generator.parameters, generator.buffers)
     )
@@ -110,7 +112,9 @@ def estimate_trial(
             "generator and optimiser": float(
                 FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)
             ),
-            "teachers": float(FLOAT32 * IN_MEMORY * n_teachers * spec.n_values),
+            "teachers": float(
+                FLOAT32 * IN_MEMORY * (1 + config.mixup) * n_teachers * spec.n_values
+            ),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
             "activations": activation_bytes(config, shape, probe.tokens),
             **logit_bytes(config, shape, probe),
@@ -127,14 +131,31 @@ def weightless_generator(
         return make_generator(config.generator, spec, condition_width, statistics, config.seed)
 
 
+def weightless_rows(
+    config: TrainingConfig, spec: LoraSpec, condition_width: int, n_teachers: int
+) -> TrainingRows:
+    """Return training rows on the meta device, each of a task of its own."""
+    count = max(2, n_teachers)
+    shape = (count, *config.condition_rows, condition_width)
+    return TrainingRows(
+        tuple(map(str, range(count))),
+        lambda: torch.empty(shape, device="meta"),
+        lambda: torch.empty(count, spec.n_values, device="meta"),
+    )
+
+
 def generator_flops(
     generator: LoraGenerator, config: TrainingConfig, condition_width: int
 ) -> float:
     """FLOPs of a step's forward and backward pass through the generator, counted by torch."""
     shape = (config.batch_size, *config.condition_rows, condition_width)
     condition = torch.zeros(shape, device="meta")
+    each = torch.zeros(config.batch_size, dtype=torch.long, device="meta")
+    tokens = torch.empty_like(generator(condition))
+    batch = {"condition": condition, "tokens": tokens, "row": each, "draw": each}
     with FlopCounterMode(display=False) as counter:
-        generator(condition).sum().backward()
+        predicted, penalties = generator.training_forward(batch)
+        sum(penalties.values(), predicted.sum()).backward()
     return float(counter.get_total_flops())
 
 

@@ -68,7 +68,7 @@ VERSIONS = {
 
 NAMED_ENCODERS = ("minilm", "base")
 EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.97, rounds=8)
-ABILITY, TOLD = "ability.json", 8
+ABILITY, TOLD = "ability.json", 16
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.
 PRACTISED_AT_LEAST = 0.05
 
@@ -172,10 +172,8 @@ class World:
         missed = []
         target = self.config.pretrain.target
         if self.ability is not None and self.ability.worst[1] < target:
-            part, share = self.ability.worst
-            missed.append(
-                f"the base, told a task of {part}, is right in {share:.2f}, below {target:g}"
-            )
+            task, share = self.ability.worst
+            missed.append(f"the base, told {task}, is right in {share:.2f}, below {target:g}")
         if below := int(self.bank.facts.get("teachers_below_target", 0)):
             target = self.config.teachers.target
             missed.append(f"{below} of {len(self.bank.adapters)} teachers stayed below {target:g}")
@@ -262,7 +260,7 @@ def _pretrain_until_good(
         say(f"base, round {number + 1}: {ability.describe()}")
         if ability.worst[1] >= config.pretrain.target:
             break
-        needs = {task: PRACTISED_AT_LEAST + ability.need(task) for task in told}
+        needs = {t: PRACTISED_AT_LEAST + 1 - share for t, share in ability.by_task.items()}
     return ability
 
 
@@ -336,6 +334,7 @@ def gather_data(
         conditioning=config.conditioning,
         sentences=sentences,
         labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
+        cache=cache,
     )
     return data.to(base.model.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llgbm.generator import GeneratorConfig, LoraGenerator
 from llgbm.generator.bundle import load_generator, save_generator
-from llgbm.generator.networks import Standardiser
+from llgbm.generator.networks import Standardiser, TrainingRows
 from llgbm.lora import LoraSpec
 from llgbm.lora.shapes import LinearShape
 
@@ -42,8 +43,28 @@ def random_conditions(n_adapters: int = 3, n_prompts: int = 4, seed: int = 0) ->
     return torch.randn(n_adapters, n_prompts, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+def random_rows(spec: LoraSpec, n_rows: int = 5) -> TrainingRows:
+    """Training rows of random numbers, the last two of one task."""
+    noise = torch.Generator().manual_seed(8)
+    values_BV = torch.randn(n_rows, spec.n_values, generator=noise)
+    tasks = tuple(f"task {min(row, n_rows - 2)}" for row in range(n_rows))
+    condition_BNC = random_conditions(n_rows, 6, seed=9)
+    return TrainingRows(tasks, lambda: condition_BNC, lambda: values_BV)
+
+
+def training_batch(generator: LoraGenerator, rows: TrainingRows) -> dict[str, Tensor]:
+    """Batch of all training rows, with what generators read of one."""
+    each = torch.arange(len(rows.tasks))
+    tokens = generator.standardiser.encode(rows.read_teachers())
+    condition = rows.read_conditions()
+    return {"condition": condition, "tokens": tokens, "row": each, "draw": each + 100}
+
+
 class GeneratorContract:
-    """The subclass gives the fixture `config`; generators of it are made with `self.make`."""
+    """The subclass gives the fixture `config`; generators of it are made with `self.make`.
+
+    Where a generator keeps something of the training rows, `make` prepares it with `random_rows`.
+    """
 
     def make(
         self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0
@@ -153,9 +174,11 @@ class GeneratorContract:
         assert (condition.grad.norm(dim=-1) > 0).all()
 
     def test_every_parameter_gets_a_gradient(self, config: GeneratorConfig) -> None:
-        generator = self.make(config)
-        values = generator.to_lora(generator(random_conditions())).flatten(make_spec())
-        (values * torch.randn_like(values)).sum().backward()
+        generator, rows = self.make(config), random_rows(make_spec())
+        tokens, penalties = generator.training_forward(training_batch(generator, rows))
+        assert penalties.keys() == generator.penalties.keys()
+        values = generator.to_lora(tokens).flatten(make_spec())
+        (values * torch.randn_like(values)).sum().add(sum(penalties.values())).backward()
         dead = [
             n
             for n, p in generator.named_parameters()
@@ -165,6 +188,16 @@ class GeneratorContract:
         assert all(
             torch.isfinite(p.grad).all() for p in generator.parameters() if p.grad is not None
         )
+
+    def test_a_training_batch_gives_the_same_twice_and_leaves_the_global_stream_alone(
+        self, config: GeneratorConfig
+    ) -> None:
+        """Without dropout: a resumed training must see what an unbroken one sees."""
+        generator, rows = self.make(replace(config, dropout=0.0)), random_rows(make_spec())
+        batch, before = training_batch(generator, rows), torch.get_rng_state()
+        (first, own), (again, twice) = (generator.training_forward(batch) for _ in range(2))
+        assert torch.equal(first, again) and own == twice
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_learns_one_adapter_for_each_condition(self, config: GeneratorConfig) -> None:
         generator, condition = self.make(config), random_conditions(2)
@@ -177,6 +210,8 @@ class GeneratorContract:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        learned = generator.eval()(condition)  # without the noise of dropout
+        loss = (learned - wanted)[real].square().mean()
         assert loss.item() < 0.02 * wanted[real].square().mean().item()
 
     def test_survives_a_round_trip_through_the_disk(

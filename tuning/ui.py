@@ -48,7 +48,7 @@ VIEW_TAG = "mlflow.sharedViewState."
 METRICS = (MAIN, "heldout/delta_cosine", CHOOSING, "train/accuracy")
 PARAMS = ("lambda_weight", "lambda_delta", "seed", "model_size")
 AXES = PARAMS[:3]
-CURVES = ("val/accuracy", "val/delta_cosine", "loss/total")
+CURVES = ("val/accuracy", "val/delta_cosine", "val/accuracy_shuffled_prompts", "loss/total")
 MADE_BY_HAND = {"deleted": False, "isGenerated": False}
 PARALLEL = {
     "uuid": "llgbm-parallel",

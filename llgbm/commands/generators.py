@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError, say, uncollected
-from llgbm.system.output import carded_output, named_path
+from llgbm.system.output import carded_output, named_path, sample_outputs
 from llgbm.tasks.prompts import read_prompts
 
 PROMPTS_HELP = "prompts, one a line, with blank lines between them, or in JSON; the content tells"
@@ -48,7 +49,36 @@ def _add_generate(commands: Any) -> None:
     make.add_argument(
         "--tracking-uri", metavar="URI", help="an MLflow server (default: ./mlruns/mlflow.db)"
     )
+    _add_samples(make)
     make.set_defaults(do=generate)
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="K",
+        help="draw K adapters into OUT/sample_0, OUT/sample_1 ...; of generators that can, such as latent",
+    )
+    parser.add_argument("--seed", type=int, help="of --samples (default: 0)")
+
+
+def _samples_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return number and seed of the adapters to draw, nothing for one that is not drawn; check where they go.
+
+    Raises UserError for a seed without samples, for subsets with them, and as `sample_outputs`.
+    """
+    if arguments.samples is None:
+        if arguments.seed is not None:
+            raise UserError("--seed is of --samples: give both, or neither")
+        carded_output(arguments.out)
+        return {}
+    if arguments.subsets is not None:
+        raise UserError("--subsets averages adapters and --samples draws several: give one of them")
+    if (arguments.seed or 0) < 0:
+        raise UserError(f"--seed is {arguments.seed}; it must be at least 0")
+    sample_outputs(arguments.out, arguments.samples)
+    return {"samples": arguments.samples, "seed": arguments.seed or 0}
 
 
 def _add_asked(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +121,7 @@ def _add_fetch(commands: Any) -> None:
     ask.add_argument("--prompts", type=named_path, help=f"with --url: {PROMPTS_HELP}")
     _add_asked(ask)
     ask.add_argument("--out", required=True, type=named_path, help="the folder that is written")
+    _add_samples(ask)
     ask.set_defaults(do=fetch)
 
 
@@ -125,26 +156,27 @@ def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.hub:
         from llgbm.commands.hub import fetch_from_hub
 
-        given = (name for name in ("prompts", "subsets", "description") if getattr(arguments, name))
-        if name := next(given, None):
+        of_url = ("prompts", "subsets", "description", "samples", "seed")
+        if name := next((own for own in of_url if getattr(arguments, own) is not None), None):
             raise UserError(f"--{name} goes with --url: what is on the hub is made already")
         return fetch_from_hub(arguments.hub, arguments.out)
-    from llgbm.client import fetch_adapter
+    from llgbm.client import fetch_adapter, fetch_samples
 
     if not arguments.prompts and not arguments.description:
         raise UserError("--url needs --prompts: the server generates an adapter from them")
-    asked = read_asked(arguments)
-    fetch_adapter(arguments.url, folder=arguments.out, **asked)
-    return {
-        "adapter": str(arguments.out),
-        "server": arguments.url,
-        "prompts": len(asked["prompts"]),
-    }
+    drawn, asked = _samples_of(arguments), read_asked(arguments)
+    told = {"server": arguments.url, "prompts": len(asked["prompts"])}
+    if not drawn:
+        fetch_adapter(arguments.url, folder=arguments.out, **asked)
+        return {"adapter": str(arguments.out), **told}
+    del asked["subsets"]
+    folders = fetch_samples(arguments.url, folder=arguments.out, **drawn, **asked)
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn["seed"], **told}
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write an adapter; return its folder, its base and the number of prompts."""
-    carded_output(arguments.out)
+    """Write an adapter, or several samples; return their folders, their base and the number of prompts."""
+    drawn = _samples_of(arguments)
     if arguments.dtype not in ADAPTER_DTYPES:
         raise UserError(
             f"unknown dtype {arguments.dtype!r}; there are: {', '.join(ADAPTER_DTYPES)}"
@@ -152,11 +184,23 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = read_asked(arguments)
     with uncollected():
         bundle = open_bundle(arguments.model, arguments.tracking_uri)
-        bundle.save_adapter(folder=arguments.out, dtype=arguments.dtype, **asked)
+        written = write_asked(bundle, arguments.out, arguments.dtype, asked, drawn)
     base, count = bundle.facts["base_path"], len(asked["prompts"])
     read = f"{count} prompts" if count else "a description"
     say(f"wrote {arguments.out} from {read}; its base is {base}")
-    return {"adapter": str(arguments.out), "base": base, "prompts": count}
+    return {**written, "base": base, "prompts": count}
+
+
+def write_asked(
+    bundle: GeneratorBundle, out: Path, dtype: str, asked: dict[str, Any], drawn: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the adapter that is asked for, or those to draw; return where they are."""
+    if not drawn:
+        bundle.save_adapter(folder=out, dtype=dtype, **asked)
+        return {"adapter": str(out)}
+    texts = {name: asked[name] for name in ("prompts", "description")}
+    folders = bundle.save_samples(folder=out, dtype=dtype, **texts, **drawn)
+    return {"adapters": [str(folder) for folder in folders], "seed": drawn["seed"]}
 
 
 def open_bundle(address: str, tracking_uri: str | None) -> GeneratorBundle:

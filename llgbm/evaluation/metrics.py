@@ -46,6 +46,23 @@ def evaluate_generator(
     rows = list(data.rows[part])
     adapters = generate_in_chunks(generator, data.conditions.evaluation_ANC, rows)
     result = evaluate_adapters(adapters, data, lora_model, rows)
+    controls = {
+        **control_accuracies(generator, data, lora_model, rows),
+        "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
+        .mean()
+        .item(),
+        "diversity": diversity(adapters),
+    }
+    return replace(result, metrics={**result.metrics, **controls})
+
+
+def control_accuracies(
+    generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, rows: list[int]
+) -> dict[str, float]:
+    """Accuracy on the tasks at `rows` of adapters from the prompts of another task, and from nonsense.
+
+    Both are near 0 unless the generator reads too little of its prompts.
+    """
     others = dict(zip(rows, other_task(data, rows), strict=True))
 
     def accuracy_from(prompts_of: Callable[[list[int]], Tensor]) -> float:
@@ -62,15 +79,10 @@ def evaluate_generator(
         same = data.conditions.nonsense_NC
         return same.expand(len(own), *same.shape)
 
-    controls = {
+    return {
         "accuracy_shuffled_prompts": accuracy_from(of_another_task),
         "accuracy_nonsense_prompts": accuracy_from(nonsense),
-        "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
-        .mean()
-        .item(),
-        "diversity": diversity(adapters),
     }
-    return replace(result, metrics={**result.metrics, **controls})
 
 
 def generate_in_chunks(
@@ -199,9 +211,10 @@ def diversity(adapters: LoraBatch) -> float:
 def evaluate(
     generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> dict[str, float]:
-    """Metrics for model selection, from the evaluation prompts of a part's tasks.
+    """Metrics during training, from the evaluation prompts of a part's tasks.
 
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
+    Beside them the controls of `control_accuracies` show early if a generator collapses to one adapter for all tasks.
     """
     rows = list(data.rows[part])
     accuracies, deltas = [], []
@@ -211,9 +224,11 @@ def evaluate(
         deltas.append(mean_delta(lora_model, batch, data.shared_deltas, own))
     teacher_AD = teacher_means(data.shared_deltas, rows)
     cosine_A = cosine_similarity(torch.cat(deltas), teacher_AD, dim=-1)
+    controls = control_accuracies(generator, data, lora_model, rows)
     return {
         f"{part}/accuracy": torch.cat(accuracies).mean().item(),
         f"{part}/delta_cosine": cosine_A.mean().item(),
+        **{f"{part}/{name}": value for name, value in controls.items()},
     }
 
 

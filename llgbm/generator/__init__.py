@@ -10,13 +10,16 @@ import torch
 
 from llgbm.generator.heads import ModuleHeadsGenerator
 from llgbm.generator.hyperconv import HyperConvGenerator, HyperConvTokensGenerator
+from llgbm.generator.latent import LatentConfig, LatentGenerator
 from llgbm.generator.mixture import MixtureConfig, MixtureGenerator
 from llgbm.generator.networks import (
     GeneratorConfig,
     LoraGenerator,
     ModuleCodeGenerator,
     Standardiser,
+    TrainingRows,
 )
+from llgbm.generator.retrieval import RetrievalConfig, RetrievalGenerator
 from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError, stream_seed
 from llgbm.system import plugins
@@ -27,10 +30,13 @@ GENERATORS: dict[str, Maker] = {
     "default": ModuleCodeGenerator,
     "heads": ModuleHeadsGenerator,
     "hyperconv": HyperConvGenerator,
+    "latent": LatentGenerator,
     "mixture": MixtureGenerator,
+    "retrieval": RetrievalGenerator,
 }
 # Those that read states of tokens, and nothing else.
 OF_TOKENS: dict[str, Maker] = {"hyperconv_tokens": HyperConvTokensGenerator}
+SWITCH = {"true": True, "false": False}
 
 
 def make_generator(
@@ -79,6 +85,10 @@ def generator_config(name: str = "default", **options: Any) -> GeneratorConfig:
 def _read(key: str, value: Any, default: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if isinstance(default, bool):
+        if value not in SWITCH:
+            raise UserError(f"{key} is {value!r}; it must be true or false")
+        return SWITCH[value]
     try:
         return type(default)(value)
     except ValueError as error:
@@ -116,11 +126,16 @@ __all__ = [
     "GeneratorConfig",
     "HyperConvGenerator",
     "HyperConvTokensGenerator",
+    "LatentConfig",
+    "LatentGenerator",
     "LoraGenerator",
     "MixtureConfig",
     "MixtureGenerator",
     "ModuleCodeGenerator",
     "ModuleHeadsGenerator",
+    "RetrievalConfig",
+    "RetrievalGenerator",
+    "TrainingRows",
     "find_generator",
     "generator_code",
     "generator_config",

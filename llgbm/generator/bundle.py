@@ -36,7 +36,7 @@ from llgbm.system.lineage import (
     portable_base,
     portable_name,
 )
-from llgbm.system.output import CARD, carded_output
+from llgbm.system.output import CARD, Output, carded_output, sample_outputs
 from llgbm.system.plugins import ENCODERS, load_plugin
 
 # Format of `generator.json`. Version 1 did not say which it was. 3 is of conditions that are no vectors of prompts: a
@@ -123,6 +123,19 @@ class GeneratorBundle:
             batch = mean_adapter(batch, self.generator.spec)
         return batch.to_state_dicts()[0]
 
+    def sample(
+        self, prompts: Sequence[str], seed: int, numbers: Sequence[int], description: str = ""
+    ) -> list[dict[str, Tensor]]:
+        """Draw adapters as PEFT state dicts, one for each number; a number and a seed always give the same adapter.
+
+        Raises UserError as `Asked.of`, for a negative seed or number, and for a generator that draws nothing.
+        """
+        if seed < 0 or not numbers or min(numbers) < 0:
+            raise UserError("to draw adapters takes a seed of at least 0, and at least one sample")
+        asked = Asked.of(self.conditioning, prompts, 0, description)
+        (condition_NC,) = asked.condition(self.encoder, self.conditioning)
+        return self.generator.sample(condition_NC, seed, numbers).to_state_dicts()
+
     def adapter_config(self) -> dict[str, Any]:
         """Content of `adapter_config.json` for its adapters."""
         return adapter_config(self.generator.spec, portable_base(self.facts["base_path"]))
@@ -160,6 +173,14 @@ class GeneratorBundle:
         asked = (prompts, subsets, description)
         return pack_weights(self.generate(*asked), self.adapter_config(), self.lineage(*asked))[0]
 
+    def pack_sample(
+        self, prompts: Sequence[str], seed: int, number: int, description: str = ""
+    ) -> bytes:
+        """Draw one adapter as the content of its weights file. Raises UserError as `sample`."""
+        (state,) = self.sample(prompts, seed, [number], description)
+        lineage = of_sample(self.lineage(prompts, 0, description), seed, number)
+        return pack_weights(state, self.adapter_config(), lineage)[0]
+
     def save_adapter(
         self,
         prompts: Sequence[str],
@@ -174,16 +195,41 @@ class GeneratorBundle:
         `llgbm.lora.save_adapter`.
         """
         output, asked = carded_output(folder), (prompts, subsets, description)
+        self._write(output, self.generate(*asked), self.lineage(*asked), dtype)
+
+    def save_samples(
+        self,
+        prompts: Sequence[str],
+        folder: str | Path,
+        samples: int,
+        seed: int = 0,
+        dtype: str = "float32",
+        description: str = "",
+    ) -> list[Path]:
+        """Draw adapters for these texts and write each as a PEFT folder `sample_<number>`; return the folders.
+
+        Raises UserError as `sample`, and before anything else as `sample_outputs`.
+        """
+        outputs = sample_outputs(folder, samples)
+        states = self.sample(prompts, seed, range(samples), description)
+        lineage = self.lineage(prompts, 0, description)
+        for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
+            self._write(output, state, of_sample(lineage, seed, number), dtype)
+        return [output.path for output in outputs]
+
+    def _write(
+        self, output: Output, state: Mapping[str, Tensor], lineage: dict[str, Any], dtype: str
+    ) -> None:
         kind = getattr(torch, dtype)
-        state = {key: value.to(kind) for key, value in self.generate(*asked).items()}
+        state = {key: value.to(kind) for key, value in state.items()}
+        with_card = CARD in output.patterns
         with output.writing() as stage:
-            write_adapter_files(
-                stage,
-                state,
-                self.adapter_config(),
-                self.lineage(*asked),
-                CARD in output.patterns,
-            )
+            write_adapter_files(stage, state, self.adapter_config(), lineage, with_card)
+
+
+def of_sample(lineage: Mapping[str, Any], seed: int, number: int) -> dict[str, Any]:
+    """Return a lineage that says which of several samples an adapter is."""
+    return {**lineage, "made_by": f"{lineage['made_by']}, sample {number} of seed {seed}"}
 
 
 def conditioning_of(facts: Mapping[str, Any]) -> Conditioning:

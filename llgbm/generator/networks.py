@@ -6,7 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
@@ -57,6 +57,25 @@ class TokenMap(Protocol):
     def decode(self, tokens: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows that a generator is trained on: the task of each, their conditions [B, N, ...] and their teachers [B, V].
+
+    Conditions and teachers are read when they are asked for, since a bank may lie on the disk.
+    """
+
+    tasks: tuple[str, ...]
+    read_conditions: Callable[[], Tensor]
+    read_teachers: Callable[[], Tensor]
+
+    @property
+    def task_B(self) -> Tensor:
+        """Number of each row's task; rows of one task have one number."""
+        numbers = {task: number for number, task in enumerate(dict.fromkeys(self.tasks))}
+        found = [numbers[task] for task in self.tasks]
+        return torch.tensor(found)
+
+
 class LoraGenerator(nn.Module, ABC):
     """Network from N prompt embeddings of a task to the tokens of its whole adapter.
 
@@ -90,6 +109,25 @@ class LoraGenerator(nn.Module, ABC):
         """Tokens [A, ...] for prompt embeddings [A, N, C]."""
 
     @property
+    def penalties(self) -> Mapping[str, float]:
+        """Weights by name of the generator's own parts of the loss, which `training_forward` computes."""
+        return {}
+
+    def prepare_training(self, rows: TrainingRows) -> None:
+        """Take what the generator keeps of the training rows, before its optimiser is made; also on the meta device.
+
+        It may set the statistics anew: the teachers' tokens are encoded afterwards. What it keeps must be in the state
+        dict, from which a bundle is read without this call.
+        """
+
+    def training_forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens for a batch of `create_dataloader`, and by name a scalar for each of `penalties`, a mean over rows.
+
+        Whatever is random should follow from `batch["draw"]`, a number that no two samples share.
+        """
+        return self(batch["condition"]), {}
+
+    @property
     def statistics(self) -> Standardiser:
         """Mean and scale of every value of the training adapters."""
         return Standardiser(self.mean_V, self.scale_V)
@@ -111,11 +149,26 @@ class LoraGenerator(nn.Module, ABC):
 
         Raises ValueError for another width, no prompt, NaN or infinite values.
         """
+        return self.write_adapters(condition_ANC, self)
+
+    def sample(self, condition_NC: Tensor, seed: int, numbers: Sequence[int]) -> LoraBatch:
+        """Draw one adapter for each number from the same prompt embeddings; a number and a seed tell an adapter.
+
+        Raises UserError for a generator that draws nothing, ValueError as `generate`.
+        """
+        raise UserError(
+            "this generator writes one adapter for a set of prompts: to draw several, train the generator `latent`"
+        )
+
+    def write_adapters(
+        self, condition_ANC: Tensor, predict: Callable[[Tensor], Tensor]
+    ) -> LoraBatch:
+        """Adapters of the tokens that `predict` gives for prompt embeddings. Raises ValueError as `generate`."""
         check_condition(condition_ANC, self.condition_width)
         was_training = self.training
         self.eval()
         with torch.no_grad():
-            batch = self.to_lora(self(condition_ANC))
+            batch = self.to_lora(predict(condition_ANC))
         self.train(was_training)
         return batch
 
@@ -182,10 +235,13 @@ class ModuleCodeGenerator(TrunkGenerator):
         )
 
     def forward(self, condition_ANC: Tensor) -> Tensor:
-        state_AH = self.read(condition_ANC)
+        return self.write(self.read(condition_ANC))
+
+    def write(self, state_AH: Tensor) -> Tensor:
+        """Tokens [A, V] for states of the trunk."""
         codes_AMH = self.outlet(state_AH[:, None] * (1 + self.gain_MH) + self.shift_MH)
         written: dict[int, Tensor] = {}
-        kinds = self._rows_of_kinds()
+        kinds = rows_of_kinds(self.spec)
         # Sorted by kind in one step: indexing kind by kind costs a pass over all codes each, backward.
         order = torch.tensor([row for rows in kinds.values() for row in rows])
         codes = codes_AMH.index_select(1, order.to(codes_AMH.device))
@@ -194,13 +250,6 @@ class ModuleCodeGenerator(TrunkGenerator):
             tokens = self.heads[kind](own).unbind(1)  # one product for all modules of a kind
             written.update(zip(rows, tokens, strict=True))
         return torch.cat([written[row] for row in range(len(self.spec.modules))], dim=1)
-
-    def _rows_of_kinds(self) -> dict[str, list[int]]:
-        """Indices in the specification of the modules of each kind."""
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(_head_names(self.spec)):
-            rows.setdefault(name, []).append(row)
-        return rows
 
 
 class ResidualBlock(nn.Module):
@@ -224,6 +273,14 @@ def _head_names(spec: LoraSpec) -> list[str]:
         widths.setdefault(module.kind, set()).add((module.n_in, module.n_out))
     several = {kind for kind, found in widths.items() if len(found) > 1}
     return [f"{m.kind}_{m.n_in}_{m.n_out}" if m.kind in several else m.kind for m in spec.modules]
+
+
+def rows_of_kinds(spec: LoraSpec) -> dict[str, list[int]]:
+    """Indices in the specification of the modules of each kind, which are those of one head."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(_head_names(spec)):
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
 def make_head(hidden: int, rank: int, shape: LinearShape) -> nn.Linear:

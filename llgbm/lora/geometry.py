@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llgbm.lora.adapters import LoraBatch
 from llgbm.losses import EPSILON
@@ -67,3 +68,24 @@ def _inner(left: LoraBatch, right: LoraBatch, name: str) -> Tensor:
     bb = left.b[name].float().transpose(1, 2) @ right.b[name].float()
     aa = left.a[name].float() @ right.a[name].float().transpose(1, 2)
     return (bb * aa).sum((-2, -1))
+
+
+def fix_gauge(batch: LoraBatch) -> LoraBatch:
+    """Return the adapters with the A and B that their updates ΔW = B A determine: B = U √S, A = √S Vᵀ of its SVD.
+
+    Each column of U has its largest value positive. Singular values that are equal leave a choice. A rank above a
+    module's width leaves zeros. No ΔW is formed. float32.
+    """
+    a, b = {}, {}
+    for name in batch.a:
+        left_AOR, inner_b = torch.linalg.qr(batch.b[name].float())
+        right_AIR, inner_a = torch.linalg.qr(batch.a[name].float().mT)
+        u, s_AR, vt = torch.linalg.svd(inner_b @ inner_a.mT, full_matrices=False)
+        root_AR = s_AR.sqrt()
+        b_AOR = left_AOR @ u
+        largest_A1R = b_AOR.abs().argmax(1, keepdim=True)
+        signs_A1R = b_AOR.gather(1, largest_A1R).sign()
+        spare = batch.a[name].shape[1] - s_AR.shape[1]
+        b[name] = pad(b_AOR * signs_A1R * root_AR[:, None], (0, spare))
+        a[name] = pad(signs_A1R.mT * root_AR[..., None] * (vt @ right_AIR.mT), (0, 0, 0, spare))
+    return LoraBatch(a, b)

@@ -6,7 +6,6 @@ letters: see `llgbm`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,27 +27,22 @@ AT_ONCE = 512
 class Ability:
     """Shares from 0 to 1 of what a base can do once it is told to.
 
-    `right` is the mean over tasks of the probability of the right answer. `by_part` is the same for the tasks of each
-    part of their names (an operation, a format).
+    `by_task` is the mean probability of the right answer to examples of each task, `right` its mean over tasks.
     """
 
     right: float
-    by_part: Mapping[str, float]
+    by_task: Mapping[str, float]
 
     @property
     def worst(self) -> tuple[str, float]:
-        """Return the part that the base does least, with its share."""
-        name = min(self.by_part, key=self.by_part.__getitem__)
-        return name, self.by_part[name]
-
-    def need(self, task: str) -> float:
-        """Return how much a task is still to be practised: 1 less the product of the shares of its parts."""
-        return 1 - math.prod(self.by_part[part] for part in task.split("-"))
+        """Task with the least share, and that share."""
+        task = min(self.by_task, key=self.by_task.__getitem__)
+        return task, self.by_task[task]
 
     def describe(self) -> str:
         """Return one clause for people."""
-        part, share = self.worst
-        return f"told its task, it is right in {self.right:.2f}, least in {part}, {share:.2f}"
+        task, share = self.worst
+        return f"told its task, it is right in {self.right:.2f}, least in {task}, {share:.2f}"
 
 
 def measure_ability(
@@ -62,11 +56,8 @@ def measure_ability(
             for i in range(0, len(pairs), AT_ONCE)
         ]
     probabilities = iter(torch.cat(pieces).neg().exp().tolist())
-    every, shares = list[float](), dict[str, list[float]]()
-    for task, examples in told.items():
-        share = sum(next(probabilities) for _ in examples) / len(examples)
-        every.append(share)
-        for part in task.split("-"):
-            shares.setdefault(part, []).append(share)
-    by_part = {part: sum(own) / len(own) for part, own in shares.items()}
-    return Ability(sum(every) / len(every), by_part)
+    by_task = {
+        task: sum(next(probabilities) for _ in examples) / len(examples)
+        for task, examples in told.items()
+    }
+    return Ability(sum(by_task.values()) / len(by_task), by_task)

@@ -34,7 +34,7 @@ class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
     For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    with a part below `target` (`Ability.worst`) goes on at half the rates for `more_steps`, in up to `rounds` rounds.
+    with a task below `target` (`Ability.worst`) goes on at half the rates for `more_steps`, in up to `rounds` rounds.
     Matrices are stepped by Muon at `learning_rate`, embeddings and vectors by AdamW at `vector_rate`.
     """
 
@@ -45,7 +45,7 @@ class PretrainConfig:
     bare_fraction: float = 0.4
     seed: int = 0
     target: float = 0.85
-    rounds: int = 5
+    rounds: int = 8
     more_steps: int = 200
 
     def __post_init__(self) -> None:

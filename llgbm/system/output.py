@@ -24,9 +24,11 @@ __all__ = [
     "flush_tree",
     "make_folders",
     "named_path",
+    "sample_outputs",
 ]
 
 CARD = "README.md"
+MOST_SAMPLES = 1000
 
 
 class Output(output.Output):
@@ -46,6 +48,22 @@ def carded_output(path: str | Path, patterns: Sequence[str] = ADAPTER_PATTERNS) 
         say(f"{output.path} has a {CARD} of its own, which stays: no card is written")
         return output
     return Output(path, (CARD, *patterns))
+
+
+def sample_outputs(folder: str | Path, samples: int) -> list[Output]:
+    """Check the folders `sample_<number>` in a folder for as many adapters.
+
+    Raises UserError for less than one, as `carded_output`, and for samples there that this call would not replace.
+    """
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise UserError(f"{samples} samples asked for; it must be from 1 to {MOST_SAMPLES}")
+    names = [f"sample_{number}" for number in range(samples)]
+    outputs = [carded_output(Path(folder) / name) for name in names]
+    above = outputs[0].folder.parent
+    others = sorted(p.name for p in above.glob("sample_*") if p.name not in names)
+    if others:
+        raise UserError(f"{folder} holds {others[0]!r} of an earlier call: name another folder")
+    return outputs
 
 
 def disk_errors(folder: Path) -> AbstractContextManager[None]:

@@ -24,17 +24,20 @@ from llgbm.dataset import (
 from llgbm.evaluation.metrics import evaluate
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import make_generator
-from llgbm.generator.networks import LoraGenerator, Standardiser
+from llgbm.generator.networks import LoraGenerator, Standardiser, TrainingRows
 from llgbm.runtime import UserError, progress, seed_everything
 from llgbm.system.accumulation import make_accelerator, weighted_pieces
 from llgbm.terms.step import Step, TermData
 from llgbm.training.config import TrainingConfig
+from llgbm.training.mixup import with_mixtures
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = (
     2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
+# Begins the names of a generator's own parts of the loss, which are reported as `generator/<name>`.
+OWN_PART = "generator_"
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -92,6 +95,12 @@ def teacher_tokens(
     return TeacherTokens(data, rows, generator.standardiser)
 
 
+def training_rows(data: ExperimentData, rows: list[int]) -> TrainingRows:
+    """Return what a generator may keep of the training rows; nothing is read before it asks."""
+    tasks = tuple(data.tasks[row] for row in rows)
+    return TrainingRows(tasks, lambda: data.conditions.train_ANC[rows], lambda: data.teachers(rows))
+
+
 def _check_data(config: TrainingConfig, data: ExperimentData) -> None:
     """Raise UserError for data of another size, other probes or other conditions than the configuration names."""
     for name in ("size", "delta_probes", "conditioning"):
@@ -124,23 +133,27 @@ class Trial:
         generator = make_generator(
             config.generator, lora_model.spec, width, standardiser, config.seed
         )
+        generator.check_reads(config.prompt_tokens, padded=config.n_prompts_min > 0)
+        # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
+        self.generator = generator.to(self.accelerator.device)
+        generator.prepare_training(training_rows(data, rows))
         optimizer = torch.optim.AdamW(
             generator.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
-        generator.check_reads(config.prompt_tokens, padded=config.n_prompts_min > 0)
-        self.generator = generator.to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        tokens = teacher_tokens(data, rows, generator)
-        self.loss = config.objective.prepare(TermData(data, rows, tokens, lora_model, generator))
+        # Standardised and evaluated as without mixtures.
+        taught = with_mixtures(data, lora_model, config.mixup, config.seed)
+        rows = list(taught.rows["train"])
+        tokens = teacher_tokens(taught, rows, generator)
+        self.loss = config.objective.prepare(TermData(taught, rows, tokens, lora_model, generator))
         self.dataset = DeltaAugmentedDataset(
-            data.conditions.train_ANC[rows],
+            taught.conditions.train_ANC[rows],
             tokens,
-            data.loss_deltas.select(rows),
+            taught.loss_deltas.select(rows),
             config.prompts_drawn,
             config.n_probes,
             config.seed,
@@ -193,21 +206,30 @@ class Trial:
         """Return the loss of a batch, or of a piece of one with the factors of its terms."""
         if factors is None:
             return terms["loss"]
-        return self.loss.total(
+        return self._total(
             {name: factors[name] * value for name, value in terms.items() if name != "loss"}
         )
 
+    def _total(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum weight x value of the loss terms and of the generator's own parts."""
+        total = self.loss.total(values)
+        for name, weight in self.generator.penalties.items():
+            total = total + weight * values[OWN_PART + name]
+        return total
+
     def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Count the values that each term averages over in a batch."""
-        return {f"loss_{term.name}": term.count(batch) for term in self.loss.terms}
+        counts = {f"loss_{term.name}": term.count(batch) for term in self.loss.terms}
+        own = (OWN_PART + name for name in self.generator.penalties)
+        return {**counts, **dict.fromkeys(own, len(batch["tokens"]))}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute `loss` and its terms of a batch; terms without a weight are skipped.
+        """Compute `loss`, its terms and the generator's own parts of a batch; terms without a weight are skipped.
 
         Only the generator's own pass is of mixed precision: the base reads its adapters as it read the teachers'.
         """
         with self.accelerator.autocast():
-            tokens = self.generator(batch["condition"])
+            tokens, penalties = self.generator.training_forward(batch)
         step = Step(
             batch,
             tokens.float(),
@@ -218,7 +240,9 @@ class Trial:
             self.loss.prepared,
             self.loss.modules,
         )
-        return self.loss(step)
+        values = self.loss(step)
+        own = {OWN_PART + name: value.float() for name, value in penalties.items()}
+        return {**values, **own, "loss": self._total({**values, **own})} if own else values
 
     def batches(self) -> Any:
         """Return a loader from the present step to the last."""

@@ -36,15 +36,9 @@ def test_right_is_the_mean_over_tasks_of_the_probability_of_the_answer(tiny_base
     one, other, shout, last = (probability(tiny_base, e) for own in TOLD.values() for e in own)
     first = (one + other) / 2
     assert found.right == pytest.approx((first + shout + last) / 3, rel=1e-4)
-    parts = {"first": first, "last": (shout + last) / 2, "plain": (first + last) / 2}
-    assert found.by_part == pytest.approx({**parts, "shout": shout}, rel=1e-4)
+    tasks = {"first-plain": first, "last-shout": shout, "last-plain": last}
+    assert found.by_task == pytest.approx(tasks, rel=1e-4)
 
 
-def test_a_task_needs_practice_by_what_its_parts_lack() -> None:
-    ability = Ability(0.5, {"copy": 0.5, "shout": 0.4, "plain": 1.0})
-    assert ability.need("copy-shout") == pytest.approx(0.8)
-    assert ability.need("copy-plain") == pytest.approx(0.5)
-
-
-def test_the_worst_part_is_named() -> None:
-    assert Ability(0.4, {"copy": 0.4, "shout": 0.1, "plain": 0.9}).worst == ("shout", 0.1)
+def test_the_worst_task_is_named() -> None:
+    assert Ability(0.4, {"copy-plain": 0.4, "first-shout": 0.1}).worst == ("first-shout", 0.1)

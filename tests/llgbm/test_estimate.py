@@ -19,8 +19,10 @@ from llgbm.estimate import (
     TrialEstimate,
     WorldSketch,
     estimate_trial,
+    generator_flops,
     human,
     weightless_generator,
+    weightless_rows,
 )
 from llgbm.generator import GENERATORS
 from llgbm.lora import LoraBatch, LoraSpec
@@ -78,8 +80,21 @@ def test_every_generator_can_be_estimated(world: World, config: TrainingConfig, 
     settings = replace(config, generator=replace(config.generator, name=name))
     trial, batch, estimate = one_step(world, settings)
     assert estimate.generator_parameters == sum(p.numel() for p in trial.generator.parameters())
+    buffers = sum(b.numel() for b in trial.generator.buffers())
+    tables = 4 * (6 * estimate.generator_parameters + 2 * buffers)
+    assert estimate.memory["generator and optimiser"] == tables
     generator = weightless_generator(settings, world.bank.spec, batch["condition"].shape[-1])
     assert all(p.is_meta for p in generator.parameters())
+    trial.generator.train()
+    with FlopCounterMode(display=False) as counter:
+        tokens, penalties = trial.generator.training_forward(batch)
+        sum(penalties.values(), tokens.sum()).backward()
+    wanted = counter.get_total_flops()
+    width = batch["condition"].shape[-1]
+    generator.prepare_training(
+        weightless_rows(settings, world.bank.spec, width, len(world.data.rows["train"]))
+    )
+    assert generator_flops(generator, settings, width) == pytest.approx(wanted, rel=0.02)
 
 
 def test_what_a_step_holds_is_what_was_estimated(world: World, config: TrainingConfig) -> None:

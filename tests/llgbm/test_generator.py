@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import WIDTH, GeneratorContract, make_spec, random_statistics
+from contracts import WIDTH, GeneratorContract, make_spec, random_rows, random_statistics
 from helpers import SHARED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,9 @@ class TestGenerators(GeneratorContract):
         self, config: GeneratorConfig, spec: LoraSpec | None = None, seed: int = 0
     ) -> LoraGenerator:
         spec = spec or make_spec()
-        return make_generator(config, spec, WIDTH, random_statistics(spec), seed)
+        generator = make_generator(config, spec, WIDTH, random_statistics(spec), seed)
+        generator.prepare_training(random_rows(spec))
+        return generator
 
 
 class TestTokensOfHyperConv(GeneratorContract):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llgbm.dataset import DeltaAugmentedDataset, Draw, create_dataloader
-from llgbm.generator import GeneratorConfig
+from llgbm.generator import GeneratorConfig, LatentConfig
 from llgbm.runtime import UserError
 from llgbm.system.accumulation import weighted_pieces
 from llgbm.terms.registry import built_in_terms
@@ -28,18 +28,20 @@ def losses_of(config: TrainingConfig, world: World, **more: Any) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("name", ["default", "latent", "retrieval"])
 def test_a_resumed_run_with_dropout_equals_an_unbroken_one(
-    world: World, config: TrainingConfig
+    world: World, config: TrainingConfig, name: str
 ) -> None:
-    dropping = replace(config, generator=GeneratorConfig(dropout=0.3))
+    generator = GeneratorConfig(name, dropout=0.3)
+    dropping = replace(config, steps=8, eval_every=4, generator=generator)
     unbroken = losses_of(dropping, world)
     trial = Trial(dropping, world.data, world.lora_model)
     steps = trial.remaining()
-    for _ in range(10):
+    for _ in range(4):
         next(steps)
     state = trial.state()
     torch.rand(7)  # whatever else the process draws meanwhile
-    assert losses_of(dropping, world, state=state) == unbroken[10:]
+    assert losses_of(dropping, world, state=state) == unbroken[4:]
 
 
 def gradients(config: TrainingConfig, world: World, n_pieces: int) -> list[torch.Tensor]:
@@ -75,7 +77,10 @@ def test_pieces_are_the_large_batch(
 
 
 def test_pieces_are_the_large_batch_for_every_term(world: World, config: TrainingConfig) -> None:
-    config = replace(config, terms=dict.fromkeys(built_in_terms(), 1.0))
+    # A generator with a part of the loss of its own.
+    config = replace(
+        config, terms=dict.fromkeys(built_in_terms(), 1.0), generator=LatentConfig(beta=1.0)
+    )
     pairs = zip(gradients(config, world, 1), gradients(config, world, 2), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

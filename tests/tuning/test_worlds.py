@@ -90,12 +90,10 @@ def test_a_world_below_its_gate_is_the_first_thing_said() -> None:
 
 def test_a_world_says_which_gates_it_missed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.ability is not None and not world.missed_gates
-    part, share = world.ability.worst
+    task, share = world.ability.worst
     asked_more = replace(world.config.pretrain, target=1.0)
     strict = replace(world, config=replace(world.config, pretrain=asked_more))
-    assert strict.missed_gates == [
-        f"the base, told a task of {part}, is right in {share:.2f}, below 1"
-    ]
+    assert strict.missed_gates == [f"the base, told {task}, is right in {share:.2f}, below 1"]
     facts = {**world.bank.facts, "teachers_below_target": 3.0}
     monkeypatch.setattr(type(world.bank), "facts", facts)
     of = f"3 of {len(world.bank.adapters)} teachers"

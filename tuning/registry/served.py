@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 # Of one request; a task is described by far fewer.
 MOST_PROMPTS = 1000
 # What a row may ask with beside prompts.
-OTHERS = {"description": str, "subsets": int}
+OTHERS = {"description": str, "subsets": int, "seed": int, "sample": int}
 
 
 class GeneratorModel(PythonModel):
     """Generates one LoRA adapter per row.
 
     A row's `prompts` is a JSON list of texts: one adapter is generated from all prompts of a task. It may be an object
-    of `prompts`, `description` and `subsets` instead. A column of lists would not survive CSV and some clients of
-    MLflow's scoring server.
+    of `prompts`, `description` and `subsets` instead, or of `seed` and `sample` to draw one. A column of lists would
+    not survive CSV and some clients of MLflow's scoring server.
     """
 
     bundle: GeneratorBundle
@@ -58,7 +58,12 @@ class GeneratorModel(PythonModel):
 
     def _adapter(self, prompts: list[str], others: dict[str, Any]) -> str:
         try:
-            content = self.bundle.pack_adapter(prompts, **others)
+            if "sample" in others:
+                seed, number = others["seed"], others["sample"]
+                description = others.get("description", "")
+                content = self.bundle.pack_sample(prompts, seed, number, description)
+            else:
+                content = self.bundle.pack_adapter(prompts, **others)
         except ValueError as error:  # what a user can mend, such as an encoder that is another
             raise _refusal(str(error)) from error
         return base64.b64encode(content).decode("ascii")
@@ -74,10 +79,11 @@ def _asked(index: int, text: Any) -> tuple[list[str], dict[str, Any]]:
         return _prompts(index, text, found), {}
     others = {name: found[name] for name, kind in OTHERS.items() if type(found.get(name)) is kind}
     odd = found.keys() - others.keys() - {"prompts"}
-    if odd or not others:
+    halves = ("seed" in others) != ("sample" in others)
+    if odd or halves or not others or {"subsets", "sample"} <= others.keys():
         raise _refusal(
             f"row {index}: `prompts` must be a JSON list of texts, or an object of prompts (a list), description (a "
-            f"text) and subsets (a number), got {str(text)[:80]!r}"
+            f"text) and subsets (a number) or seed and sample (two numbers), got {str(text)[:80]!r}"
         )
     prompts = found.get("prompts", [])
     return prompts and _prompts(index, text, prompts), others
