@@ -184,9 +184,8 @@ class World:
         """Bytes of its large tensors: the base, the teachers' weights and deltas, and the conditions."""
         tables = (self.data.loss_deltas, self.data.shared_deltas, self.data.generic_deltas)
         deltas = chain.from_iterable((table.base_APQD, table.delta_APQD) for table in tables)
-        pools = (self.data.conditions.train_ANC, self.data.conditions.evaluation_ANC)
-        held = (*self.base.model.parameters(), self.data.values_AV, *deltas, *pools)
-        return sum(t.nbytes for t in held)
+        held = (self.data.values_AV, *deltas, *vars(self.data.conditions).values())
+        return sum(t.nbytes for t in (*self.base.model.parameters(), *held))
 
 
 def base_key(config: WorldConfig) -> str:

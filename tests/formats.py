@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent / "data" / "formats"
 BASE, DATA, STORE = Path("base"), Path("data"), Path("store")
 # Of the first format, which did not say so, and of today.
 OLDER_BUNDLES, BUNDLES = Path("bundles"), Path("bundles-2")
+# Of the format of generators that read anything but vectors of prompts.
+TOKEN_BUNDLES = Path("bundles-3")
 # The same entries as version 0.1.0 named them, and under the names of today.
 OLDER_CACHE, CACHE = Path("cache"), Path("cache-2")
 TOPICS = ("river", "stone", "cloud", "tiger")

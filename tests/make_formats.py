@@ -16,7 +16,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from contextlib import closing
+from contextlib import chdir, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from formats import (
     PROMPTS,
     ROOT_MARK,
     STORE,
+    TOKEN_BUNDLES,
     TOPICS,
     shown_numbers,
 )
@@ -40,7 +41,8 @@ from helpers import rows, write_rows
 from safetensors.torch import save_file
 
 from llgbm.evaluation.baselines import known_baselines
-from llgbm.generator.bundle import GeneratorBundle
+from llgbm.generator import generator_config
+from llgbm.generator.bundle import GeneratorBundle, save_generator
 from llgbm.models.load import ModelSize, load_base
 from llgbm.models.pretrain import make_tokenizer, new_model
 from llgbm.tasks.files import FileSuite
@@ -97,6 +99,7 @@ def make_all(here: Path) -> None:
         shutil.copytree(kept, FOLDER / kept, ignore=shutil.ignore_patterns(".*", "sweeps"))
     keep_store(here)
     keep_bundles(here)
+    keep_token_bundle()
 
 
 def write_base(folder: Path) -> None:
@@ -167,6 +170,21 @@ def keep_bundles(here: Path) -> None:
         shutil.copytree(own, FOLDER / BUNDLES / name)
         write_json(FOLDER / BUNDLES / name / "generator.json", relative.facts)
         save_file(relative.generate(PROMPTS), FOLDER / BUNDLES / f"{name}.safetensors")
+
+
+def keep_token_bundle() -> None:
+    """Write the default generator once more, as one that reads the states of each prompt's last two tokens."""
+    bundle = GeneratorBundle.load(FOLDER / BUNDLES / "default")
+    facts = {**bundle.facts, "condition": "prompts", "prompt_tokens": 2}
+    for made_anew in ("version", "generator_hash"):
+        facts.pop(made_anew, None)
+    own = FOLDER / TOKEN_BUNDLES / "default"
+    own.mkdir(parents=True)
+    config = generator_config(**facts.pop("generator"))
+    save_generator(own, bundle.generator, config, facts)
+    with chdir(FOLDER):
+        wrote = GeneratorBundle.load(TOKEN_BUNDLES / "default").generate(PROMPTS)
+        save_file(wrote, TOKEN_BUNDLES / "default.safetensors")
 
 
 def write_json(path: Path, content: Any) -> None:

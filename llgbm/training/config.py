@@ -144,6 +144,10 @@ class TrainingConfig:
             raise UserError(
                 "n_prompts_min varies the number of prompts, and a condition of descriptions has none: leave it out"
             )
+        if self.mixup and not how.has_prompts:
+            raise UserError(
+                "mixup takes half of the prompts of each task, and a condition of descriptions has none: leave it out"
+            )
         if self.n_prompts_min and self.n_prompts_min >= self.n_prompts:
             raise UserError(
                 f"n_prompts_min is {self.n_prompts_min} and n_prompts {self.n_prompts}: nothing varies, give less"

@@ -283,6 +283,7 @@ def test_a_generator_that_reads_no_padding_is_given_none(world: World) -> None:
         ({"n_prompts_min": -1}, "at least 0"),
         ({"n_prompts_min": 16}, "n_prompts_min is 16 and n_prompts 16: nothing varies"),
         ({"n_prompts_min": 2, "condition": "description"}, "has none: leave it out"),
+        ({"mixup": 1.0, "condition": "description"}, "half of the prompts of each task"),
         ({"prompt_tokens": 1.5}, "whole number"),
         (
             {"generator": generator_config("hyperconv_tokens")},

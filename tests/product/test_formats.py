@@ -29,6 +29,7 @@ from formats import (
     OLDER_CACHE,
     PROMPTS,
     STORE,
+    TOKEN_BUNDLES,
     TOPICS,
     restore_store,
     shown_numbers,
@@ -85,8 +86,9 @@ OLDER = sorted(GENERATORS.keys() - set(LATER))
     [
         *((OLDER_BUNDLES, name) for name in OLDER),
         *((BUNDLES, name) for name in ("default", *LATER)),
+        (TOKEN_BUNDLES, "default"),
     ],
-    ids=[*OLDER, "format 2", *LATER],
+    ids=[*OLDER, "format 2", *LATER, "format 3"],
 )
 def test_a_bundle_writes_the_adapter_that_it_wrote(folder: Path, name: str) -> None:
     bundle = GeneratorBundle.load(folder / name)
