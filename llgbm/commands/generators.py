@@ -63,7 +63,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of --samples (default: 0)")
 
 
-def _samples_of(arguments: argparse.Namespace) -> dict[str, int]:
+def _samples_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return number and seed of the adapters to draw, nothing for one that is not drawn; check where they go.
 
     Raises UserError for a seed without samples, for subsets with them, and as `sample_outputs`.
@@ -192,7 +192,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_asked(
-    bundle: GeneratorBundle, out: Path, dtype: str, asked: dict[str, Any], drawn: dict[str, int]
+    bundle: GeneratorBundle, out: Path, dtype: str, asked: dict[str, Any], drawn: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the adapter that is asked for, or those to draw; return where they are."""
     if not drawn:
