@@ -60,7 +60,8 @@ class ExperimentData:
     only). `labelled` holds equally many labelled examples of each training row, for references. `multitask_V` is the
     adapter trained on all training tasks together. `size`, `delta_probes` and `conditioning` are those that a trial's
     configuration must name ("" and None fit any). `levels` are the open levels of novelty. `sentences` holds one vector
-    of each prompt, which baselines read (None: `conditions` does).
+    of each prompt, which baselines read (None: `conditions` does). `cache` is the folder for what a training
+    measures once, if there is one.
     """
 
     adapter_ids: tuple[str, ...]
@@ -85,6 +86,7 @@ class ExperimentData:
     questions: Questions | None = None
     conditioning: Conditioning | None = None
     sentences: ConditionPools | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         by_part = {part: {self.tasks[i] for i in self.rows[part]} for part in PARTS}

@@ -112,7 +112,9 @@ def estimate_trial(
             "generator and optimiser": float(
                 FLOAT32 * (GENERATOR_TABLES * parameters + 2 * buffers)
             ),
-            "teachers": float(FLOAT32 * IN_MEMORY * n_teachers * spec.n_values),
+            "teachers": float(
+                FLOAT32 * IN_MEMORY * (1 + config.mixup) * n_teachers * spec.n_values
+            ),
             "adapters of a step": float(FLOAT32 * STEP_TABLES * config.batch_size * spec.n_values),
             "activations": activation_bytes(config, shape, probe.tokens),
             **logit_bytes(config, shape, probe),

@@ -335,6 +335,7 @@ def gather_data(
         conditioning=config.conditioning,
         sentences=sentences,
         labelled=labelled_examples(base, suite, [tasks[i] for i in rows["train"]]),
+        cache=cache,
     )
     return data.to(base.model.device)
 

@@ -99,6 +99,7 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         terms=terms,
         term_options=read_term_options(arguments.term_option or ()),
         learning_rates=arguments.learning_rate,
+        mixup=arguments.mixup,
         generators=arguments.generator,
         seeds=arguments.seeds,
         world_seeds=arguments.world_seed,
@@ -289,8 +290,8 @@ def _check_term_options(options: Options, study: Study) -> None:
 
 
 USED_BY_OWN_STUDIES = (
-    *("lambda_weight", "lambda_delta", "term", "learning_rate", "seeds", "steps", "batch_size"),
-    *("n_probes", "trajectories", "trajectory_tokens"),
+    *("lambda_weight", "lambda_delta", "term", "learning_rate", "mixup", "seeds", "steps"),
+    *("batch_size", "n_probes", "trajectories", "trajectory_tokens"),
     *("condition", "prompt_tokens", "n_prompts_min"),
 )
 

@@ -12,7 +12,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llgbm.dataset import ExperimentData
-from llgbm.evaluation.metrics import PartResult, accuracy_per_adapter, evaluate_adapters
+from llgbm.evaluation.algebra import (
+    RIDGE_PENALTIES,
+    DeltaRegression,
+    nearest_weights,
+    nonnegative_weights,
+    similarity_weights,
+)
+from llgbm.evaluation.metrics import (
+    AT_ONCE,
+    PartResult,
+    accuracy_per_adapter,
+    evaluate_adapters,
+    teacher_means,
+)
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator.networks import Standardiser
 from llgbm.lora.adapters import LoraBatch
@@ -22,7 +35,7 @@ from llgbm.system.cache import build_entry
 VERSION = 2
 PREFIX = "baseline"
 UPPER_BOUND = "teacher"
-RIDGE_PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+TEMPERATURES = (0.01, 0.03, 0.1, 0.3)
 
 
 def known_baselines(
@@ -30,14 +43,19 @@ def known_baselines(
 ) -> dict[str, dict[str, float]]:
     """Measure every baseline on the tasks of one part, or read its numbers from the cache; by name."""
     parts = () if part == "test" else (part,)  # the key of "test" is older than the parameter
-    key = content_hash("baselines", VERSION, data.hash, *parts)
+    found: dict[str, dict[str, float]] = {}
+    # Each group has an entry of its own, so that entries made before a group was added are found.
+    for group, names in GROUPS.items():
+        key = content_hash("baselines", VERSION, data.hash, *parts, *filter(None, [group]))
 
-    def write(folder: Path) -> None:
-        each = each_baseline(data, lora_model, part)
-        found = {name: dict(result.metrics) for name, result in each}
-        (folder / "metrics.json").write_text(json.dumps(found, indent=1))
+        def write(folder: Path, names: Sequence[str] = tuple(names)) -> None:
+            each = each_baseline(data, lora_model, part, names)
+            measured = {name: dict(result.metrics) for name, result in each}
+            (folder / "metrics.json").write_text(json.dumps(measured, indent=1))
 
-    return json.loads((build_entry(cache, "baselines", key, write) / "metrics.json").read_text())
+        entry = build_entry(cache, "baselines", key, write)
+        found |= json.loads((entry / "metrics.json").read_text())
+    return found
 
 
 def to_metrics(baselines: Mapping[str, Mapping[str, float]], size: str = "") -> dict[str, float]:
@@ -82,12 +100,15 @@ def evaluate_baselines(
 
 
 def each_baseline(
-    data: ExperimentData, lora_model: FunctionalLoRA, part: str = "test"
+    data: ExperimentData,
+    lora_model: FunctionalLoRA,
+    part: str = "test",
+    names: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, PartResult]]:
-    """Evaluate the baselines one after another, so that the adapters of only one are held; yield name and result."""
+    """Evaluate baselines, by default all, so that the adapters of only one are held; yield name and result."""
     rows = list(data.rows[part])
-    for name, make in BASELINES.items():
-        adapters = LoraBatch.unflatten(lora_model.spec, make(data, lora_model, rows))
+    for name in BASELINES if names is None else names:
+        adapters = LoraBatch.unflatten(lora_model.spec, BASELINES[name](data, lora_model, rows))
         yield name, evaluate_adapters(adapters, data, lora_model, rows)
 
 
@@ -180,12 +201,77 @@ def ridge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int])
     return predict(max(models, key=score), rows)
 
 
-BASELINES = {
-    "base": no_adapter,
-    "teacher": teacher,
-    "multitask_lora": multitask_lora,
-    "mean_adapter": mean_adapter,
-    "nearest_teacher": nearest_teacher,
-    "ridge": ridge,
-    "best_single": best_single,
+def delta_nearest(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Training teacher whose Δ is nearest to the one predicted from the prompts, [A, V].
+
+    Source: ours, a control: deltas as the embedding of Xu et al. 2025 (arXiv 2509.04442), predicted.
+    """
+    wanted_AD, known_WD = _predicted_deltas(data, rows)
+    train = list(data.rows["train"])
+    nearest = nearest_weights(wanted_AD, known_WD).argmax(1).tolist()
+    return data.teachers([train[index] for index in nearest])
+
+
+def delta_merge(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Mean of the training teachers, weighted by how near their Δ is to the one predicted, [A, V].
+
+    The temperature of the weights is the one with the best accuracy on the validation tasks.
+
+    Source: ours, a control: Chronopoulou et al. 2023, "AdapterSoup: Weight Averaging to Improve Generalization of
+    Pretrained Language Models" (arXiv 2302.07027), with predicted deltas as the similarity.
+    """
+    val = list(data.rows["val"])
+
+    def merge(temperature: float, wanted: Sequence[int]) -> Tensor:
+        weights_AW = similarity_weights(*_predicted_deltas(data, wanted), temperature)
+        return weighted_teachers(data, weights_AW)
+
+    def score(temperature: float) -> float:
+        batch = LoraBatch.unflatten(lora_model.spec, merge(temperature, val))
+        return accuracy_per_adapter(lora_model, batch, data, val).mean().item()
+
+    return merge(max(TEMPERATURES, key=score), rows)
+
+
+def delta_nnls(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence[int]) -> Tensor:
+    """Sum of training teachers whose weights, of at least 0, make up the predicted Δ of theirs, [A, V].
+
+    Source: ours: Lawson and Hanson 1974, "Solving Least Squares Problems", on predicted deltas.
+    """
+    return weighted_teachers(data, nonnegative_weights(*_predicted_deltas(data, rows)))
+
+
+def _predicted_deltas(data: ExperimentData, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Predict Δ of the tasks at some rows, [A, D]; return it with that of the training teachers, [W, D]."""
+    known_WD = teacher_means(data.shared_deltas, list(data.rows["train"]))
+    return DeltaRegression.fit(data).predict(data, rows), known_WD
+
+
+def weighted_teachers(data: ExperimentData, weights_AW: Tensor) -> Tensor:
+    """Sums of training teachers by weights, A and B apart, [A, V]; some are read at a time."""
+    train = list(data.rows["train"])
+    found_AV = weights_AW.new_zeros(len(weights_AW), data.multitask_V.shape[-1])
+    for start in range(0, len(train), AT_ONCE):
+        own = slice(start, start + AT_ONCE)
+        found_AV += weights_AW[:, own] @ data.teachers(train[own])
+    return found_AV
+
+
+# By group: the first baselines, and those that were added later.
+GROUPS = {
+    "": {
+        "base": no_adapter,
+        "teacher": teacher,
+        "multitask_lora": multitask_lora,
+        "mean_adapter": mean_adapter,
+        "nearest_teacher": nearest_teacher,
+        "ridge": ridge,
+        "best_single": best_single,
+    },
+    "deltas": {
+        "delta_nearest": delta_nearest,
+        "delta_merge": delta_merge,
+        "delta_nnls": delta_nnls,
+    },
 }
+BASELINES = {name: make for group in GROUPS.values() for name, make in group.items()}

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from llgbm.lora.adapters import PEFT_PREFIX, LoraBatch, LoraSpec
 from llgbm.lora.external import PlainAdapter
 from llgbm.lora.geometry import delta_w_error
+from llgbm.lora.mixtures import sum_of_updates
 from llgbm.runtime import UserError
 
 if TYPE_CHECKING:
@@ -72,17 +72,10 @@ def stack_adapters(model: nn.Module, mixture: Mixture) -> tuple[dict[str, Tensor
 
 def exact_mixture(mixture: Mixture) -> LoraBatch:
     """Return the weighted sum of the updates as one adapter of factor 1: ranks side by side."""
-    a: dict[str, list[Tensor]] = {}
-    b: dict[str, list[Tensor]] = {}
-    for adapter, weight in zip(mixture.adapters, mixture.weights, strict=True):
-        batch = LoraBatch.from_state_dicts([adapter.state])
-        for name in batch.a:
-            a.setdefault(name, []).append(batch.a[name].cpu())
-            b.setdefault(name, []).append(weight * adapter.spec.scaling * batch.b[name].cpu())
-    return LoraBatch(
-        {name: torch.cat(parts, 1) for name, parts in a.items()},
-        {name: torch.cat(parts, 2) for name, parts in b.items()},
-    )
+    parts = [LoraBatch.from_state_dicts([own.state]).to("cpu") for own in mixture.adapters]
+    scalings = [adapter.spec.scaling for adapter in mixture.adapters]
+    weights = [w * scaling for w, scaling in zip(mixture.weights, scalings, strict=True)]
+    return sum_of_updates(parts, weights)
 
 
 def _scaled(state: Mapping[str, Tensor], scaling: float) -> LoraBatch:

@@ -44,8 +44,8 @@ class PretrainConfig:
     vector_rate: float = 3e-3
     bare_fraction: float = 0.4
     seed: int = 0
-    target: float = 0.75
-    rounds: int = 6
+    target: float = 0.85
+    rounds: int = 8
     more_steps: int = 200
 
     def __post_init__(self) -> None:

@@ -85,6 +85,25 @@ class BankTable:
         return self
 
 
+@dataclass(frozen=True)
+class PairTable(BankTable):
+    """Table with rows behind those of its file: the means of pairs of these, made when they are read."""
+
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return self.shape[0] + len(self.pairs)
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> Tensor:
+        wanted = range(len(self))[rows] if isinstance(rows, slice) else rows
+        n_rows = self.shape[0]
+        pairs = [(row, row) if row < n_rows else self.pairs[row - n_rows] for row in wanted]
+        left, right = (
+            super(PairTable, self).__getitem__([p[side] for p in pairs]) for side in (0, 1)
+        )
+        return torch.lerp(left, right, 0.5)
+
+
 def _read_shape(stream: BinaryIO) -> tuple[int, int]:
     """Read the header of a table; return its rows and columns."""
     np.lib.format.read_magic(stream)

@@ -54,6 +54,8 @@ class TrainingConfig:
     `condition` of a task is its `prompts`, its `description` or `both`: a vector of each text, or with `prompt_tokens`
     the states of at most so many tokens of it.
 
+    `mixup` is the number of mixtures of two teachers that are trained on, for each teacher (`llgbm.training.mixup`).
+
     `terms` holds the weights of loss terms by name, `term_options` their options as `<term>.<option>`. The weights of
     the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `plugin_code` follows from terms and
     generator: what they are of other packages.
@@ -87,6 +89,7 @@ class TrainingConfig:
     n_prompts_min: int = 0
     condition: str = Conditioning.kind
     prompt_tokens: int = Conditioning.tokens
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         self._settle_terms()
@@ -119,6 +122,20 @@ class TrainingConfig:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay is {self.weight_decay:g}; it must be at least 0")
+        self._settle_mixup()
+
+    def _settle_mixup(self) -> None:
+        value = self.mixup
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise UserError(f"mixup is {value!r}; it must be a finite number of at least 0")
+        object.__setattr__(self, "mixup", float(value))
+        for term in self.objective.terms if value else ():
+            if "examples" in term.reads:
+                raise UserError(
+                    f"the loss term {term.name} reads labelled examples, which mixtures do not have: "
+                    "leave it or mixup out"
+                )
 
     def _check_conditions(self) -> None:
         """Raise UserError for settings of conditions that contradict each other, or that change nothing."""

@@ -29,6 +29,7 @@ from llgbm.runtime import UserError, progress, seed_everything
 from llgbm.system.accumulation import make_accelerator, weighted_pieces
 from llgbm.terms.step import Step, TermData
 from llgbm.training.config import TrainingConfig
+from llgbm.training.mixup import with_mixtures
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
@@ -144,12 +145,15 @@ class Trial:
         )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        tokens = teacher_tokens(data, rows, generator)
-        self.loss = config.objective.prepare(TermData(data, rows, tokens, lora_model, generator))
+        # Standardised and evaluated as without mixtures.
+        taught = with_mixtures(data, lora_model, config.mixup, config.seed)
+        rows = list(taught.rows["train"])
+        tokens = teacher_tokens(taught, rows, generator)
+        self.loss = config.objective.prepare(TermData(taught, rows, tokens, lora_model, generator))
         self.dataset = DeltaAugmentedDataset(
-            data.conditions.train_ANC[rows],
+            taught.conditions.train_ANC[rows],
             tokens,
-            data.loss_deltas.select(rows),
+            taught.loss_deltas.select(rows),
             config.prompts_drawn,
             config.n_probes,
             config.seed,

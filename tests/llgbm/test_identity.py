@@ -191,6 +191,7 @@ CONFIGS: dict[str, list[Any]] = {
     "n_prompts_min": [1, 4],
     "condition": ["both"],
     "prompt_tokens": [8, 16],
+    "mixup": [0.5, 1.0],
     "generator": list(GENERATORS.values()),
     "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }

@@ -17,7 +17,7 @@ RENDERED = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PHASES = (
     "phase_0_baseline phase_1_delta phase_2_dataset phase_3_differentiable phase_4_5_ablations phase_4_multitask "
-    "phase_5_delta_only"
+    "phase_5_delta_only phase_6_composition"
 ).split()
 LIMIT = 300_000
 

@@ -47,6 +47,7 @@ def study(*arguments: str) -> Study:
         ("model_size", 3, 2),
         ("generators", 3 * len(GENERATORS), 1),
         ("objectives", 8, len(DELTA_PROBES)),
+        ("composition", 3 * 2, 1),
     ],
 )
 def test_named_studies_are_what_they_say(name: str, configurations: int, worlds: int) -> None:
@@ -85,6 +86,23 @@ def test_the_default_study_is_the_ablation_of_the_default_configuration() -> Non
     ]
     assert made.trials[0].config == TrainingConfig(model_size="nano")
     assert study("--smoke").trials[0].config.steps < 100 and len(study("--smoke").trials) == 3
+
+
+def test_mixtures_are_compared_with_none() -> None:
+    made = study("--study", "composition", "--seeds", "0")
+    assert [(trial.name, trial.config.mixup) for trial in made.trials] == [
+        *(("delta-only", 0), ("delta-only, mixup=1", 1), ("kl", 0), ("kl, mixup=1", 1)),
+        *(("multitask", 0), ("multitask, mixup=1", 1)),
+    ]
+    plain = {trial.id for trial in study("--study", "terms").trials}
+    assert made.trials[0].id in plain and made.trials[1].id not in plain
+    swept = study("--study", "composition", "--mixup", "0.5", "2", "--term", "kl=1", "--seeds", "0")
+    assert [trial.name for trial in swept.trials] == ["kl=1, mixup=0.5", "kl=1, mixup=2"]
+    everywhere = study("--mixup", "0.5", "--seeds", "0")
+    assert {trial.config.mixup for trial in everywhere.trials} == {0.5}
+    assert [t.name for t in everywhere.trials] == ["multitask", "delta-only", "weight-only"]
+    searched = study("--search", "random", "--mixup", "0.5")
+    assert searched.space is not None and searched.space.base.config.mixup == 0.5
 
 
 axis = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True).map(tuple)
@@ -184,6 +202,9 @@ def test_options_of_a_search_are_ranges() -> None:
         (["--search", "random", "--lambda-delta", "1", "2", "3"], "two numbers"),
         (["--search", "random", "--lambda-delta", "0", "2"], "log scale"),
         (["--search", "random", "--model-size", "nano", "micro"], "one model size"),
+        (["--search", "random", "--mixup", "0", "1"], "one mixup"),
+        (["--mixup", "-1"], "mixup is -1.0; it must be a finite number of at least 0"),
+        (["--study", "labels", "--mixup", "1"], "which mixtures do not have"),
         (["--scheduler", "hyperband"], "none, asha"),
         (["--generator", "magic"], "unknown generator 'magic'"),
         (["--study", "objectives", "--lambda-delta", "0"], "above 0"),
@@ -218,6 +239,7 @@ def test_what_does_not_go_together_is_one_sentence(arguments: list[str], words: 
         (["--lambda-delta", "1", "--seeds", "0", "--scheduler", "asha"], "compares trials"),
         (["--optuna-storage", "sqlite:///x"], "--optuna-storage is for a search"),
         (["--study", "{file}", "--steps", "7"], "--steps changes nothing in study own"),
+        (["--study", "{file}", "--mixup", "1"], "--mixup changes nothing in study own"),
         (["--study", "{file}", "--seeds", "0", "1", "2"], None),
     ],
 )

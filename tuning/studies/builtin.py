@@ -22,6 +22,7 @@ from tuning.studies.variants import (
     Variant,
     condition_axes,
     crossed,
+    mixup_variants,
     of_weights,
     unnamed_if_single,
 )
@@ -58,6 +59,7 @@ class StudyOptions:
     conditions: tuple[str, ...] | None = None
     prompt_tokens: tuple[int, ...] | None = None
     n_prompts_min: tuple[int, ...] | None = None
+    mixup: tuple[float, ...] | None = None
 
 
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
@@ -193,15 +195,27 @@ def labels(options: StudyOptions) -> Study:
     )
 
 
+def composition(options: StudyOptions) -> Study:
+    """Delta-only, KL and multitask, each with and without mixtures of teachers as training rows."""
+    mixed = replace(options, mixup=options.mixup or (0.0, 1.0))
+    chosen = _weight_options(options) or [DELTA_ONLY, TERMS[1], MULTITASK]
+    return Study(
+        "composition",
+        make_trials(options, crossed(chosen, *other_axes(mixed))),
+        note="Do mixtures of two teachers, as further training rows, help on tasks never seen?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
-    axes = (generator_variants(options), *condition_axes(options))
+    axes = (generator_variants(options), *condition_axes(options), mixup_variants(options))
     if any(len(values) > 1 for values in (*single.values(), *axes)):
         raise UserError(
-            "a search has one model size, one generator and one kind of condition: give one, or run one search for each"
+            "a search has one model size, one generator, one kind of condition and one mixup: give one, or run one "
+            "search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
@@ -236,6 +250,7 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         generators,
         objectives,
         labels,
+        composition,
         optuna_lambda,
     )
 }
@@ -247,8 +262,9 @@ def standard_variants(options: StudyOptions) -> list[Variant]:
 
 
 def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
-    """Return what is compared beside the losses: the generators, learning rates and conditions asked for."""
-    return generator_variants(options), rate_variants(options), *condition_axes(options)
+    """Return what is compared beside the losses: generators, learning rates, conditions and mixtures asked for."""
+    axes = (generator_variants(options), rate_variants(options), *condition_axes(options))
+    return *axes, mixup_variants(options)
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
@@ -327,7 +343,7 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
         delta_probes=options.delta_probes,
     )
     if options.smoke:
-        config = replace(config, steps=60, batch_size=8, eval_every=30, n_probes=2, n_prompts=4)
+        config = replace(config, steps=100, batch_size=8, eval_every=50, n_probes=2, n_prompts=8)
     names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})

@@ -80,6 +80,11 @@ class StudyArguments:
     learning_rate: tuple[float, ...] | None = _option(
         COMPARED, "learning rates (default: 0.002)", "X"
     )
+    mixup: tuple[float, ...] | None = _option(
+        COMPARED,
+        "mixtures of two teachers that are trained on, for each teacher (default: 0; of the study composition: 0 1)",
+        "X",
+    )
     generator: tuple[str, ...] | None = _option(
         COMPARED,
         "generators by name, with options of their own where wanted: mixture,bases=32 default,pooling=attention "

@@ -17,6 +17,9 @@ WHY_CONDITION = {
     "description": "Does a description of the task say what its prompts do?",
     "both": "Does a description add to the prompts?",
 }
+WHY_MIXED = (
+    "Mixtures of two teachers, with prompts of both tasks, are trained on beside the teachers."
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ def condition_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
         for least in options.n_prompts_min or ()
     ]
     return tuple(unnamed_if_single(axis) or [Variant()] for axis in (kinds, states, numbers))
+
+
+def mixup_variants(options: StudyOptions) -> list[Variant]:
+    """Return the shares of mixtures asked for; 0 and a single one are not named."""
+    variants = [
+        Variant(f"mixup={share:g}", {"mixup": share}, WHY_MIXED) if share else Variant()
+        for share in options.mixup or ()
+    ]
+    return unnamed_if_single(variants) or [Variant()]
 
 
 def _tokens_name(count: int) -> str:
