@@ -49,12 +49,12 @@ def curve(config: TrainingConfig, world: World) -> list[Mapping[str, float]]:
     return found
 
 
-def test_golden_curve_of_twenty_steps(cache: Path, config: TrainingConfig) -> None:
+def test_golden_curve_of_twenty_steps(tmp_path: Path, config: TrainingConfig) -> None:
     """The base takes few and small steps, so that rounding on another processor does not grow."""
     toy = smoke_world(WorldConfig())
     pretrain = replace(toy.pretrain, steps=20, learning_rate=1e-3, vector_rate=1e-3)
     little = replace(toy, pretrain=pretrain, teachers=replace(toy.teachers, steps=10))
-    totals = [m["loss/total"] for m in curve(config, build_world(cache, little, "cpu"))]
+    totals = [m["loss/total"] for m in curve(config, build_world(tmp_path, little, "cpu"))]
     np.testing.assert_allclose(totals, GOLDEN_TOTAL, rtol=1e-2)
 
 
