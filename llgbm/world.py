@@ -380,7 +380,8 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
 
 
 def smoke_world(world: WorldConfig) -> WorldConfig:
-    """Reduce a world to toy settings: a small suite and base, accuracies of a first look."""
+    """Reduce a world to toy settings: accuracies of a first look on the built-in suite, a dry run of a user's own."""
+    steps, examples = (30, 8) if world.base is None else (15, 4)
     return replace(
         world,
         smoke=True,
@@ -388,13 +389,13 @@ def smoke_world(world: WorldConfig) -> WorldConfig:
         pretrain=replace(world.pretrain, steps=200, batch_size=32, target=0.0, rounds=1),
         teachers=replace(
             world.teachers,
-            steps=min(30, world.teachers.steps),
+            steps=min(steps, world.teachers.steps),
             target=0.0,
             rounds=1,
-            examples=8,
+            examples=examples,
             condition_train=8,
             condition_evaluation=4,
             trajectories=4,
         ),
-        eval_examples=8,
+        eval_examples=examples,
     )

@@ -106,8 +106,7 @@ class TrainingConfig:
         _one_of("mixed precision", self.mixed_precision, PRECISIONS)
         for name, least in COUNTS.items():
             value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not (is_number and float(value).is_integer() and value >= least):
+            if not (_is_number(value) and float(value).is_integer() and value >= least):
                 raise UserError(
                     f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
@@ -126,8 +125,7 @@ class TrainingConfig:
 
     def _settle_mixup(self) -> None:
         value = self.mixup
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise UserError(f"mixup is {value!r}; it must be a finite number of at least 0")
         object.__setattr__(self, "mixup", float(value))
         for term in self.objective.terms if value else ():
@@ -209,6 +207,10 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Convert to a dictionary, nested configurations too."""
         return asdict(self)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -263,6 +263,8 @@ def made(config: dict[str, Any], world: dict[str, Any]) -> TrialSpec:
     named = {("encoder" if name == "encoder_hash" else name): v for name, v in world.items()}
     if "lambda_weight" in config and config["lambda_weight"] == 0 == config.get("lambda_delta", 1):
         config = {**config, "lambda_delta": 3.0}
+    if config.get("mixup") and "labels" in config.get("terms", {}):  # refused together
+        config = {**config, "terms": {"kl": 0.77}}
     return TrialSpec("any", TrainingConfig(**config), WorldConfig(**named))
 
 

@@ -97,7 +97,7 @@ def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> N
         prompts.append([e.prompt for e in own])
         answers.append(said)
     assert 0.1 < torch.tensor(wanted).float().mean() < 0.9
-    assert len({len(text.split()) for own in answers for text in own}) > 2
+    assert len({len(text.split()) for own in answers for text in own}) >= 2
 
     got = exact_match(base, bank.spec, batch, examples, chunk=3)
     torch.testing.assert_close(got, torch.tensor(wanted).float().mean(1))

@@ -155,7 +155,8 @@ def test_a_generator_and_an_encoder_of_another_package_are_part_of_an_id(package
 
 
 def test_what_nobody_offers_is_answered_with_what_there_is(package: Path) -> None:
-    with pytest.raises(UserError, match="there are: default, heads, hyperconv, mixture, straight"):
+    known = "default, heads, hyperconv, latent, mixture, retrieval, hyperconv_tokens, straight"
+    with pytest.raises(UserError, match=f"there are: {known}"):
         TrainingConfig(generator=GeneratorConfig("bent"))
     with pytest.raises(UserError, match="small, or your own"):
         TrainingConfig(terms={"tiny": 1})
