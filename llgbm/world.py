@@ -117,12 +117,6 @@ class WorldConfig:
         return Conditioning(self.condition, self.prompt_tokens)
 
     @property
-    def read_by_generators(self) -> tuple[Any, ...]:
-        """Return what conditions depend on beside prompts and encoder; nothing where they are a vector a prompt."""
-        how = self.conditioning
-        return () if how == Conditioning() else (how, self.descriptions_hash)
-
-    @property
     def seed(self) -> int:
         """Seed of everything that is drawn to make the world: pretraining, teachers and split."""
         return self.teachers.seed
@@ -342,13 +336,15 @@ def data_hash(
     multitask_V: Tensor,
 ) -> str:
     """Hash what the numbers of a world's data depend on; `deltas` are the keys of its tables by name."""
+    how = config.conditioning
+    read = () if how == Conditioning() else (how, config.descriptions_hash)
     return content_hash(
         "data",
         (base.hash, bank.hash, config.suite, config.eval_examples),
         conditions_key(encoder, bank, config.suite.nonsense_prompts),
         deltas,
         hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
-        *config.read_by_generators,
+        *read,
     )
 
 
