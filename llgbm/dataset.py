@@ -140,6 +140,18 @@ def labelled_examples(base: Base, suite: Suite, tasks: Sequence[str]) -> Encoded
     return encode_examples(base, list(chain.from_iterable(found)))
 
 
+def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
+    """Rows of each part: all teachers of a training task, the first teacher of a held-out task."""
+    part_of: dict[str, str] = {}
+    for part in PARTS:
+        part_of |= dict.fromkeys(getattr(suite.split, part), part)
+    rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for index, (adapter_id, task) in enumerate(bank.adapters.items()):
+        if part_of[task] == "train" or adapter_id.endswith("_0"):
+            rows[part_of[task]].append(index)
+    return {part: tuple(found) for part, found in rows.items()}
+
+
 class Draw(NamedTuple):
     """Index of a sample: a row of the training part, and a step."""
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llgbm.dataset import (
-    PARTS,
     ExperimentData,
     LevelData,
     evaluation_examples,
     labelled_examples,
+    rows_by_part,
 )
 from llgbm.delta import VERSION as DELTA_VERSION
 from llgbm.delta import DeltaCache, DeltaTable, deltas_key
@@ -115,12 +115,6 @@ class WorldConfig:
     @property
     def conditioning(self) -> Conditioning:
         return Conditioning(self.condition, self.prompt_tokens)
-
-    @property
-    def read_by_generators(self) -> tuple[Any, ...]:
-        """Return what conditions depend on beside prompts and encoder; nothing where they are a vector a prompt."""
-        how = self.conditioning
-        return () if how == Conditioning() else (how, self.descriptions_hash)
 
     @property
     def seed(self) -> int:
@@ -301,6 +295,7 @@ def gather_data(
 
     rows, families = rows_by_part(suite, bank), tuple(suite.task(task).family for task in tasks)
     tables = {name: table(sets[name]) for name in {"domain", "generic", config.delta_probes}}
+    keys = {name: deltas_key(base, bank, sets[name]) for name in tables}
     pools = condition_pools(cache, encoder, bank, suite, config.conditioning, sentences)
     multitask_V = build_multitask(cache, base, suite, config.teachers, bank.spec)
     asked = evaluation_examples(suite, tasks, config.eval_examples)
@@ -319,14 +314,7 @@ def gather_data(
         n_examples=config.eval_examples,
         levels=tuple(build_levels(cache, config, base, encoder)),
         encoder=encoder.name,
-        hash=content_hash(
-            "data",
-            (base.hash, bank.hash, suite, config.eval_examples),
-            conditions_key(encoder, bank, suite.nonsense_prompts),
-            {name: deltas_key(base, bank, sets[name]) for name in tables},
-            hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
-            *config.read_by_generators,
-        ),
+        hash=data_hash(config, base, bank, encoder, keys, multitask_V),
         questions=Questions.of(base.tokenizer, suite, tasks, asked),
         encoder_hash=encoder.hash,
         size=config.size,
@@ -337,6 +325,27 @@ def gather_data(
         cache=cache,
     )
     return data.to(base.model.device)
+
+
+def data_hash(
+    config: WorldConfig,
+    base: Base,
+    bank: Bank,
+    encoder: TextEncoder,
+    deltas: Mapping[str, str],
+    multitask_V: Tensor,
+) -> str:
+    """Hash what the numbers of a world's data depend on; `deltas` are the keys of its tables by name."""
+    how = config.conditioning
+    read = () if how == Conditioning() else (how, config.descriptions_hash)
+    return content_hash(
+        "data",
+        (base.hash, bank.hash, config.suite, config.eval_examples),
+        conditions_key(encoder, bank, config.suite.nonsense_prompts),
+        deltas,
+        hashlib.sha256(multitask_V.numpy().tobytes()).hexdigest(),
+        *read,
+    )
 
 
 def build_levels(
@@ -364,18 +373,6 @@ def delta_probe_sets(suite: Suite, bank: Bank, base: Base) -> dict[str, ProbeSet
         "domain": create_domain_probes(suite.name, domain),
         "trajectory": bank.trajectories(),
     }
-
-
-def rows_by_part(suite: Suite, bank: Bank) -> dict[str, tuple[int, ...]]:
-    """Rows of each part: all teachers of a training task, the first teacher of a held-out task."""
-    part_of: dict[str, str] = {}
-    for part in PARTS:
-        part_of |= dict.fromkeys(getattr(suite.split, part), part)
-    rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for index, (adapter_id, task) in enumerate(bank.adapters.items()):
-        if part_of[task] == "train" or adapter_id.endswith("_0"):
-            rows[part_of[task]].append(index)
-    return {part: tuple(found) for part, found in rows.items()}
 
 
 def smoke_world(world: WorldConfig) -> WorldConfig:
