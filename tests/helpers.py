@@ -17,9 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
+
+if TYPE_CHECKING:
+    from llgbm.models.load import Base
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -125,6 +128,17 @@ def rows(topic: str, count: int, start: int = 0) -> list[dict[str, str]]:
 
 def write_rows(folder: Path, name: str, content: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def facts_of(base: Base) -> dict[str, Any]:
+    """Facts of a bundle whose generator reads a base's own states."""
+    return {
+        "size": "tiny",
+        "base_path": base.path,
+        "base_hash": base.hash,
+        "bank_hash": "bank",
+        "encoder": f"base:{base.hash}",
+    }
 
 
 def write_minilm_bundle(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What one adapter is generated from: prompts of a task, or subsets of them, and a description of it."""
+"""Request for one adapter: prompts of a task, or subsets of them, and a description of it."""
 
 from __future__ import annotations
 

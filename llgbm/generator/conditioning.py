@@ -1,4 +1,4 @@
-"""What a generator reads of a task: its prompts, a description of it in words, or both. Axis letters: see `llgbm`."""
+"""Reading of a task by a generator: its prompts, a description of it in words, or both. Axis letters: see `llgbm`."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_pairs_are_of_training_tasks_and_of_their_kind(world: World) -> None:
 
 
 def test_a_linear_delta_is_predicted(world: World) -> None:
-    """Where Δ is linear in the prompts, and is asked of the same prompts, the regression finds the tasks again."""
+    """The regression finds the tasks again where Δ is linear in the prompts and is asked of the same prompts."""
     data = world.data
     conditions = replace(data.prompt_pools, evaluation_ANC=data.prompt_pools.train_ANC)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What one adapter is generated from: subsets of prompts, descriptions, and what a generator does not read."""
+"""Requests for one adapter: subsets of prompts, descriptions, and what a generator does not read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contracts import random_statistics
+from helpers import facts_of
 
 from llgbm.generator import generator_config, make_generator
 from llgbm.generator.asked import Asked, draw_subsets
@@ -35,14 +36,7 @@ def make(tiny_base: Base, tiny_spec: LoraSpec, tmp_path: Path) -> Any:
         config = generator_config(**{"hidden": 16, **options})
         width = tiny_base.model.config.hidden_size * (2 if how.kind == "both" else 1)
         made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
-        facts = {
-            "size": "tiny",
-            "base_path": tiny_base.path,
-            "base_hash": tiny_base.hash,
-            "bank_hash": "bank",
-            "encoder": f"base:{tiny_base.hash}",
-        }
-        GeneratorBundle.save(tmp_path, made, config, {**facts, **how.facts})
+        GeneratorBundle.save(tmp_path, made, config, {**facts_of(tiny_base), **how.facts})
         return GeneratorBundle.load(tmp_path)
 
     return bundle

@@ -1,4 +1,4 @@
-"""What a generator reads of a task: states of tokens, a varied number of prompts, descriptions."""
+"""Conditions of a generator: states of tokens, a varied number of prompts, descriptions."""
 
 from __future__ import annotations
 

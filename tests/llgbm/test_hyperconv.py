@@ -10,6 +10,7 @@ import torch
 from contracts import WIDTH, make_spec, random_conditions, random_statistics
 from dnd.errors import DndError
 from dnd.tokenizer import LoraTokenizer2D
+from helpers import facts_of
 
 from llgbm.dataset import Draw, Sampling, Text2Qwen25LoRA_DeltaDataset
 from llgbm.generator import GeneratorConfig, HyperConvGenerator, make_generator
@@ -119,13 +120,7 @@ def test_a_bundle_of_hyperconv_writes_what_it_wrote_before_and_its_code_is_shipp
 ) -> None:
     config, width = GeneratorConfig("hyperconv", 32), tiny_base.model.config.hidden_size
     made = make_generator(config, tiny_spec, width, random_statistics(tiny_spec), 0)
-    facts = {
-        "size": "tiny",
-        "base_path": tiny_base.path,
-        "base_hash": tiny_base.hash,
-        "bank_hash": "bank",
-    }
-    facts["encoder"] = f"base:{tiny_base.hash}"
+    facts = facts_of(tiny_base)
     GeneratorBundle.save(tmp_path, made, config, facts)
     prompts = ["give the last word : red green =>", "give the last word : one two =>"]
     wanted, got = (

@@ -131,7 +131,7 @@ def test_what_is_on_the_hub_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def model(latent: Path) -> GeneratorModel:
-    """What MLflow serves, without its server."""
+    """Load the model that MLflow serves, without its server."""
     found = GeneratorModel()
     found.bundle = GeneratorBundle.load(latent)
     return found
