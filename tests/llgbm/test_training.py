@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, StepSampler, create_dataloader
-from llgbm.evaluation.metrics import evaluate_generator
+from llgbm.evaluation.metrics import (
+    accuracy_per_adapter,
+    control_accuracies,
+    evaluate_generator,
+    other_task,
+)
 from llgbm.generator.networks import Standardiser
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig, Trial, train
@@ -75,6 +80,23 @@ def test_evaluations_hold_the_controls_of_the_final_one(
     final = evaluate_generator(found.generator, world.data, world.lora_model, "val").metrics
     for name in ("accuracy", "accuracy_shuffled_prompts", "accuracy_nonsense_prompts"):
         assert seen[-1][f"val/{name}"] == final[name]
+
+
+def test_controls_are_accuracies_from_the_prompts_of_others(
+    world: World, config: TrainingConfig
+) -> None:
+    data, model = world.data, world.lora_model
+    generator = train(config, data, model).generator
+    rows = list(data.rows["train"])
+    found = control_accuracies(generator, data, model, rows)
+    pools = data.conditions
+    asked = {
+        "accuracy_shuffled_prompts": pools.evaluation_ANC[other_task(data, rows)],
+        "accuracy_nonsense_prompts": torch.stack([pools.nonsense_NC] * len(rows)),
+    }
+    for name, condition_ANC in asked.items():
+        accuracies = accuracy_per_adapter(model, generator.generate(condition_ANC), data, rows)
+        assert found[name] == pytest.approx(accuracies.mean().item())
 
 
 def test_the_same_seed_gives_the_same_evaluation(world: World, config: TrainingConfig) -> None:

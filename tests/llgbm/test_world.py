@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
@@ -12,11 +16,19 @@ from llgbm.generator.conditions import (
     TextEncoder,
     build_conditions,
 )
+from llgbm.models.ability import Ability
 from llgbm.models.load import model_size
 from llgbm.models.pretrain import PretrainConfig, make_tokenizer, new_model, pretrain
 from llgbm.runtime import UserError
 from llgbm.tasks.synthetic import SyntheticSuite
-from llgbm.world import World, WorldConfig, describe_world
+from llgbm.world import (
+    PRACTISED_AT_LEAST,
+    World,
+    WorldConfig,
+    build_base,
+    describe_world,
+    smoke_world,
+)
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -75,6 +87,33 @@ def test_pretraining_lowers_the_loss_and_is_the_same_again(world: World) -> None
     ]
     assert curves[0] == curves[1]
     assert curves[0][-1] < curves[0][0]
+
+
+def test_a_base_practises_what_it_cannot_do_until_its_worst_task_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The abilities are made up: poor in one task after the first round, good enough after the second."""
+    toy = smoke_world(WorldConfig())
+    names = [task.name for task in toy.suite.tasks]
+    shares = iter([0.2, 0.7, 0.9])
+    asked: list[Any] = []
+    drawn = SyntheticSuite.pretraining_example
+
+    def measured(*_: Any) -> Ability:
+        share = next(shares)
+        return Ability(0.9, {**dict.fromkeys(names, 1.0), names[3]: share})
+
+    def recorded(suite: SyntheticSuite, rng: Any, bare: bool, needs: Any = None) -> Any:
+        asked.append(needs)
+        return drawn(suite, rng, bare, needs)
+
+    monkeypatch.setattr("llgbm.world.measure_ability", measured)
+    monkeypatch.setattr(SyntheticSuite, "pretraining_example", recorded)
+    steps = {"steps": 3, "more_steps": 2, "batch_size": 2, "target": 0.5, "rounds": 5}
+    build_base(tmp_path, replace(toy, pretrain=replace(toy.pretrain, **steps)), "cpu")
+    assert asked[:6] == [None] * 6 and len(asked) == 6 + 4
+    wanted = {**dict.fromkeys(names, PRACTISED_AT_LEAST), names[3]: 0.85}
+    assert all(needs == pytest.approx(wanted) for needs in asked[6:])
 
 
 def test_a_plan_reads_the_cache_and_writes_nothing(world: World, cache, tmp_path) -> None:
