@@ -16,7 +16,7 @@ from llgbm.runtime import UserError
 from llgbm.tasks import make_suite
 from llgbm.tasks.parts import ALL_FORMATS, ALL_OPERATIONS, FORMATS, OPERATIONS
 from llgbm.tasks.suite import Split
-from llgbm.tasks.synthetic import SyntheticSuite, answer, task_answer
+from llgbm.tasks.synthetic import WORDS, SyntheticSuite, answer, task_answer
 
 SUITE = SyntheticSuite()
 
@@ -121,6 +121,20 @@ def test_examples_are_drawn_by_what_a_base_needs() -> None:
     drawn = Counter(names[codes_of(e.prompt)] for e in learnt if codes_of(e.prompt))
     assert drawn.keys() == {"copy-plain", "first-shout"}
     assert 0.68 < drawn["copy-plain"] / drawn.total() < 0.82
+
+
+def test_toy_lists_are_short_and_of_few_words() -> None:
+    toy = SUITE.toy()
+    task, rng = toy.split.train[0], random.Random(0)
+    drawn = [e.prompt for e in toy.examples(task, "evaluation", 80, "any")]
+    learnt = [toy.pretraining_example(rng, False).prompt for _ in range(80)]
+    longer = [e.prompt for e in toy.level_examples("longer lists", task, "evaluation", 20)]
+    assert {len(words_of(prompt)) for prompt in drawn} == {3}
+    assert {len(words_of(prompt)) for prompt in learnt} == {3, 4}
+    assert {len(words_of(prompt)) for prompt in longer} == {4}
+    assert {word for prompt in drawn + learnt for word in words_of(prompt)} == set(WORDS[:16])
+    others = [replace(toy, n_words=17), replace(toy, longest=4)]
+    assert len({suite.fingerprint for suite in (toy, *others)}) == 3
 
 
 @pytest.mark.parametrize("level", [None, *(level.name for level in SUITE.levels)])
