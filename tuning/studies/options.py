@@ -55,7 +55,9 @@ def _flag(group: str, text: str) -> Any:
 class StudyArguments:
     """Options that make a study. They are recorded with it, by the names of these fields."""
 
-    smoke: bool = _flag(START, "small settings: a first look at everything in less than two minutes")
+    smoke: bool = _flag(
+        START, "small settings: a first look at everything in less than two minutes"
+    )
     study: str | None = _option(
         START,
         f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
