@@ -48,6 +48,7 @@ def study(*arguments: str) -> Study:
         ("generators", 3 * len(GENERATORS), 1),
         ("objectives", 8, len(DELTA_PROBES)),
         ("composition", 3 * 2, 1),
+        ("dnd", 5, 2),
     ],
 )
 def test_named_studies_are_what_they_say(name: str, configurations: int, worlds: int) -> None:
@@ -103,6 +104,24 @@ def test_mixtures_are_compared_with_none() -> None:
     assert [t.name for t in everywhere.trials] == ["multitask", "delta-only", "weight-only"]
     searched = study("--search", "random", "--mixup", "0.5")
     assert searched.space is not None and searched.space.base.config.mixup == 0.5
+
+
+def test_the_published_method_stands_beside_its_halves() -> None:
+    made = {t.name: t.config for t in study("--study", "dnd", "--seeds", "0").trials}
+    published = made["DnD's decoder, importance"]
+    assert published.generator.name == "hyperconv_tokens" and published.prompt_tokens == 32
+    assert published.weights == made["importance"].weights == {"importance": 1.0}
+    halves = (made["DnD's decoder, kl"], made["importance"])
+    assert [c.generator.name for c in halves] == ["hyperconv_tokens", "default"]
+    assert made["delta-only"] == study("--study", "terms", "--seeds", "0").trials[0].config
+
+
+@pytest.mark.parametrize(
+    "option", ["--generator heads", "--prompt-tokens 8", "--term kl=1", "--lambda-delta 1"]
+)
+def test_the_published_method_takes_no_other_parts(option: str) -> None:
+    with pytest.raises(UserError, match="of its own: leave these options out"):
+        study("--study", "dnd", *option.split())
 
 
 axis = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True).map(tuple)

@@ -73,6 +73,18 @@ TERMS = (
     WEIGHT_ONLY,
 )
 LABELS = of_weights("true labels", labels=1.0)
+_DND_DECODER = Variant(
+    "DnD's decoder",
+    {"generator": read_generator("hyperconv_tokens"), "prompt_tokens": 32},
+    "The decoder of Drag-and-Drop LLMs reads the states of all tokens of 16 prompts.",
+)
+DND = (
+    _DND_DECODER.joined(of_weights("importance", importance=1.0)),
+    _DND_DECODER.joined(of_weights("kl", kl=1.0)),
+    of_weights("importance", importance=1.0),
+    of_weights("kl", kl=1.0),
+    DELTA_ONLY,
+)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -206,6 +218,23 @@ def composition(options: StudyOptions) -> Study:
     )
 
 
+def dnd(options: StudyOptions) -> Study:
+    """Drag-and-Drop LLMs as published, and by halves: its decoder with KL, its loss with the default generator.
+
+    Raises UserError for options that it sets itself.
+    """
+    own = ("generators", "conditions", "prompt_tokens", "lambda_weight", "lambda_delta", "terms")
+    if any(getattr(options, name) is not None for name in own):
+        raise UserError(
+            "study dnd has generators, conditions and loss terms of its own: leave these options out, or use study terms"
+        )
+    return Study(
+        "dnd",
+        make_trials(options, crossed(DND, *other_axes(options))),
+        note="What does the published method reach, and is it its decoder or its loss?",
+    )
+
+
 def optuna_lambda(options: StudyOptions) -> Study:
     """Search λ_w, λ_d, the weights of terms asked for, and the learning rate; one number fixes a value."""
     options = replace(options, seeds=options.seeds or SEEDS[:2])
@@ -251,6 +280,7 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         objectives,
         labels,
         composition,
+        dnd,
         optuna_lambda,
     )
 }
