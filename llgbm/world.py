@@ -67,7 +67,7 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
-EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.97, rounds=8)
+EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.98, rounds=8, more_examples=4)
 ABILITY, TOLD = "ability.json", 16
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.
 PRACTISED_AT_LEAST = 0.05

@@ -32,10 +32,16 @@ class EncodedPairs:
     def to(self, device: str | torch.device) -> EncodedPairs:
         return EncodedPairs(self.input_ids_ST.to(device), self.targets_ST.to(device))
 
-    def select(self, rows: slice) -> EncodedPairs:
+    @property
+    def lengths_S(self) -> Tensor:
+        """Tokens of each text that are read."""
+        places_T = torch.arange(1, self.targets_ST.shape[1] + 1, device=self.targets_ST.device)
+        return ((self.targets_ST >= 0) * places_T).amax(1)
+
+    def select(self, rows: slice | Tensor) -> EncodedPairs:
         """Some of the texts, cut to the longest of them."""
         ids, targets = self.input_ids_ST[rows], self.targets_ST[rows]
-        width = int((targets >= 0).any(0).nonzero().max()) + 1
+        width = int(EncodedPairs(ids, targets).lengths_S.max())
         return EncodedPairs(ids[:, :width], targets[:, :width])
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from llgbm.runtime import UserError, progress, seed_everything
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_VERSION = 3
+MODEL_VERSION = 4
 # Shares of the steps over which the rates rise and fall.
 RISE, FALL = 0.05, 0.4
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
@@ -44,7 +44,7 @@ class PretrainConfig:
     vector_rate: float = 3e-3
     bare_fraction: float = 0.4
     seed: int = 0
-    target: float = 0.85
+    target: float = 0.7
     rounds: int = 8
     more_steps: int = 200
 

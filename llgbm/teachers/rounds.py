@@ -18,7 +18,7 @@ from llgbm.runtime import say
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.train import Pupil, TeacherConfig, example_source, new_adapters, train_teachers
 
-GATE_EXAMPLES = 64
+GATE_EXAMPLES = 128
 # Every so many rounds, those far from the target start again: more steps seldom free a teacher that is stuck.
 RESTART_EVERY, STUCK_BELOW = 3, 0.8
 
@@ -91,8 +91,9 @@ class Classroom:
         return begun.joined(free, kept).adapters
 
     def _round(self, pupils: Sequence[Pupil], start: LoraBatch, number: int) -> Trained:
-        source = example_source(self.suite, self.base, pupils, self.config, number)
-        adapters = train_teachers(self.base, self.spec, self.config, source, start)
+        config = self.config.of_round(number)
+        source = example_source(self.suite, self.base, pupils, config, number)
+        adapters = train_teachers(self.base, self.spec, config, source, start)
         accuracy_A = torch.ones(len(pupils))
         if self.config.target:
             examples = list(map(self._examples, pupils))

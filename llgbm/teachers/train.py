@@ -6,7 +6,7 @@ Axis letters: see `llgbm`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -23,14 +23,17 @@ from llgbm.runtime import UserError, progress, release_device_memory, say, strea
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.writer import NewAdapter
 
-TEACHERS_VERSION = 1
+TEACHERS_VERSION = 2
+# Adapters are passed in up to so many parts of alike lengths, each of at least so many texts: less is padding.
+PARTS, TEXTS_A_PART = 4, 64
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
 
-    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`; with a target of 0 there is one.
+    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, with `more_examples` times as many
+    examples in a step; with a target of 0 there is one round.
     A trajectory is an answer of up to `max_tokens` tokens.
     """
 
@@ -48,6 +51,7 @@ class TeacherConfig:
     rounds: int = 1
     max_tokens: int = 24
     target_modules: tuple[str, ...] = TARGET_MODULES
+    more_examples: int = 1
 
     def spec_of(self, model: nn.Module) -> LoraSpec:
         """Return the shapes of adapters of a base. Raises UserError for a target module that it does not have."""
@@ -55,7 +59,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         counts = (self.per_task, self.steps, self.examples, self.trajectories, self.max_tokens)
-        if min(counts) < 1:
+        if min(*counts, self.more_examples) < 1:
             raise UserError(
                 "a bank needs at least one teacher a task, one step, one example and one trajectory of one token"
             )
@@ -68,6 +72,12 @@ class TeacherConfig:
                 f"teachers train for at least one round, until an accuracy of 0 to 1, not for {self.rounds} until "
                 f"{self.target:g}"
             )
+
+    def of_round(self, number: int) -> TeacherConfig:
+        """Return the settings of a round, counted from 0."""
+        if number == 0:
+            return self
+        return replace(self, examples=self.examples * self.more_examples, more_examples=1)
 
 
 def named_targets(named: Sequence[str] | None) -> tuple[str, ...]:
@@ -149,15 +159,23 @@ def train_teachers(
         [*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps
     )
     for step in progress(range(config.steps), f"{n_adapters} teachers"):
-        loss_A = adapter_losses(base.model, spec, batch, examples_at(step))
         optimizer.zero_grad(set_to_none=True)
-        loss_A.sum().backward()
+        for rows, texts in _by_length(examples_at(step), n_adapters):
+            adapter_losses(base.model, spec, batch.select(rows), texts).sum().backward()
         optimizer.step()
         schedule.step()
     release_device_memory()
     return LoraBatch(
         {n: t.detach() for n, t in batch.a.items()}, {n: t.detach() for n, t in batch.b.items()}
     )
+
+
+def _by_length(texts: EncodedPairs, n_adapters: int) -> Iterator[tuple[list[int], EncodedPairs]]:
+    """Yield parts of the adapters with their texts (adapter-major), those with the shortest texts first."""
+    numbers_AB = torch.arange(len(texts)).view(n_adapters, -1)
+    n_parts = max(1, min(PARTS, n_adapters, len(texts) // TEXTS_A_PART))
+    for rows in texts.lengths_S.view(n_adapters, -1).amax(1).argsort(stable=True).chunk(n_parts):
+        yield rows.tolist(), texts.select(numbers_AB[rows.cpu()].flatten())
 
 
 def adam_with_decay(

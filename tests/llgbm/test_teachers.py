@@ -205,6 +205,29 @@ def test_a_teacher_is_what_peft_and_adam_train(
     assert apart < 1e-3 * moved
 
 
+def test_teachers_in_parts_of_alike_lengths_are_those_of_one_pass(
+    tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def losses(model: PreTrainedModel, spec: LoraSpec, own: LoraBatch, texts: EncodedPairs) -> Tensor:
+        seen.append((own.n_adapters, *texts.input_ids_ST.shape))
+        return adapter_losses(model, spec, own, texts)
+
+    monkeypatch.setattr("llgbm.teachers.train.adapter_losses", losses)
+    monkeypatch.setattr("llgbm.teachers.train.TEXTS_A_PART", 3)
+    apart = trained(tiny_base, tiny_spec, TASKS)
+    start = shared_initial_a(tiny_spec, CONFIG.seed)
+    moved = torch.stack([(a - start[n]).abs().mean() for n, a in together.a.items()]).mean()
+    for one, other in ((apart.a, together.a), (apart.b, together.b)):
+        for name, tensor in one.items():
+            assert (tensor - other[name]).abs().mean() < 1e-3 * moved
+    assert {own[:2] for own in seen} == {(1, 3)} and len(seen) == 3 * CONFIG.steps
+    widths = [width for _, _, width in seen]
+    by_step = [widths[i : i + 3] for i in range(0, len(widths), 3)]
+    assert all(own == sorted(own) for own in by_step) and any(a[0] < a[2] for a in by_step)
+
+
 def test_training_lowers_every_teachers_own_loss(
     tiny_base: Base, tiny_spec: LoraSpec, together: LoraBatch
 ) -> None:
@@ -264,7 +287,7 @@ def test_bank_has_the_layout_that_users_know(tiny_base: Base, tmp_path: Path) ->
 
 
 def test_a_bank_of_nothing_is_refused() -> None:
-    for name in ("per_task", "steps", "examples", "trajectories"):
+    for name in ("per_task", "steps", "examples", "trajectories", "more_examples"):
         with pytest.raises(UserError, match="at least one"):
             TeacherConfig(**{name: 0})
 
@@ -276,24 +299,27 @@ def test_a_bank_of_nothing_is_refused() -> None:
 def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
     tiny_base: Base, tiny_spec: LoraSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accuracies of the gate are made up, so that the second teacher lags for two rounds and the third for one."""
+    """The accuracies of the gate are made up, so that the second teacher lags for two rounds and the third for one.
+
+    Each round after the first has steps of twice the examples.
+    """
     measured = iter([[1.0, 0.2, 0.9], [0.5, 0.98], [1.0]])
     monkeypatch.setattr(
         "llgbm.teachers.rounds.exact_match", lambda *_: torch.tensor(next(measured))
     )
-    config = replace(CONFIG, target=0.97, rounds=5)
+    config = replace(CONFIG, target=0.97, rounds=5, more_examples=2)
     pupils = [Pupil(task, 0) for task in TASKS]
     found = Classroom(tiny_base, tiny_spec, config, SUITE).train(pupils)
     assert found.rounds == (1, 3, 2) and found.accuracy_A.tolist() == pytest.approx([1, 1, 0.98])
     once = trained(tiny_base, tiny_spec, TASKS)
     assert torch.equal(found.adapters.flatten(tiny_spec)[0], once.flatten(tiny_spec)[0])
 
-    expected = once.select([1, 2])
+    expected, later = once.select([1, 2]), replace(CONFIG, examples=2 * CONFIG.examples)
     for number in (1, 2):
         left = [Pupil(task, 0) for task in TASKS[1 : 4 - number]]
-        source = example_source(SUITE, tiny_base, left, config, number)
+        source = example_source(SUITE, tiny_base, left, later, number)
         expected = train_teachers(
-            tiny_base, tiny_spec, CONFIG, source, expected.select(slice(0, len(left)))
+            tiny_base, tiny_spec, later, source, expected.select(slice(0, len(left)))
         )
     assert torch.equal(found.adapters.flatten(tiny_spec)[1], expected.flatten(tiny_spec)[0])
 
