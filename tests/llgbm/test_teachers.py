@@ -210,7 +210,9 @@ def test_teachers_in_parts_of_alike_lengths_are_those_of_one_pass(
 ) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def losses(model: PreTrainedModel, spec: LoraSpec, own: LoraBatch, texts: EncodedPairs) -> Tensor:
+    def losses(
+        model: PreTrainedModel, spec: LoraSpec, own: LoraBatch, texts: EncodedPairs
+    ) -> Tensor:
         seen.append((own.n_adapters, *texts.input_ids_ST.shape))
         return adapter_losses(model, spec, own, texts)
 

@@ -226,7 +226,7 @@ def dnd(options: StudyOptions) -> Study:
     own = ("generators", "conditions", "prompt_tokens", "lambda_weight", "lambda_delta", "terms")
     if any(getattr(options, name) is not None for name in own):
         raise UserError(
-            "study dnd has generators, conditions and loss terms of its own: leave these options out, or use study terms"
+            "study dnd has generators, conditions and loss terms of its own: leave these options out, or take another"
         )
     return Study(
         "dnd",
