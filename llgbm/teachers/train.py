@@ -23,7 +23,7 @@ from llgbm.runtime import UserError, progress, release_device_memory, say, strea
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.writer import NewAdapter
 
-TEACHERS_VERSION = 2
+TEACHERS_VERSION = 1
 # Adapters are passed in up to so many parts of alike lengths, each of at least so many texts: less is padding.
 PARTS, TEXTS_A_PART = 4, 64
 
