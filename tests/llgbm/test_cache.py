@@ -47,7 +47,18 @@ def kill_while_building(root: Path, kind: str) -> None:
         process.kill()
 
 
-@pytest.mark.parametrize("kind", ["bases", "banks", "deltas", "conditions"])
+WHOLE = pytest.mark.whole
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("bases", marks=WHOLE),
+        pytest.param("banks", marks=WHOLE),
+        "deltas",
+        "conditions",
+    ],
+)
 def test_a_build_killed_midway_leaves_nothing_that_is_used(
     kind: str, world: World, cache: Path, tmp_path: Path
 ) -> None:
