@@ -31,7 +31,7 @@ from llgbm.system.output import check_name
 from llgbm.tasks.suite import Example, Suite
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import Bank
-from llgbm.teachers.rounds import Classroom
+from llgbm.teachers.rounds import GATE_EXAMPLES, Classroom
 from llgbm.teachers.train import (
     TEACHERS_VERSION,
     Pupil,
@@ -113,7 +113,8 @@ def _measure(
     """Finish the bank of a suite (`per_task` adapters a task) with the accuracy and the answers of its teachers."""
     base, tasks = target.base, suite.split.tasks
     ids = [pupil.name for pupil in pupils_of(tasks, config)]
-    n_examples = min(32, suite.available("evaluation"))
+    # Teachers that passed a gate are measured as closely, since the gate picks the lucky.
+    n_examples = min(GATE_EXAMPLES if config.target else 32, suite.available("evaluation"))
     by_task = [suite.examples(t, "evaluation", n_examples, "teacher accuracy") for t in tasks]
     examples = list(chain.from_iterable(repeat(own, config.per_task) for own in by_task))
     owners = list(chain.from_iterable(repeat(task, config.per_task) for task in tasks))
