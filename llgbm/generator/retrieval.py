@@ -19,26 +19,38 @@ from llgbm.runtime import UserError
 class RetrievalConfig(GeneratorConfig):
     """Widths of a retrieval: the `top` nearest teachers are mixed (0: all), the sharper the lower the `temperature`.
 
-    The temperature is where learning starts. Without `residual` the mixture of teachers is the whole answer.
+    The temperature is where learning starts. Without `residual` the mixture of teachers is the whole answer. With
+    `by_module` each module has weights of its own, from keys of `key_width` numbers, where otherwise the whole adapter
+    has one set of weights, from keys as wide as the trunk.
     """
 
     name: str = "retrieval"
     top: int = 0
     temperature: float = 0.1
     residual: bool = True
+    by_module: bool = False
+    key_width: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top < 0 or not 0 < self.temperature < math.inf:
-            raise UserError("a retrieval needs top >= 0 and a temperature above 0")
+        if self.top < 0 or not 0 < self.temperature < math.inf or self.key_width < 1:
+            raise UserError(
+                "a retrieval needs top >= 0, a temperature above 0 and keys of at least one number"
+            )
+        if not self.by_module and self.key_width != RetrievalConfig.key_width:
+            raise UserError(
+                "key_width is of a retrieval by module: give by_module=true, or leave it out"
+            )
 
 
 class RetrievalGenerator(ModuleCodeGenerator):
     """Weigh the training teachers by the similarity of their prompts, and add what the default generator would write.
 
     The trunk reads the prompts of a task and the mean prompt of each training row alike; the weights are a softmax over
-    the cosines of both, projected. Prompts and teachers are kept with the generator. In training no row retrieves a
-    teacher of its own task, which would teach it to copy.
+    the cosines of both, projected: one for the whole adapter, or one for each module. Prompts and teachers are kept
+    with the generator. In training no row retrieves a teacher of its own task, which would teach it to copy.
+
+    Letters beside those of `llgbm`: G groups of values that have weights in common, K width of a key.
 
     Source: ours, after the retrieval of adapters in Zhao et al. 2024, "LoraRetriever: Input-Aware LoRA Retrieval and
     Composition for Mixed Tasks in the Wild" (arXiv 2402.09997).
@@ -54,8 +66,12 @@ class RetrievalGenerator(ModuleCodeGenerator):
         self.top, self.residual = config.top, config.residual
         if config.residual:
             super().add_writer(config)
-        self.projection = nn.Linear(config.hidden, config.hidden, bias=False)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        sizes = [self.spec.rank * (m.n_in + m.n_out) for m in self.spec.modules]
+        self.sizes = sizes if config.by_module else [sum(sizes)]
+        width = len(sizes) * config.key_width if config.by_module else config.hidden
+        self.projection = nn.Linear(config.hidden, width, bias=False)
+        shape = (len(sizes), 1, 1) if config.by_module else ()
+        self.log_temperature = nn.Parameter(torch.full(shape, math.log(config.temperature)))
         self.register_buffer("keys_BC", torch.zeros(0, self.condition_width))
         self.register_buffer("teachers_BV", torch.zeros(0, self.spec.n_values))
         self.register_buffer("task_B", torch.zeros(0, dtype=torch.long))
@@ -79,24 +95,28 @@ class RetrievalGenerator(ModuleCodeGenerator):
         return self._answer(batch["condition"], own_AB), {}
 
     def weigh(self, state_AH: Tensor, hidden_AB: Tensor | None = None) -> Tensor:
-        """Weights [A, B] of the kept teachers for states of the trunk; those that are hidden weigh nothing."""
+        """Weights [G, A, B] of the kept teachers for states of the trunk; those that are hidden weigh nothing."""
         keys_BH = self.read(self.keys_BC[:, None])
         # States of all prompts point the same way, for the most part.
         centre_H = keys_BH.mean(0)
-        asked_AH, found_BH = (
-            normalize(self.projection(own - centre_H), dim=-1) for own in (state_AH, keys_BH)
-        )
-        scores_AB = asked_AH @ found_BH.T / self.log_temperature.exp()
+        asked_GAK, found_GBK = (self._project(own - centre_H) for own in (state_AH, keys_BH))
+        scores_GAB = asked_GAK @ found_GBK.mT / self.log_temperature.exp()
         if hidden_AB is not None:
-            scores_AB = scores_AB.masked_fill(hidden_AB, -torch.inf)
+            scores_GAB = scores_GAB.masked_fill(hidden_AB, -torch.inf)
         if 0 < self.top < len(self.keys_BC):
-            least_A1 = scores_AB.topk(self.top, dim=1).values[:, -1:]
-            scores_AB = scores_AB.masked_fill(scores_AB < least_A1, -torch.inf)
-        return scores_AB.softmax(1)
+            least_GA1 = scores_GAB.topk(self.top, dim=2).values[..., -1:]
+            scores_GAB = scores_GAB.masked_fill(scores_GAB < least_GA1, -torch.inf)
+        return scores_GAB.softmax(2)
+
+    def _project(self, states_XH: Tensor) -> Tensor:
+        """Keys [G, X, K] of unit length."""
+        keys_XGK = self.projection(states_XH).unflatten(1, (len(self.sizes), -1))
+        return normalize(keys_XGK, dim=-1).transpose(0, 1)
 
     def _answer(self, condition_ANC: Tensor, hidden_AB: Tensor | None) -> Tensor:
         state_AH = self.read(condition_ANC)
-        mixed_AV = self.weigh(state_AH, hidden_AB) @ self.teachers_BV
+        weights_GAB, parts = self.weigh(state_AH, hidden_AB), self.teachers_BV.split(self.sizes, 1)
+        mixed_AV = torch.cat([own @ part for own, part in zip(weights_GAB, parts, strict=True)], 1)
         return mixed_AV + self.write(state_AH) if self.residual else mixed_AV
 
 

@@ -10,6 +10,7 @@ import torch
 from contracts import WIDTH, make_spec, random_conditions, random_rows, random_statistics
 
 from llgbm.generator import RetrievalConfig, RetrievalGenerator, make_generator, read_generator
+from llgbm.lora import LoraBatch
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig, Trial
 from llgbm.world import World
@@ -34,7 +35,11 @@ def retrieved_rows(tokens_AV: torch.Tensor, generator: RetrievalGenerator) -> to
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("options", [{}, {"top": 3}, {"residual": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top": 3}, {"residual": False}, {"by_module": True}, {"by_module": True, "top": 2}],
+    ids=str,
+)
 def test_in_training_no_row_of_a_batch_depends_on_a_teacher_of_its_own_task(
     world: World, config: TrainingConfig, options: dict[str, Any]
 ) -> None:
@@ -70,7 +75,7 @@ def test_the_nearest_alone_is_copied_and_of_two_a_mixture_is_written() -> None:
     rows = random_rows(make_spec())
     torch.testing.assert_close(alone(rows.read_conditions()), alone.teachers_BV)
     two = prepared(top=2)
-    weights_AB = two.weigh(two.read(random_conditions(7)))
+    (weights_AB,) = two.weigh(two.read(random_conditions(7)))
     assert ((weights_AB > 0).sum(1) == 2).all()
     torch.testing.assert_close(weights_AB.sum(1), torch.ones(7))
 
@@ -79,16 +84,34 @@ def test_fewer_teachers_of_other_tasks_than_asked_for_are_all_that_is_mixed() ->
     generator = prepared(top=4)
     rows = random_rows(make_spec())
     hidden_AB = rows.task_B[:, None] == rows.task_B
-    weights_AB = generator.weigh(generator.read(rows.read_conditions()), hidden_AB)
+    (weights_AB,) = generator.weigh(generator.read(rows.read_conditions()), hidden_AB)
     assert torch.equal(weights_AB > 0, ~hidden_AB)
 
 
 def test_a_lower_temperature_is_sharper_and_it_is_learned() -> None:
     sharp, flat = (prepared(temperature=own) for own in (0.01, 10.0))
     asked = random_conditions(4)
-    most = [g.weigh(g.read(asked)).max(1).values for g in (sharp, flat)]
+    most = [g.weigh(g.read(asked))[0].max(1).values for g in (sharp, flat)]
     assert (most[0] > 0.9).all() and (most[1] < 0.25).all()
     assert sharp.log_temperature.requires_grad
+
+
+def test_by_module_each_module_is_a_mixture_of_the_same_module_by_weights_of_its_own() -> None:
+    generator = prepared(by_module=True, residual=False, key_width=5)
+    asked, spec = random_conditions(4), make_spec()
+    weights_GAB = generator.weigh(generator.read(asked))
+    assert weights_GAB.shape == (len(spec.modules), 4, 5)
+    torch.testing.assert_close(weights_GAB.sum(2), torch.ones(len(spec.modules), 4))
+    assert not torch.allclose(weights_GAB[0], weights_GAB[1], atol=1e-3)
+    mixed = LoraBatch.unflatten(spec, generator(asked))
+    teachers = LoraBatch.unflatten(spec, generator.teachers_BV)
+    for module, weights_AB in zip(spec.modules, weights_GAB, strict=True):
+        for one, kept in ((mixed.a, teachers.a), (mixed.b, teachers.b)):
+            expected = torch.einsum("ab,b...->a...", weights_AB, kept[module.name])
+            torch.testing.assert_close(one[module.name], expected)
+    generator.log_temperature.data[1] = -9.0
+    sharper = generator.weigh(generator.read(asked))
+    assert torch.equal(sharper[0], weights_GAB[0]) and (sharper[1].max(1).values > 0.99).all()
 
 
 def test_without_residual_nothing_is_written_beside_the_mixture() -> None:
@@ -116,6 +139,8 @@ def test_a_single_task_is_refused() -> None:
         ("retrieval,temperature=nan", "temperature above 0"),
         ("retrieval,temperature=inf", "temperature above 0"),
         ("retrieval,residual=perhaps", "must be true or false"),
+        ("retrieval,by_module=true,key_width=0", "keys of at least one number"),
+        ("retrieval,key_width=8", "of a retrieval by module"),
     ],
 )
 def test_options_that_cannot_be_are_a_users_mistake(text: str, said: str) -> None:
