@@ -12,7 +12,11 @@ from torch.nn.functional import normalize
 
 from llgbm.generator.networks import GeneratorConfig, ModuleCodeGenerator, TrainingRows
 from llgbm.generator.pooling import MeanPool
+from llgbm.lora.adapters import LoraSpec
 from llgbm.runtime import UserError
+
+# What has weights of its own: all of an adapter, A and B of a module together, or apart.
+UNITS = ("adapter", "module", "matrix")
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,15 @@ class RetrievalConfig(GeneratorConfig):
     """Widths of a retrieval: the `top` nearest teachers are mixed (0: all), the sharper the lower the `temperature`.
 
     The temperature is where learning starts. Without `residual` the mixture of teachers is the whole answer. With
-    `by_module` each module has weights of its own, from keys of `key_width` numbers, where otherwise the whole adapter
-    has one set of weights, from keys as wide as the trunk.
+    a `unit` of `module` or `matrix` each of these has weights of its own, from keys of `key_width` numbers, where
+    otherwise the whole `adapter` has one set of weights, from keys as wide as the trunk.
     """
 
     name: str = "retrieval"
     top: int = 0
     temperature: float = 0.1
     residual: bool = True
-    by_module: bool = False
+    unit: str = UNITS[0]
     key_width: int = 64
 
     def __post_init__(self) -> None:
@@ -37,9 +41,13 @@ class RetrievalConfig(GeneratorConfig):
             raise UserError(
                 "a retrieval needs top >= 0, a temperature above 0 and keys of at least one number"
             )
-        if not self.by_module and self.key_width != RetrievalConfig.key_width:
+        if self.unit not in UNITS:
             raise UserError(
-                "key_width is of a retrieval by module: give by_module=true, or leave it out"
+                f"unknown unit {self.unit!r} of a retrieval; there are: {', '.join(UNITS)}"
+            )
+        if self.unit == UNITS[0] and self.key_width != RetrievalConfig.key_width:
+            raise UserError(
+                "key_width is of a retrieval by module or matrix: give unit=matrix, or leave it out"
             )
 
 
@@ -47,8 +55,8 @@ class RetrievalGenerator(ModuleCodeGenerator):
     """Weigh the training teachers by the similarity of their prompts, and add what the default generator would write.
 
     The trunk reads the prompts of a task and the mean prompt of each training row alike; the weights are a softmax over
-    the cosines of both, projected: one for the whole adapter, or one for each module. Prompts and teachers are kept
-    with the generator. In training no row retrieves a teacher of its own task, which would teach it to copy.
+    the cosines of both, projected: one for the whole adapter, or one for each module or matrix. Prompts and teachers
+    are kept with the generator. In training no row retrieves a teacher of its own task, which would teach it to copy.
 
     Letters beside those of `llgbm`: G groups of values that have weights in common, K width of a key.
 
@@ -66,11 +74,11 @@ class RetrievalGenerator(ModuleCodeGenerator):
         self.top, self.residual = config.top, config.residual
         if config.residual:
             super().add_writer(config)
-        sizes = [self.spec.rank * (m.n_in + m.n_out) for m in self.spec.modules]
-        self.sizes = sizes if config.by_module else [sum(sizes)]
-        width = len(sizes) * config.key_width if config.by_module else config.hidden
+        self.sizes = _unit_sizes(self.spec, config.unit)
+        apart = config.unit != UNITS[0]
+        width = len(self.sizes) * config.key_width if apart else config.hidden
         self.projection = nn.Linear(config.hidden, width, bias=False)
-        shape = (len(sizes), 1, 1) if config.by_module else ()
+        shape = (len(self.sizes), 1, 1) if apart else ()
         self.log_temperature = nn.Parameter(torch.full(shape, math.log(config.temperature)))
         self.register_buffer("keys_BC", torch.zeros(0, self.condition_width))
         self.register_buffer("teachers_BV", torch.zeros(0, self.spec.n_values))
@@ -118,6 +126,15 @@ class RetrievalGenerator(ModuleCodeGenerator):
         weights_GAB, parts = self.weigh(state_AH, hidden_AB), self.teachers_BV.split(self.sizes, 1)
         mixed_AV = torch.cat([own @ part for own, part in zip(weights_GAB, parts, strict=True)], 1)
         return mixed_AV + self.write(state_AH) if self.residual else mixed_AV
+
+
+def _unit_sizes(spec: LoraSpec, unit: str) -> list[int]:
+    """Count the values of each unit, in the order of a flat adapter."""
+    matrices = [rows * columns for _, _, (rows, columns) in spec.pieces]
+    if unit == "matrix":
+        return matrices
+    modules = [spec.rank * (m.n_in + m.n_out) for m in spec.modules]
+    return modules if unit == "module" else [sum(modules)]
 
 
 def _take_sizes(

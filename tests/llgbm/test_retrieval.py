@@ -37,7 +37,7 @@ def retrieved_rows(tokens_AV: torch.Tensor, generator: RetrievalGenerator) -> to
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top": 3}, {"residual": False}, {"by_module": True}, {"by_module": True, "top": 2}],
+    [{}, {"top": 3}, {"residual": False}, {"unit": "module"}, {"unit": "matrix", "top": 2}],
     ids=str,
 )
 def test_in_training_no_row_of_a_batch_depends_on_a_teacher_of_its_own_task(
@@ -96,19 +96,21 @@ def test_a_lower_temperature_is_sharper_and_it_is_learned() -> None:
     assert sharp.log_temperature.requires_grad
 
 
-def test_by_module_each_module_is_a_mixture_of_the_same_module_by_weights_of_its_own() -> None:
-    generator = prepared(by_module=True, residual=False, key_width=5)
+@pytest.mark.parametrize("unit", ["module", "matrix"])
+def test_each_unit_is_a_mixture_of_the_same_unit_by_weights_of_its_own(unit: str) -> None:
+    generator = prepared(unit=unit, residual=False, key_width=5)
     asked, spec = random_conditions(4), make_spec()
     weights_GAB = generator.weigh(generator.read(asked))
-    assert weights_GAB.shape == (len(spec.modules), 4, 5)
-    torch.testing.assert_close(weights_GAB.sum(2), torch.ones(len(spec.modules), 4))
+    n_units = len(spec.pieces) if unit == "matrix" else len(spec.modules)
+    assert weights_GAB.shape == (n_units, 4, 5)
+    torch.testing.assert_close(weights_GAB.sum(2), torch.ones(n_units, 4))
     assert not torch.allclose(weights_GAB[0], weights_GAB[1], atol=1e-3)
     mixed = LoraBatch.unflatten(spec, generator(asked))
     teachers = LoraBatch.unflatten(spec, generator.teachers_BV)
-    for module, weights_AB in zip(spec.modules, weights_GAB, strict=True):
-        for one, kept in ((mixed.a, teachers.a), (mixed.b, teachers.b)):
-            expected = torch.einsum("ab,b...->a...", weights_AB, kept[module.name])
-            torch.testing.assert_close(one[module.name], expected)
+    for number, (name, side, _) in enumerate(spec.pieces):
+        weights_AB = weights_GAB[number if unit == "matrix" else number // 2]
+        one, kept = ((own.a if side == "A" else own.b)[name] for own in (mixed, teachers))
+        torch.testing.assert_close(one, torch.einsum("ab,b...->a...", weights_AB, kept))
     generator.log_temperature.data[1] = -9.0
     sharper = generator.weigh(generator.read(asked))
     assert torch.equal(sharper[0], weights_GAB[0]) and (sharper[1].max(1).values > 0.99).all()
@@ -139,8 +141,9 @@ def test_a_single_task_is_refused() -> None:
         ("retrieval,temperature=nan", "temperature above 0"),
         ("retrieval,temperature=inf", "temperature above 0"),
         ("retrieval,residual=perhaps", "must be true or false"),
-        ("retrieval,by_module=true,key_width=0", "keys of at least one number"),
-        ("retrieval,key_width=8", "of a retrieval by module"),
+        ("retrieval,unit=matrix,key_width=0", "keys of at least one number"),
+        ("retrieval,key_width=8", "of a retrieval by module or matrix"),
+        ("retrieval,unit=row", "there are: adapter, module, matrix"),
     ],
 )
 def test_options_that_cannot_be_are_a_users_mistake(text: str, said: str) -> None:
