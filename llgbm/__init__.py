@@ -16,8 +16,10 @@ Names of tensors end in the letters of their axes: `delta_APQD` is [A, P, Q, D].
 
 import os
 
-# Threads of torch that wait for each other by spinning make a busy machine tens of times slower (docs/log.md);
-# the OpenMP runtime reads this when torch is first imported.
+# Threads of torch that wait for each other by spinning make a busy machine tens of times slower, and threads that go to
+# sleep at once an idle one by a half: they spin for a moment, then sleep (docs/log.md). The OpenMP runtime reads this
+# when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
