@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sqlite3
 import subprocess
 import sys
@@ -79,6 +80,21 @@ def run(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, ["PASSIVE", "10000"]), ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"])]
+)
+def test_waiting_threads_spin_for_a_moment_unless_the_user_says_how_long(
+    own: dict[str, str], expected: list[str]
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import os, llgbm; print(*(os.environ[name] for name in {names}))"
+    environment = {name: value for name, value in os.environ.items() if name not in names} | own
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == expected
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:
