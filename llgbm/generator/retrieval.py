@@ -58,7 +58,7 @@ class RetrievalGenerator(ModuleCodeGenerator):
     the cosines of both, projected: one for the whole adapter, or one for each module or matrix. Prompts and teachers
     are kept with the generator. In training no row retrieves a teacher of its own task, which would teach it to copy.
 
-    Letters beside those of `llgbm`: G groups of values that have weights in common, K width of a key.
+    Letters beside those of `llgbm`: G units, E width of a key.
 
     Source: ours, after the retrieval of adapters in Zhao et al. 2024, "LoraRetriever: Input-Aware LoRA Retrieval and
     Composition for Mixed Tasks in the Wild" (arXiv 2402.09997).
@@ -107,8 +107,8 @@ class RetrievalGenerator(ModuleCodeGenerator):
         keys_BH = self.read(self.keys_BC[:, None])
         # States of all prompts point the same way, for the most part.
         centre_H = keys_BH.mean(0)
-        asked_GAK, found_GBK = (self._project(own - centre_H) for own in (state_AH, keys_BH))
-        scores_GAB = asked_GAK @ found_GBK.mT / self.log_temperature.exp()
+        asked_GAE, found_GBE = (self._project(own - centre_H) for own in (state_AH, keys_BH))
+        scores_GAB = asked_GAE @ found_GBE.mT / self.log_temperature.exp()
         if hidden_AB is not None:
             scores_GAB = scores_GAB.masked_fill(hidden_AB, -torch.inf)
         if 0 < self.top < len(self.keys_BC):
@@ -117,9 +117,9 @@ class RetrievalGenerator(ModuleCodeGenerator):
         return scores_GAB.softmax(2)
 
     def _project(self, states_XH: Tensor) -> Tensor:
-        """Keys [G, X, K] of unit length."""
-        keys_XGK = self.projection(states_XH).unflatten(1, (len(self.sizes), -1))
-        return normalize(keys_XGK, dim=-1).transpose(0, 1)
+        """Keys [G, X, E] of unit length."""
+        keys_XGE = self.projection(states_XH).unflatten(1, (len(self.sizes), -1))
+        return normalize(keys_XGE, dim=-1).transpose(0, 1)
 
     def _answer(self, condition_ANC: Tensor, hidden_AB: Tensor | None) -> Tensor:
         state_AH = self.read(condition_ANC)
@@ -130,11 +130,11 @@ class RetrievalGenerator(ModuleCodeGenerator):
 
 def _unit_sizes(spec: LoraSpec, unit: str) -> list[int]:
     """Count the values of each unit, in the order of a flat adapter."""
-    matrices = [rows * columns for _, _, (rows, columns) in spec.pieces]
     if unit == "matrix":
-        return matrices
-    modules = [spec.rank * (m.n_in + m.n_out) for m in spec.modules]
-    return modules if unit == "module" else [sum(modules)]
+        return spec.piece_sizes
+    if unit == "module":
+        return [spec.rank * (m.n_in + m.n_out) for m in spec.modules]
+    return [spec.n_values]
 
 
 def _take_sizes(

@@ -94,7 +94,7 @@ class LoraBatch:
             raise ValueError(
                 f"flat adapters have shape {tuple(values_AV.shape)}; the spec needs [A, {spec.n_values}]"
             )
-        parts = values_AV.split([rows * columns for _, _, (rows, columns) in spec.pieces], dim=1)
+        parts = values_AV.split(spec.piece_sizes, dim=1)
         sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
         for (name, side, shape), part in zip(spec.pieces, parts, strict=True):
             sides[side][name] = part.unflatten(1, shape)

@@ -108,7 +108,12 @@ class LoraSpec:
     @property
     def n_values(self) -> int:
         """Return the number of values in an adapter."""
-        return sum(rows * columns for _, _, (rows, columns) in self.pieces)
+        return sum(self.piece_sizes)
+
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Count the values of each matrix, in the order of a flat adapter."""
+        return [rows * columns for _, _, (rows, columns) in self.pieces]
 
     @property
     def hash(self) -> str:

@@ -78,5 +78,5 @@ def _relative(deviation: Tensor, of_values: Tensor) -> Tensor:
 
 def _mean_by_matrix(deviation_V: Tensor, spec: LoraSpec) -> Tensor:
     """Replace every value by the mean of its matrix."""
-    parts = deviation_V.split([rows * columns for _, _, (rows, columns) in spec.pieces])
+    parts = deviation_V.split(spec.piece_sizes)
     return torch.cat([part.mean().expand_as(part) for part in parts])
