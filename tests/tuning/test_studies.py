@@ -113,6 +113,7 @@ def test_the_published_method_stands_beside_its_halves() -> None:
     assert published.weights == made["importance"].weights == {"importance": 1.0}
     halves = (made["DnD's decoder, kl"], made["importance"])
     assert [c.generator.name for c in halves] == ["hyperconv_tokens", "default"]
+    assert halves[0].weights == made["kl"].weights == {"kl": 1.0}
     assert made["delta-only"] == study("--study", "terms", "--seeds", "0").trials[0].config
 
 
