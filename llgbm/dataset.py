@@ -126,6 +126,18 @@ class ExperimentData:
         targets = self.examples.targets_ST.unflatten(0, (-1, self.n_examples))[index].flatten(0, 1)
         return EncodedPairs(ids, targets)
 
+    def with_few_examples(self, count: int) -> ExperimentData:
+        """Return the same data with only the first `count` evaluation examples of each task, or all if it has less."""
+        kept = min(count, self.n_examples)
+        index_S = torch.arange(len(self.examples)).view(-1, self.n_examples)[:, :kept].flatten()
+        questions = self.questions
+        if questions is not None and questions.items:
+            questions = replace(
+                questions, items=tuple(questions.items[i] for i in index_S.tolist())
+            )
+        examples = self.examples.select(index_S.to(self.device))
+        return replace(self, examples=examples, n_examples=kept, questions=questions)
+
 
 def evaluation_examples(suite: Suite, tasks: Sequence[str], count: int) -> list[Example]:
     """Return `count` evaluation examples of each task, task after task."""

@@ -211,7 +211,6 @@ def measure_deltas(
             pieces.append(read_states(model, mine, applied) - base_states)
             if not shared:
                 base_pieces.append(base_states)
-    release_device_memory()
     return DeltaTable(probes, torch.cat(base_pieces), torch.cat(pieces))
 
 
@@ -255,6 +254,7 @@ class DeltaCache:
                 "adapters": dict(bank.adapters),
             }
             _write_deltas(entry / "deltas", table, shared, manifest)
+            release_device_memory()
 
         return cls(build_entry(root, "deltas", key, write) / "deltas")
 

@@ -98,12 +98,15 @@ def run_study(job: Job) -> int:
             begin_anew(study.trials, tracker, job.storage, ownership)
         else:
             begin_anew(trials_lost(study, job.options), tracker, job.storage, ownership)
-        log_baselines(tracker, worlds, job.options.stores.cache_folder)
+        cache = job.options.stores.cache_folder
+        if not job.is_beside:
+            log_baselines(tracker, worlds, cache)
         log_datasets(tracker.client, tracker.parent_run_id, list(worlds.values()))
         study = run_trials(job, ownership)
+        log_baselines(tracker, worlds, cache)
         results = read_trials(tracker.tracking_uri, tracker.parent_run_id)
         keep_adapters(job, study, results)
-        registered = register_best(study, worlds, results, tracker, job.options.stores.cache_folder)
+        registered = register_best(study, worlds, results, tracker, cache)
         publish_answers(tracker, worlds_by_trial(job, study), results, study.metric)
         summary = publish_report(tracker)
     print(json.dumps({**summary, "registered": registered}, sort_keys=True, allow_nan=False))

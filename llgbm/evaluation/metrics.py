@@ -42,12 +42,16 @@ class PartResult:
 def evaluate_generator(
     generator: LoraGenerator, data: ExperimentData, lora_model: FunctionalLoRA, part: str
 ) -> PartResult:
-    """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts."""
+    """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts.
+
+    Accuracies from the prompts of others and from nonsense are of tasks that were not trained on.
+    """
     rows = list(data.rows[part])
     adapters = generate_in_chunks(generator, data.conditions.evaluation_ANC, rows)
     result = evaluate_adapters(adapters, data, lora_model, rows)
+    untrained = part != "train"
     controls = {
-        **control_accuracies(generator, data, lora_model, rows),
+        **(control_accuracies(generator, data, lora_model, rows) if untrained else {}),
         "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
         .mean()
         .item(),

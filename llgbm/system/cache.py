@@ -25,15 +25,18 @@ ENTRY_FILE = "entry.json"
 KEYS_VERSION = 2
 
 
-def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder of entry `kind/key`; call `build(folder)` first if no complete one exists.
+def build_entry(
+    root: Path, kind: str, key: str, build: Callable[[Path], None], tell: bool = True
+) -> Path:
+    """Return the folder of entry `kind/key`; call `build(folder)` first if no complete one exists, and tell which.
 
     Concurrent builders of one entry wait for each other. A build that is killed leaves nothing that is used.
     Raises UserError where the folder cannot be written.
     """
     final = root / kind / key
+    tell_user = say if tell else logger.debug
     if entry_is_whole(final):
-        say(f"{kind} {key}: cached")
+        tell_user(f"{kind} {key}: cached")
         return final
     with disk_errors(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +45,7 @@ def build_entry(root: Path, kind: str, key: str, build: Callable[[Path], None]) 
                 _tell_of_older(root)
                 started = time.perf_counter()
                 _build_aside(final, key, build)
-                say(f"{kind} {key}: built in {time.perf_counter() - started:.0f} s")
+                tell_user(f"{kind} {key}: built in {time.perf_counter() - started:.0f} s")
     return final
 
 

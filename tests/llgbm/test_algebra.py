@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from llgbm.dataset import ExperimentData
 from llgbm.delta import DeltaTable
 from llgbm.evaluation import baselines
 from llgbm.evaluation.algebra import (
@@ -227,4 +228,41 @@ def test_baselines_measured_before_a_group_was_added_are_found(
     assert list(baselines.known_baselines(tmp_path, world.data, world.lora_model)) == list(
         baselines.BASELINES
     )
-    assert made == ["delta_nearest", "delta_merge", "delta_nnls"]
+    assert made == ["best_single", "delta_nearest", "delta_merge", "delta_nnls"]
+
+
+def test_the_best_single_teacher_is_the_best_of_all_on_all_examples(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = world.data, world.lora_model
+    train, val = list(data.rows["train"]), list(data.rows["val"])
+    # Teachers that are right in all examples of one validation task, in the first half of them, and in none.
+    right = torch.tensor([[0.0] * 4, [1.0, 1.0, 0.0, 0.0], [1.0] * 4, *[[0.0] * 4] * len(train)])
+    seen: list[tuple[int, int]] = []
+
+    def measured(_: object, batch: LoraBatch, own: ExperimentData, rows: list[int]) -> torch.Tensor:
+        values = batch.flatten(model.spec)
+        row = next(i for i in train if torch.equal(values[0], data.teachers([i])[0]))
+        seen.append((row, own.n_examples))
+        assert rows == val and torch.equal(values, data.teachers([row] * len(val)))
+        return right[train.index(row), : own.n_examples].mean().expand(len(val))
+
+    monkeypatch.setattr(baselines, "accuracy_per_adapter", measured)
+    monkeypatch.setattr(baselines, "FEW_EXAMPLES", 2)
+    monkeypatch.setattr(baselines, "FINALISTS", 2)
+    found = baselines.best_single(data, model, data.rows["test"])
+    wanted = data.teachers([train[2]]).expand(len(data.rows["test"]), -1)
+    assert torch.equal(found, wanted)
+    finalists = [(train[1], data.n_examples), (train[2], data.n_examples)]
+    assert seen == [*((row, 2) for row in train), *finalists]
+
+
+def test_few_examples_are_the_first_of_each_task(world: World) -> None:
+    data = world.data
+    few, rows = data.with_few_examples(2), [3, 0]
+    every = data.examples_of(rows).input_ids_ST.unflatten(0, (2, -1))
+    found = few.examples_of(rows).input_ids_ST
+    assert few.n_examples == 2
+    assert torch.equal(found, every[:, :2, : found.shape[1]].flatten(0, 1))
+    assert not every[:, :2, found.shape[1] :].ne(every[0, 0, -1]).any()
+    assert data.with_few_examples(1000).n_examples == data.n_examples

@@ -80,6 +80,11 @@ def test_evaluations_hold_the_controls_of_the_final_one(
     final = evaluate_generator(found.generator, world.data, world.lora_model, "val").metrics
     for name in ("accuracy", "accuracy_shuffled_prompts", "accuracy_nonsense_prompts"):
         assert seen[-1][f"val/{name}"] == final[name]
+    trained = evaluate_generator(found.generator, world.data, world.lora_model, "train").metrics
+    assert final.keys() - trained.keys() == {
+        "accuracy_shuffled_prompts",
+        "accuracy_nonsense_prompts",
+    }
 
 
 def test_controls_are_accuracies_from_the_prompts_of_others(

@@ -80,6 +80,11 @@ class Resources:
     def threads(self) -> int:
         return max(1, int(self.cpus))
 
+    @property
+    def is_full(self) -> bool:
+        """True where trials fill every place, so that one more process takes a trial's place and no more memory."""
+        return self.concurrent == sum(node.fits(self.cpus, self.gpus) for node in self.nodes)
+
     def describe(self) -> str:
         gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
         where = f" on {len(self.nodes)} machines" if len(self.nodes) > 1 else ""

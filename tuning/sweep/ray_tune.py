@@ -18,6 +18,7 @@ from llgbm.runtime import UserError, logger, progress_bar
 from tuning.search.queue import TrialQueue
 from tuning.studies.spec import TrialSpec
 from tuning.sweep.asha import make_scheduler
+from tuning.sweep.beside import Beside
 from tuning.sweep.checkpoints import TrialCheckpoints, join, open_storage, remove_folder
 from tuning.sweep.run import Job
 from tuning.sweep.worker import RUN_ID, TrialSetting, ray_trainable
@@ -237,7 +238,10 @@ def run_sweep(job: Job, queue: TrialQueue, ownership: Ownership) -> None:
         ),
     )
     try:
+        beside = Beside(job.worlds, stores.cache_folder, job.resources) if job.is_beside else None
         tuner.fit()
+        if beside is not None:
+            beside.keep()
     except BaseException:
         ray.shutdown()
         raise

@@ -12,6 +12,7 @@ from tuning.search.queue import ListQueue, TrialQueue
 from tuning.studies.options import Options
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.asha import scheduler_key
+from tuning.sweep.beside import pieces_to_measure
 from tuning.sweep.checkpoints import TrialCheckpoints
 from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
 from tuning.sweep.resume import adopt_finished, lost_trials, trials_to_run
@@ -38,6 +39,13 @@ class Job:
     def scheduler(self) -> str:
         """Return the key of the scheduler that judges its trials."""
         return scheduler_key(self.options.study.scheduler, self.study)
+
+    @property
+    def is_beside(self) -> bool:
+        """True where baselines that are not known yet are measured beside the trials, not before them."""
+        cache = self.options.stores.cache_folder
+        worlds = self.worlds.values()
+        return self.resources.is_full and any(pieces_to_measure(own, cache) for own in worlds)
 
 
 def open_store(options: Options) -> StudyTracker:

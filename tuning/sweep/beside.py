@@ -1,0 +1,71 @@
+"""Measure the baselines of a study in processes beside its trials, where trials leave room for one.
+
+Baselines need one core, and where the trials do not divide evenly among the places, a place is empty at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llgbm.evaluation.baselines import keep_measured, measure_group, unknown_groups
+from llgbm.runtime import pick_device, say
+from llgbm.world import World
+from tuning.sweep.cluster import Resources, take_share
+
+# Part of the tasks, and group of baselines.
+Piece = tuple[str, str]
+
+
+def pieces_to_measure(world: World, cache: Path) -> list[Piece]:
+    """Return what the cache lacks: reports read the baselines of held-out tasks, a registry those of validation.
+
+    Those of a toy world take less time than a process needs to start.
+    """
+    if world.config.smoke:
+        return []
+    return [
+        (part, group)
+        for part in ("test", "val")
+        for group in unknown_groups(cache, world.data, part)
+    ]
+
+
+class Beside:
+    """Baselines that are being measured, those of each world in a process with a trial's share of a machine.
+
+    `worlds` holds worlds on the CPU by hash. Only what is in no cache is measured.
+    """
+
+    def __init__(self, worlds: Mapping[str, World], cache: Path, resources: Resources) -> None:
+        import ray
+
+        self._worlds, self._cache = worlds, cache
+        measure = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(_measure)
+        self._asked = {
+            key: measure.remote(ray.put(world), asked, resources)
+            for key, world in worlds.items()
+            if (asked := pieces_to_measure(world, cache))
+        }
+
+    def keep(self) -> None:
+        """Wait for the numbers and put them into the cache. What a process failed in is left to the driver."""
+        import ray
+        from ray.exceptions import RayError
+
+        for key, reference in self._asked.items():
+            try:
+                measured = ray.get(reference)
+            except RayError as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                say(f"the baselines of world {key} are measured after the trials: {first}")
+                continue
+            for (part, group), numbers in measured.items():
+                keep_measured(self._cache, self._worlds[key].data, part, group, numbers)
+
+
+def _measure(world: World, asked: list[Piece], resources: Resources) -> dict[Piece, Any]:
+    take_share(resources.threads, resources.gpus)
+    own = world.to(pick_device() if resources.gpus else "cpu")
+    return {piece: measure_group(own.data, own.lora_model, *piece) for piece in asked}
