@@ -373,7 +373,7 @@ def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
         delta_probes=options.delta_probes,
     )
     if options.smoke:
-        config = replace(config, steps=100, batch_size=8, eval_every=50, n_probes=2, n_prompts=8)
+        config = replace(config, steps=60, batch_size=8, eval_every=30, n_probes=2, n_prompts=8)
     names = ("steps", "batch_size", "n_probes", "activation_checkpointing", "probe_chunk")
     given = {name: getattr(options, name) for name in names}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
