@@ -23,6 +23,7 @@ from llgbm.teachers.bank import Bank
 from llgbm.training import TrainingConfig
 from llgbm.world import World
 from tuning.studies import StudyOptions, TrialSpec, phase_4_5
+from tuning.studies.spec import TRAINING
 from tuning.sweep.artifacts import (
     best_trials,
     bundle_facts,
@@ -53,10 +54,10 @@ def test_a_note_says_what_is_changed_and_why() -> None:
     assert "* `lambda_delta`: 0.0 (default 1.0)" in notes["weight-only"]
     assert "no teacher weight is looked at" in notes["delta-only"]
     assert all(
-        "Why: because" in note and "* `steps`: 50 (default 600)" in note for note in notes.values()
+        "Why: because" in note and "* `steps`: 50 (default 400)" in note for note in notes.values()
     )
     assert "seed" not in notes["multitask"].split("Changed")[1]
-    plain = TrialSpec("plain", TrainingConfig(), trials[0].world)
+    plain = TrialSpec("plain", TRAINING, trials[0].world)
     assert "All settings are the default training's." in run_notes.trial_note(plain)
     other = replace(
         plain, config=replace(plain.config, generator=replace(plain.config.generator, hidden=8))

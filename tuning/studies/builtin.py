@@ -16,7 +16,7 @@ from llgbm.models.load import FAMILIES
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig, smoke_world
-from tuning.studies.spec import SearchSpace, Study, TrialSpec
+from tuning.studies.spec import TRAINING, SearchSpace, Study, TrialSpec
 from tuning.studies.terms import weight_grid, weights_name
 from tuning.studies.variants import (
     Variant,
@@ -366,7 +366,8 @@ def _trial(
 
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:
-    config = TrainingConfig(
+    config = replace(
+        TRAINING,
         seed=seed,
         use_small_model=size in SMALL_SIZES,
         model_size=size,

@@ -80,7 +80,7 @@ class StudyArguments:
         COMPARED, "options of loss terms, kl.temperature=2 say", "TERM.OPTION=X"
     )
     learning_rate: tuple[float, ...] | None = _option(
-        COMPARED, "learning rates (default: 0.002)", "X"
+        COMPARED, f"learning rates (default: {spec.TRAINING.learning_rate})", "X"
     )
     mixup: tuple[float, ...] | None = _option(
         COMPARED,
@@ -122,7 +122,9 @@ class StudyArguments:
         "NAME",
     )
 
-    steps: int | None = _option(TRAINING, "training steps of each trial (default: 600)", "N")
+    steps: int | None = _option(
+        TRAINING, f"training steps of each trial (default: {TRAINING.steps}; with --smoke 60)", "N"
+    )
     batch_size: int | None = _option(TRAINING, "tasks in a training step (default: 16)", "N")
     n_probes: int | None = _option(
         TRAINING, "probes of each task in a training step (default: 2)", "N"

@@ -18,6 +18,8 @@ from tuning.studies.terms import short_name
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 SAMPLERS = ("optuna", "random")
 Range = tuple[float, float]
+# The training of a trial, but for what its study changes.
+TRAINING = TrainingConfig(steps=400, learning_rate=3e-3)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llgbm.training import TrainingConfig
 from llgbm.world import World
-from tuning.studies.spec import Study, TrialSpec
+from tuning.studies.spec import TRAINING, Study, TrialSpec
 from tuning.tracking.store import store_errors, with_login
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ GATES_TAG = "llgbm.missed_gates"
 def trial_note(trial: TrialSpec, why: str = "") -> str:
     """Return Markdown for the run's page: the reason for the trial, and each setting that is not the default."""
     config = trial.config
-    changes = _changes(config.as_dict(), TrainingConfig(seed=config.seed).as_dict())
+    changes = _changes(config.as_dict(), replace(TRAINING, seed=config.seed).as_dict())
     lines = [f"**{trial.name}**, size {trial.world.size}, seed {config.seed}: {_meaning(config)}"]
     if why:
         lines.append(f"Why: {why}")
