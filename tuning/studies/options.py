@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from llgbm.generator.conditioning import CONDITIONS
 from llgbm.models.load import SIZES
 from llgbm.terms.registry import built_in_terms
+from tuning.studies import spec
 from tuning.studies.builtin import STUDIES
 from tuning.studies.spec import SAMPLERS, VAL_METRICS
 
@@ -123,7 +124,9 @@ class StudyArguments:
     )
 
     steps: int | None = _option(
-        TRAINING, f"training steps of each trial (default: {TRAINING.steps}; with --smoke 60)", "N"
+        TRAINING,
+        f"training steps of each trial (default: {spec.TRAINING.steps}; with --smoke 60)",
+        "N",
     )
     batch_size: int | None = _option(TRAINING, "tasks in a training step (default: 16)", "N")
     n_probes: int | None = _option(
