@@ -31,6 +31,7 @@ from tuning.studies import (
 )
 from tuning.studies.from_file import make_study
 from tuning.studies.options import StudyArguments
+from tuning.studies.spec import TRAINING
 
 DOCS = ROOT / "docs" / "studies.md"
 
@@ -85,8 +86,9 @@ def test_the_default_study_is_the_ablation_of_the_default_configuration() -> Non
         ("delta-only", 0),
         ("weight-only", 0),
     ]
-    assert made.trials[0].config == TrainingConfig(model_size="nano")
-    assert study("--smoke").trials[0].config.steps <= 100 and len(study("--smoke").trials) == 3
+    shorter = TrainingConfig(model_size="nano", steps=400, learning_rate=3e-3)
+    assert made.trials[0].config == shorter == TRAINING
+    assert study("--smoke").trials[0].config.steps <= 60 and len(study("--smoke").trials) == 3
 
 
 def test_mixtures_are_compared_with_none() -> None:
