@@ -72,6 +72,16 @@ def test_only_what_no_cache_holds_is_measured_beside(own: World, tmp_path: Path)
     assert not job_of(own, tmp_path, FULL).is_beside
 
 
+def test_worlds_that_rays_store_holds_once_only_are_measured_before(
+    own: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(own, tmp_path, FULL)
+    monkeypatch.setattr("tuning.sweep.run.OBJECT_STORE_BYTES", 2 * own.n_bytes)
+    assert job.is_beside
+    monkeypatch.setattr("tuning.sweep.run.OBJECT_STORE_BYTES", 2 * own.n_bytes - 2)
+    assert not job.is_beside
+
+
 def test_a_toy_worlds_baselines_are_measured_before_its_trials(
     world: World, tmp_path: Path
 ) -> None:
