@@ -130,11 +130,7 @@ class ExperimentData:
         """Return the same data with only the first `count` evaluation examples of each task, or all if it has less."""
         kept = min(count, self.n_examples)
         index_S = torch.arange(len(self.examples)).view(-1, self.n_examples)[:, :kept].flatten()
-        questions = self.questions
-        if questions is not None and questions.items:
-            questions = replace(
-                questions, items=tuple(questions.items[i] for i in index_S.tolist())
-            )
+        questions = self.questions and self.questions.select(index_S.tolist(), 1)
         examples = self.examples.select(index_S.to(self.device))
         return replace(self, examples=examples, n_examples=kept, questions=questions)
 

@@ -51,7 +51,8 @@ def known_baselines(
     found: Numbers = {}
     # Each group has an entry of its own, so that entries made before a group was added are found.
     for group in GROUPS:
-        found |= _kept(cache, data, part, group, partial(measure_group, data, lora_model))
+        measure = partial(measure_group, data, lora_model, part, group)
+        found |= _kept(cache, _group_key(data, part, group), measure)
     return found
 
 
@@ -76,7 +77,7 @@ def keep_measured(
     cache: Path, data: ExperimentData, part: str, group: str, numbers: Numbers
 ) -> None:
     """Put the numbers of a group, which were measured elsewhere, into the cache, unless it has them."""
-    _kept(cache, data, part, group, lambda part, group: numbers, tell=False)
+    _kept(cache, _group_key(data, part, group), lambda: numbers, tell=False)
 
 
 def _group_key(data: ExperimentData, part: str, group: str) -> str:
@@ -84,20 +85,13 @@ def _group_key(data: ExperimentData, part: str, group: str) -> str:
     return content_hash("baselines", VERSION, data.hash, *parts, *filter(None, [group]))
 
 
-def _kept(
-    cache: Path,
-    data: ExperimentData,
-    part: str,
-    group: str,
-    measure: Callable[[str, str], Numbers],
-    tell: bool = True,
-) -> Numbers:
+def _kept(cache: Path, key: str, measure: Callable[[], Numbers], tell: bool = True) -> Numbers:
     """Read the numbers of a group from the cache, where they are put if it lacks them."""
 
     def write(folder: Path) -> None:
-        (folder / NUMBERS).write_text(json.dumps(measure(part, group), indent=1))
+        (folder / NUMBERS).write_text(json.dumps(measure(), indent=1))
 
-    entry = build_entry(cache, KIND, _group_key(data, part, group), write, tell)
+    entry = build_entry(cache, KIND, key, write, tell)
     found: Numbers = json.loads((entry / NUMBERS).read_text())
     return found
 

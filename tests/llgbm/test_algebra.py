@@ -30,6 +30,7 @@ from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import adapter_config, save_adapter
 from llgbm.lora.mixtures import sum_of_updates
 from llgbm.models.load import Base
+from llgbm.models.reading import Question, Questions
 from llgbm.world import World
 
 IDS = torch.tensor([[3, 9, 4, 12, 7], [5, 5, 8, 2, 6]])
@@ -266,3 +267,9 @@ def test_few_examples_are_the_first_of_each_task(world: World) -> None:
     assert torch.equal(found, every[:, :2, : found.shape[1]].flatten(0, 1))
     assert not every[:, :2, found.shape[1] :].ne(every[0, 0, -1]).any()
     assert data.with_few_examples(1000).n_examples == data.n_examples
+    asked = tuple(Question("text", "", str(i), "") for i in range(len(data.examples)))
+    told = replace(data, questions=Questions(None, asked)).with_few_examples(2).questions
+    assert told is not None
+    n = data.n_examples
+    assert told.items[:4] == (asked[0], asked[1], asked[n], asked[n + 1])
+    assert len(told.items) == 2 * len(data.tasks)

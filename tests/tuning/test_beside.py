@@ -12,11 +12,8 @@ import pytest
 from llgbm.evaluation import baselines
 from llgbm.evaluation.baselines import GROUPS, keep_measured, known_baselines, unknown_groups
 from llgbm.world import World
-from tuning.studies import StudyOptions, phase_4_5
-from tuning.studies.options import Options, StoreOptions
-from tuning.sweep.beside import Beside, pieces_to_measure
+from tuning.sweep.beside import Beside, is_beside, pieces_to_measure
 from tuning.sweep.cluster import Node, Resources, start_ray
-from tuning.sweep.run import Job
 
 FULL = Resources(1, 0, 2, (Node(2, 0),))
 NUMBERS = {"base": {"accuracy": 0.25}}
@@ -35,13 +32,6 @@ def local_ray() -> Iterator[None]:
     start_ray(FULL)
     yield
     ray.shutdown()
-
-
-def job_of(world: World, cache: Path, resources: Resources) -> Job:
-    options = Options(stores=StoreOptions(cache=str(cache)))
-    worlds = {"w": world}
-    study = phase_4_5(StudyOptions(seeds=(0,)))
-    return Job(study, options, worlds, None, str(cache), resources)  # type: ignore[arg-type]
 
 
 def fill(cache: Path, world: World, part: str) -> None:
@@ -63,29 +53,28 @@ def test_numbers_measured_elsewhere_are_those_that_are_known(own: World, tmp_pat
 def test_only_what_no_cache_holds_is_measured_beside(own: World, tmp_path: Path) -> None:
     every = [(part, group) for part in ("test", "val") for group in GROUPS]
     assert pieces_to_measure(own, tmp_path) == every
-    assert job_of(own, tmp_path, FULL).is_beside
-    assert not job_of(own, tmp_path, replace(FULL, concurrent=1)).is_beside  # memory for one
+    assert is_beside({"w": own}, tmp_path, FULL)
+    assert not is_beside({"w": own}, tmp_path, replace(FULL, concurrent=1))  # memory for one
     fill(tmp_path, own, "test")
     assert pieces_to_measure(own, tmp_path) == every[len(GROUPS) :]
     fill(tmp_path, own, "val")
     assert pieces_to_measure(own, tmp_path) == []
-    assert not job_of(own, tmp_path, FULL).is_beside
+    assert not is_beside({"w": own}, tmp_path, FULL)
 
 
 def test_worlds_that_rays_store_holds_once_only_are_measured_before(
     own: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of(own, tmp_path, FULL)
-    monkeypatch.setattr("tuning.sweep.run.OBJECT_STORE_BYTES", 2 * own.n_bytes)
-    assert job.is_beside
-    monkeypatch.setattr("tuning.sweep.run.OBJECT_STORE_BYTES", 2 * own.n_bytes - 2)
-    assert not job.is_beside
+    monkeypatch.setattr("tuning.sweep.beside.OBJECT_STORE_BYTES", 2 * own.n_bytes)
+    assert is_beside({"w": own}, tmp_path, FULL)
+    monkeypatch.setattr("tuning.sweep.beside.OBJECT_STORE_BYTES", 2 * own.n_bytes - 2)
+    assert not is_beside({"w": own}, tmp_path, FULL)
 
 
 def test_a_toy_worlds_baselines_are_measured_before_its_trials(
     world: World, tmp_path: Path
 ) -> None:
-    assert world.config.smoke and not job_of(world, tmp_path, FULL).is_beside
+    assert world.config.smoke and not is_beside({"w": world}, tmp_path, FULL)
 
 
 @pytest.mark.whole

@@ -12,7 +12,7 @@ from typing import Any
 from llgbm.evaluation.baselines import keep_measured, measure_group, unknown_groups
 from llgbm.runtime import pick_device, say
 from llgbm.world import World
-from tuning.sweep.cluster import Resources, take_share
+from tuning.sweep.cluster import OBJECT_STORE_BYTES, Resources, take_share
 
 # Part of the tasks, and group of baselines.
 Piece = tuple[str, str]
@@ -30,6 +30,16 @@ def pieces_to_measure(world: World, cache: Path) -> list[Piece]:
         for part in ("test", "val")
         for group in unknown_groups(cache, world.data, part)
     ]
+
+
+def is_beside(worlds: Mapping[str, World], cache: Path, resources: Resources) -> bool:
+    """True where baselines that are not known yet are measured beside the trials, not before them.
+
+    That takes a second copy of the worlds in Ray's store, for which its spare half must do.
+    """
+    has_room = sum(world.n_bytes for world in worlds.values()) <= OBJECT_STORE_BYTES // 2
+    unknown = any(pieces_to_measure(world, cache) for world in worlds.values())
+    return resources.is_full and has_room and unknown
 
 
 class Beside:

@@ -12,15 +12,9 @@ from tuning.search.queue import ListQueue, TrialQueue
 from tuning.studies.options import Options
 from tuning.studies.spec import Study, TrialSpec
 from tuning.sweep.asha import scheduler_key
-from tuning.sweep.beside import pieces_to_measure
+from tuning.sweep.beside import is_beside
 from tuning.sweep.checkpoints import TrialCheckpoints
-from tuning.sweep.cluster import (
-    OBJECT_STORE_BYTES,
-    Resources,
-    is_spread,
-    leave_ray,
-    start_ray,
-)
+from tuning.sweep.cluster import Resources, is_spread, leave_ray, start_ray
 from tuning.sweep.resume import adopt_finished, lost_trials, trials_to_run
 from tuning.sweep.shared import SharedQueue
 from tuning.tracking.costs import Costs, last_results, past_runs
@@ -48,14 +42,8 @@ class Job:
 
     @property
     def is_beside(self) -> bool:
-        """True where baselines that are not known yet are measured beside the trials, not before them.
-
-        That takes a second copy of the worlds in Ray's store, for which its spare half must do.
-        """
-        cache, worlds = self.options.stores.cache_folder, self.worlds.values()
-        has_room = sum(world.n_bytes for world in worlds) <= OBJECT_STORE_BYTES // 2
-        unknown = any(pieces_to_measure(world, cache) for world in worlds)
-        return self.resources.is_full and has_room and unknown
+        """True where baselines are measured beside the trials, not before them."""
+        return is_beside(self.worlds, self.options.stores.cache_folder, self.resources)
 
 
 def open_store(options: Options) -> StudyTracker:
