@@ -225,6 +225,22 @@ def release_device_memory() -> None:
         torch.cuda.empty_cache()
 
 
+# Parameters of glibc's `mallopt` by number: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (its greatest value).
+KEEPING = {-1: 2**30, -2: 2**26, -3: 2**25}
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the process, where it can: a training step takes the same again.
+
+    Asking the system for it and clearing its pages took a fifth of a step. `release_device_memory` returns it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in KEEPING.items():
+            mallopt(parameter, value)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Pause garbage collection, for work that is mostly importing: its passes over what libraries make take a fifth."""

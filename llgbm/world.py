@@ -68,7 +68,8 @@ VERSIONS = {
 
 NAMED_ENCODERS = ("minilm", "base")
 EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.98, rounds=8, more_examples=4)
-ABILITY, TOLD = "ability.json", 16
+# Examples of each task that a base is measured on, after a round and within one.
+ABILITY, TOLD, TOLD_OFTEN = "ability.json", 16, 8
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.
 PRACTISED_AT_LEAST = 0.05
 
@@ -236,25 +237,31 @@ def _pretrain_until_good(
 ) -> Ability | None:
     """Pretrain in rounds until the base can do what it is told; return what it can do.
 
-    Rounds after the first practise most what the base cannot do yet.
+    Once it can do most, it practises most what it cannot do yet.
     """
     suite, rng = config.suite, random.Random(stream_seed("pretraining", config.pretrain.seed))
     told, ability = suite.told_examples(TOLD), None
     needs: dict[str, float] | None = None
+
+    def measure(count: int = TOLD_OFTEN) -> Ability:
+        nonlocal needs
+        found = measure_ability(model, tokenizer, {t: own[:count] for t, own in told.items()})
+        needs = {t: PRACTISED_AT_LEAST + 1 - share for t, share in found.by_task.items()}
+        return found
 
     def next_batch(count: int, bare: bool) -> EncodedPairs:
         examples = [suite.pretraining_example(rng, bare, needs) for _ in range(count)]
         return encode_pairs(tokenizer, [(e.prompt, e.answer) for e in examples])
 
     for number in range(config.pretrain.rounds):
-        pretrain(model, config.pretrain.of_round(number), next_batch, device)
+        own = config.pretrain.of_round(number)
+        pretrain(model, own, next_batch, device, measure if told else lambda: None)
         if not told:
             break
-        ability = measure_ability(model, tokenizer, told)
+        ability = measure(TOLD)
         say(f"base, round {number + 1}: {ability.describe()}")
         if ability.worst[1] >= config.pretrain.target:
             break
-        needs = {t: PRACTISED_AT_LEAST + 1 - share for t, share in ability.by_task.items()}
     return ability
 
 

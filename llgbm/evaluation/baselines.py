@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ TEMPERATURES = (0.01, 0.03, 0.1, 0.3)
 FEW_EXAMPLES, FINALISTS = 6, 8
 # Numbers by name of the baseline and of the number.
 Numbers = dict[str, dict[str, float]]
+# Part of the tasks, and group of baselines.
+Piece = tuple[str, str]
 
 
 def known_baselines(
@@ -69,8 +72,24 @@ def measure_group(
     data: ExperimentData, lora_model: FunctionalLoRA, part: str, group: str
 ) -> Numbers:
     """Measure the baselines of a group on the tasks of one part; return their numbers by name."""
-    each = each_baseline(data, lora_model, part, tuple(GROUPS[group]))
-    return {name: dict(result.metrics) for name, result in each}
+    return measure_pieces(data, lora_model, [(part, group)])[part, group]
+
+
+def measure_pieces(
+    data: ExperimentData, lora_model: FunctionalLoRA, pieces: Sequence[Piece]
+) -> dict[Piece, Numbers]:
+    """Measure groups of baselines on parts of the tasks; what one chooses on validation tasks, it chooses once."""
+    found: dict[Piece, Numbers] = {piece: {} for piece in pieces}
+    for group in dict.fromkeys(group for _, group in pieces):
+        rows = {part: list(data.rows[part]) for part, own in pieces if own == group}
+        for name, make in GROUPS[group].items():
+            values_AV = make(data, lora_model, list(chain.from_iterable(rows.values())))
+            parts = values_AV.split([len(own) for own in rows.values()])
+            for (part, own), values in zip(rows.items(), parts, strict=True):
+                adapters = LoraBatch.unflatten(lora_model.spec, values)
+                result = evaluate_adapters(adapters, data, lora_model, own)
+                found[part, group][name] = dict(result.metrics)
+    return found
 
 
 def keep_measured(
@@ -210,9 +229,8 @@ def best_single(data: ExperimentData, lora_model: FunctionalLoRA, rows: Sequence
     def best(among: Sequence[int], measured: ExperimentData, count: int) -> list[int]:
         scores = []
         for row in among:
-            everywhere = data.teachers([row]).expand(len(val), -1)
-            batch = LoraBatch.unflatten(lora_model.spec, everywhere)
-            scores.append(accuracy_per_adapter(lora_model, batch, measured, val).mean().item())
+            one = LoraBatch.unflatten(lora_model.spec, data.teachers([row]))
+            scores.append(accuracy_per_adapter(lora_model, one, measured, val).item())
         order = np.argsort(-np.array(scores), kind="stable")
         return [among[place] for place in order[:count]]
 

@@ -25,6 +25,8 @@ from llgbm.models.reading import accuracy_by_reading
 REPORTED_PARTS = {"heldout": "test", "val": "val", "train": "train"}
 # Adapters that are generated and measured at once: what evaluation holds does not grow with their number.
 AT_ONCE = 24
+# Training tasks are measured on so many texts together, at least so many each; controls in training on so many each.
+TRAIN_TEXTS, TRAIN_EXAMPLES, CONTROL_EXAMPLES = 1000, 8, 8
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ def evaluate_generator(
 ) -> PartResult:
     """Evaluate a generator on one part (`train`, `val`, `test`), adapters generated from evaluation prompts.
 
-    Accuracies from the prompts of others and from nonsense are of tasks that were not trained on.
+    Accuracies from the prompts of others and from nonsense are of tasks that were not trained on. Training tasks, which
+    are many, are measured on the first of their evaluation examples.
     """
-    rows = list(data.rows[part])
+    rows, untrained = list(data.rows[part]), part != "train"
+    if not untrained:
+        data = data.with_few_examples(max(TRAIN_EXAMPLES, -(-TRAIN_TEXTS // len(rows))))
     adapters = generate_in_chunks(generator, data.conditions.evaluation_ANC, rows)
     result = evaluate_adapters(adapters, data, lora_model, rows)
-    untrained = part != "train"
     controls = {
         **(control_accuracies(generator, data, lora_model, rows) if untrained else {}),
         "nearest_teacher_distance": nearest_teacher_distance(adapters, data, lora_model)
@@ -218,7 +222,8 @@ def evaluate(
     """Metrics during training, from the evaluation prompts of a part's tasks.
 
     `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
-    Beside them the controls of `control_accuracies` show early if a generator collapses to one adapter for all tasks.
+    Beside them the controls of `control_accuracies`, on a few of the examples, show early if a generator collapses to
+    one adapter for all tasks.
     """
     rows = list(data.rows[part])
     accuracies, deltas = [], []
@@ -228,7 +233,8 @@ def evaluate(
         deltas.append(mean_delta(lora_model, batch, data.shared_deltas, own))
     teacher_AD = teacher_means(data.shared_deltas, rows)
     cosine_A = cosine_similarity(torch.cat(deltas), teacher_AD, dim=-1)
-    controls = control_accuracies(generator, data, lora_model, rows)
+    few = data.with_few_examples(CONTROL_EXAMPLES)
+    controls = control_accuracies(generator, few, lora_model, rows)
     return {
         f"{part}/accuracy": torch.cat(accuracies).mean().item(),
         f"{part}/delta_cosine": cosine_A.mean().item(),
@@ -259,7 +265,7 @@ def accuracy_per_adapter(
     data: ExperimentData,
     rows: list[int],
 ) -> Tensor:
-    """Return the accuracy [A] of adapters on the evaluation examples of the tasks at `rows`.
+    """Return the accuracy [A] of adapters on the evaluation examples of the tasks at `rows`, of one on those of all.
 
     An answer is right by exact match, or where the suite says how answers are read, if it is read as the right one.
     """

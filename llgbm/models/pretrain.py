@@ -13,13 +13,13 @@ from torch import nn
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import ModelSize, qwen2_config
 from llgbm.models.muon import Muon
-from llgbm.models.scoring import answer_loss
-from llgbm.runtime import UserError, progress, seed_everything
+from llgbm.models.packing import packed_answer_loss
+from llgbm.runtime import UserError, keep_freed_memory, progress, seed_everything
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_VERSION = 4
+MODEL_VERSION = 5
 # Shares of the steps over which the rates rise and fall.
 RISE, FALL = 0.05, 0.4
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
@@ -33,12 +33,14 @@ QWEN2_PATTERN = (
 class PretrainConfig:
     """Settings for pretraining a base on instructions whose answers follow another task.
 
-    For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. A base
-    with a task below `target` (`Ability.worst`) goes on at half the rates for `more_steps`, in up to `rounds` rounds.
+    For the first `bare_fraction` of the steps the prompts go without the instruction, which says nothing anyway. After
+    `even_fraction` of the steps, and every `measure_every` steps from then on, the base is measured, and practises most
+    what it cannot do yet. A base with a task below `target` (`Ability.worst`) goes on at half the rates for
+    `more_steps`, in up to `rounds` rounds.
     Matrices are stepped by Muon at `learning_rate`, embeddings and vectors by AdamW at `vector_rate`.
     """
 
-    steps: int = 800
+    steps: int = 880
     batch_size: int = 64
     learning_rate: float = 0.01
     vector_rate: float = 3e-3
@@ -47,10 +49,15 @@ class PretrainConfig:
     target: float = 0.7
     rounds: int = 8
     more_steps: int = 200
+    even_fraction: float = 0.5
+    measure_every: int = 55
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.rounds, self.more_steps) < 1:
-            raise UserError("pretraining needs at least one step, one round and one example a step")
+        counts = (self.steps, self.batch_size, self.rounds, self.more_steps, self.measure_every)
+        if min(counts) < 1:
+            raise UserError(
+                "pretraining needs at least one step, one round, one example a step and one step between measurements"
+            )
         if not 0 <= self.target <= 1:
             raise UserError(
                 f"the target of pretraining is a share from 0 to 1, not {self.target:g}"
@@ -66,7 +73,14 @@ class PretrainConfig:
             learning_rate=self.learning_rate / 2,
             vector_rate=self.vector_rate / 2,
             bare_fraction=0.0,
+            even_fraction=0.0,
         )
+
+    @property
+    def measured_at(self) -> range:
+        """Steps before which the base is measured; a later round begins with what was measured before it."""
+        first = int(self.even_fraction * self.steps) or self.measure_every
+        return range(first, self.steps, self.measure_every)
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
@@ -121,11 +135,14 @@ def pretrain(
     config: PretrainConfig,
     next_batch: Callable[[int, bool], EncodedPairs],
     device: str = "cpu",
+    measure: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Train all weights on the answers of `next_batch(batch_size, bare)`; return the loss of every step.
 
-    The rates rise over the first 20th of the steps and fall linearly over the last two fifths.
+    `measure` is called before the steps `config.measured_at`. The rates rise over the first 20th of the steps and fall
+    linearly over the last two fifths.
     """
+    keep_freed_memory()
     nn.Module.to(model, device).train()
     optimizers = make_optimizers(model, config)
     schedules = [
@@ -134,8 +151,12 @@ def pretrain(
     ]
     losses = []
     for step in progress(range(config.steps), "base model"):
+        if step in config.measured_at:
+            model.eval()
+            measure()
+            model.train()
         bare = step < config.bare_fraction * config.steps
-        loss = answer_loss(model, next_batch(config.batch_size, bare).to(device))
+        loss = packed_answer_loss(model, next_batch(config.batch_size, bare))
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

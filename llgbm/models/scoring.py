@@ -5,7 +5,7 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from llgbm.lora.apply import (
     adapters_applied,
     chunks,
     head_logits,
+    quickest_tokens,
     states_at_marks,
 )
 from llgbm.models.encoding import (
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llgbm.models.reading import Writer
+
+# The texts of an adapter are read in up to so many parts of alike lengths, each of at least so many: less is padding.
+PARTS, TEXTS_A_PART = 4, 4
 
 
 def answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
@@ -190,14 +194,27 @@ def right_per_adapter(
     at_most: int = 48,
 ) -> Tensor:
     """Return whether each adapter gives the answers of its own texts (adapter-major), [A, N]."""
-    n = len(texts) // batch.n_adapters
-    pieces = []
-    for rows in chunks(batch.n_adapters, n * texts.input_ids_ST.shape[1], at_most):
-        own = texts.select(slice(rows.start * n, rows.stop * n))
-        applied = Applied(batch.select(rows), spec.scaling)
+    lengths_AN = texts.lengths_S.view(batch.n_adapters, -1)
+    right_AN = torch.zeros_like(lengths_AN, dtype=torch.bool)
+    for rows_K, places_KQ in _alike_lengths(lengths_AN, at_most):
+        own = texts.select((rows_K[:, None] * lengths_AN.shape[1] + places_KQ).flatten())
+        applied = Applied(batch.select(rows_K.tolist()), spec.scaling)
         with torch.no_grad():
-            pieces.append(right_answers(model, own, applied).view(-1, n))
-    return torch.cat(pieces)
+            right_S = right_answers(model, own, applied)
+        right_AN[rows_K[:, None], places_KQ] = right_S.view(places_KQ.shape)
+    return right_AN
+
+
+def _alike_lengths(lengths_AN: Tensor, at_most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield up to `at_most` adapters [K] and places [K, Q] of texts of theirs for one pass, short texts first."""
+    n, tokens = lengths_AN.shape[1], quickest_tokens(lengths_AN.device)
+    by_length_AN = lengths_AN.argsort(dim=1, stable=True)
+    for places_AQ in by_length_AN.split(max(TEXTS_A_PART, -(-n // PARTS)), dim=1):
+        longest_A = lengths_AN.gather(1, places_AQ).amax(1)
+        rows_A = longest_A.argsort(dim=0, stable=True)
+        tokens_a_row = places_AQ.shape[1] * int(longest_A.max())
+        for own in chunks(len(rows_A), tokens_a_row, at_most, tokens):
+            yield rows_A[own], places_AQ[rows_A[own]]
 
 
 def right_answers(
@@ -231,9 +248,11 @@ def base_accuracy(base: Base, examples: Sequence[Example]) -> float:
 
 def base_right(base: Base, texts: EncodedPairs) -> Tensor:
     """Return whether the base without any adapter gives the answers of texts, [S]."""
-    with torch.no_grad():
-        pieces = [
-            right_answers(base.model, texts.select(rows))
-            for rows in chunks(len(texts), texts.input_ids_ST.shape[1], at_most=len(texts))
-        ]
-    return torch.cat(pieces)
+    right_S = torch.zeros(len(texts), dtype=torch.bool, device=texts.input_ids_ST.device)
+    by_length_S = texts.lengths_S.argsort(dim=0, stable=True)
+    longest, tokens = texts.input_ids_ST.shape[1], quickest_tokens(right_S.device)
+    for rows in chunks(len(texts), longest, at_most=len(texts), tokens=tokens):
+        own = by_length_S[rows]
+        with torch.no_grad():
+            right_S[own] = right_answers(base.model, texts.select(own))
+    return right_S

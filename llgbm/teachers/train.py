@@ -19,7 +19,14 @@ from llgbm.lora.shapes import TARGET_MODULES
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import adapter_losses, encode_examples
-from llgbm.runtime import UserError, progress, release_device_memory, say, stream_seed
+from llgbm.runtime import (
+    UserError,
+    keep_freed_memory,
+    progress,
+    release_device_memory,
+    say,
+    stream_seed,
+)
 from llgbm.tasks.suite import Example, Suite
 from llgbm.teachers.writer import NewAdapter
 
@@ -32,8 +39,8 @@ PARTS, TEXTS_A_PART = 4, 64
 class TeacherConfig:
     """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
 
-    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, with `more_examples` times as many
-    examples in a step; with a target of 0 there is one round.
+    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, each with twice the examples in a
+    step of the one before, up to `more_examples` times as many; with a target of 0 there is one round.
     A trajectory is an answer of up to `max_tokens` tokens.
     """
 
@@ -75,9 +82,8 @@ class TeacherConfig:
 
     def of_round(self, number: int) -> TeacherConfig:
         """Return the settings of a round, counted from 0."""
-        if number == 0:
-            return self
-        return replace(self, examples=self.examples * self.more_examples, more_examples=1)
+        times = min(2**number, self.more_examples)
+        return replace(self, examples=self.examples * times, more_examples=1)
 
 
 def named_targets(named: Sequence[str] | None) -> tuple[str, ...]:
@@ -149,6 +155,7 @@ def train_teachers(
 
     They start anew, or from the adapters `start`.
     """
+    keep_freed_memory()
     n_adapters = len(examples_at(0)) // config.examples
     start = start or new_adapters(base, spec, config.seed, n_adapters)
     batch = LoraBatch(

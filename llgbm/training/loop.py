@@ -34,7 +34,7 @@ from llgbm.training.mixup import with_mixtures
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = (
-    2  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+    3  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
 # Begins the names of a generator's own parts of the loss, which are reported as `generator/<name>`.
 OWN_PART = "generator_"

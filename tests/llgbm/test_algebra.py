@@ -209,17 +209,14 @@ def test_baselines_measured_before_a_group_was_added_are_found(
 ) -> None:
     made: list[str] = []
 
-    def counted(data: object, lora_model: object, part: str, names: tuple[str, ...]) -> list:
-        made.extend(names)
-        result = evaluate_adapters(
-            LoraBatch.unflatten(world.lora_model.spec, world.data.teachers([0])),
-            world.data,
-            world.lora_model,
-            [0],
-        )
-        return [(name, result) for name in names]
+    def counted(data: object, lora_model: object, pieces: list[baselines.Piece]) -> dict:
+        made.extend(name for _, group in pieces for name in baselines.GROUPS[group])
+        return {
+            (part, group): {name: {"accuracy": 0.5} for name in baselines.GROUPS[group]}
+            for part, group in pieces
+        }
 
-    monkeypatch.setattr(baselines, "each_baseline", counted)
+    monkeypatch.setattr(baselines, "measure_pieces", counted)
     every = baselines.GROUPS
     monkeypatch.setattr(baselines, "GROUPS", {"": every[""]})
     old = baselines.known_baselines(tmp_path, world.data, world.lora_model)
@@ -230,6 +227,21 @@ def test_baselines_measured_before_a_group_was_added_are_found(
         baselines.BASELINES
     )
     assert made == ["best_single", "delta_nearest", "delta_merge", "delta_nnls"]
+
+
+def test_baselines_of_two_parts_at_once_are_those_of_each(world: World) -> None:
+    pieces = [(part, group) for part in ("test", "val") for group in baselines.GROUPS]
+    found = baselines.measure_pieces(world.data, world.lora_model, pieces)
+    assert list(found) == pieces
+    for part, group in pieces:
+        alone = baselines.measure_group(world.data, world.lora_model, part, group)
+        assert found[part, group].keys() == alone.keys() == baselines.GROUPS[group].keys()
+        for name, numbers in alone.items():
+            assert found[part, group][name] == pytest.approx(numbers, abs=1e-5)
+    every = baselines.evaluate_baselines(world.data, world.lora_model, "val")
+    told = {name: own for group in baselines.GROUPS for name, own in found["val", group].items()}
+    assert every.keys() == told.keys()
+    assert all(every[name].metrics == pytest.approx(told[name], abs=1e-5) for name in told)
 
 
 def test_the_best_single_teacher_is_the_best_of_all_on_all_examples(
@@ -245,8 +257,8 @@ def test_the_best_single_teacher_is_the_best_of_all_on_all_examples(
         values = batch.flatten(model.spec)
         row = next(i for i in train if torch.equal(values[0], data.teachers([i])[0]))
         seen.append((row, own.n_examples))
-        assert rows == val and torch.equal(values, data.teachers([row] * len(val)))
-        return right[train.index(row), : own.n_examples].mean().expand(len(val))
+        assert rows == val and torch.equal(values, data.teachers([row]))
+        return right[train.index(row), : own.n_examples].mean()[None]
 
     monkeypatch.setattr(baselines, "accuracy_per_adapter", measured)
     monkeypatch.setattr(baselines, "FEW_EXAMPLES", 2)

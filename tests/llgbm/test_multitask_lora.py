@@ -81,7 +81,7 @@ def test_baselines_are_measured_once(
     }
     assert known_baselines(tmp_path, world.data, world.lora_model) == measured
     monkeypatch.setattr(
-        "llgbm.evaluation.baselines.each_baseline", lambda *_: pytest.fail("measured again")
+        "llgbm.evaluation.baselines.measure_pieces", lambda *_: pytest.fail("measured again")
     )
     assert known_baselines(tmp_path, world.data, world.lora_model) == measured
 

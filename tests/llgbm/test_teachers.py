@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llgbm.lora import LoraBatch, LoraSpec
-from llgbm.lora.apply import adapters_applied
+from llgbm.lora.apply import Applied, adapters_applied
 from llgbm.models.encoding import EncodedPairs
 from llgbm.models.load import Base
 from llgbm.models.scoring import (
     adapter_losses,
     base_accuracy,
+    base_right,
+    continue_texts,
     encode_examples,
     exact_match,
     greedy_answers,
     greedy_continuations,
     right_answers,
+    right_per_adapter,
 )
 from llgbm.runtime import UserError
 from llgbm.tasks.suite import Example
@@ -59,6 +62,49 @@ def generated(model: PreTrainedModel, base: Base, prompt: str, max_tokens: int =
             max_new_tokens=max_tokens,
         )
     return output[0, ids.shape[1] :].tolist()
+
+
+def test_answers_in_any_order_and_in_pieces_are_those_of_each_adapter_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are read by length and a few at once; each result is that of its own adapter and text."""
+    base, bank, suite = world.base, world.bank, world.config.suite
+    batch, tasks = bank.load(), list(bank.adapters.values())
+    rows = list(range(0, batch.n_adapters, 3))
+    examples = [suite.examples(tasks[row], "train", 9, "pieces") for row in rows]
+    texts = encode_examples(base, [e for own in examples for e in own])
+    wanted = torch.stack(
+        [
+            right_answers(
+                base.model,
+                encode_examples(base, own),
+                Applied(batch.select([row]), bank.spec.scaling),
+            )
+            for row, own in zip(rows, examples, strict=True)
+        ]
+    )
+    assert 0 < wanted.float().mean() < 1
+    for tokens in (50, 2**13):
+        monkeypatch.setattr("llgbm.lora.apply.CPU_TOKENS", tokens)
+        found = right_per_adapter(base.model, bank.spec, batch.select(rows), texts)
+        assert torch.equal(found, wanted)
+
+
+def test_the_bases_answers_are_found_in_the_order_of_the_texts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is asked for its own greedy answers, cut short for every other text."""
+    base, suite = world.base, world.config.suite
+    asked = [suite.examples(task, "train", 1, "base")[0] for task in suite.split.tasks][:12]
+    own = continue_texts(base, [e.prompt for e in asked], 24)
+    examples = [
+        Example(e.prompt, answer if place % 2 else "red")
+        for place, (e, answer) in enumerate(zip(asked, own, strict=True))
+    ]
+    monkeypatch.setattr("llgbm.lora.apply.CPU_TOKENS", 60)
+    found = base_right(base, encode_examples(base, examples)).tolist()
+    alone = [bool(base_right(base, encode_examples(base, [e]))) for e in examples]
+    assert found == alone and any(found) and not all(found)
 
 
 def test_exact_match_is_that_of_generate_under_merged_weights(world: World) -> None:
@@ -324,6 +370,13 @@ def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
             tiny_base, tiny_spec, later, source, expected.select(slice(0, len(left)))
         )
     assert torch.equal(found.adapters.flatten(tiny_spec)[1], expected.flatten(tiny_spec)[0])
+
+
+def test_each_round_reads_twice_the_examples_up_to_a_limit() -> None:
+    config = replace(CONFIG, examples=6, more_examples=4)
+    found = [config.of_round(number).examples for number in range(4)]
+    assert found == [6, 12, 24, 24]
+    assert [replace(config, more_examples=1).of_round(n).examples for n in range(3)] == [6, 6, 6]
 
 
 def test_laggards_end_at_the_cap_and_are_told(tiny_base: Base, tmp_path: Path) -> None:

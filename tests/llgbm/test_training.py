@@ -14,6 +14,7 @@ from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, StepSampler, cr
 from llgbm.evaluation.metrics import (
     accuracy_per_adapter,
     control_accuracies,
+    evaluate_adapters,
     evaluate_generator,
     other_task,
 )
@@ -85,6 +86,22 @@ def test_evaluations_hold_the_controls_of_the_final_one(
         "accuracy_shuffled_prompts",
         "accuracy_nonsense_prompts",
     }
+
+
+def test_training_tasks_are_measured_on_the_first_of_their_examples(
+    world: World, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = world.data, world.lora_model
+    generator = train(config, data, model).generator
+    monkeypatch.setattr("llgbm.evaluation.metrics.TRAIN_EXAMPLES", 3)
+    for texts, count in ((1, 3), (5 * len(data.rows["train"]) - 1, 5), (10**6, data.n_examples)):
+        monkeypatch.setattr("llgbm.evaluation.metrics.TRAIN_TEXTS", texts)
+        for part, kept in (("train", count), ("test", data.n_examples)):
+            found = evaluate_generator(generator, data, model, part)
+            rows = list(data.rows[part])
+            few = data.with_few_examples(kept)
+            wanted = evaluate_adapters(found.adapters, few, model, rows)
+            assert found.accuracy_by_task == wanted.accuracy_by_task
 
 
 def test_controls_are_accuracies_from_the_prompts_of_others(

@@ -92,10 +92,10 @@ def test_pretraining_lowers_the_loss_and_is_the_same_again(world: World) -> None
 def test_a_base_practises_what_it_cannot_do_until_its_worst_task_is_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The abilities are made up: poor in one task after the first round, good enough after the second."""
+    """The abilities are made up: poor in one task within and after the first round, good enough after the second."""
     toy = smoke_world(WorldConfig())
     names = [task.name for task in toy.suite.tasks]
-    shares = iter([0.2, 0.7, 0.9])
+    shares = iter([0.3, 0.2, 0.7, 0.9])
     asked: list[Any] = []
     drawn = SyntheticSuite.pretraining_example
 
@@ -111,9 +111,16 @@ def test_a_base_practises_what_it_cannot_do_until_its_worst_task_is_good(
     monkeypatch.setattr(SyntheticSuite, "pretraining_example", recorded)
     steps = {"steps": 3, "more_steps": 2, "batch_size": 2, "target": 0.5, "rounds": 5}
     build_base(tmp_path, replace(toy, pretrain=replace(toy.pretrain, **steps)), "cpu")
-    assert asked[:6] == [None] * 6 and len(asked) == 6 + 4
-    wanted = {**dict.fromkeys(names, PRACTISED_AT_LEAST), names[3]: 0.85}
-    assert all(needs == pytest.approx(wanted) for needs in asked[6:])
+    assert asked[:2] == [None] * 2 and len(asked) == 6 + 4
+    for own, need in ((asked[2:6], 0.75), (asked[6:], 0.85)):
+        wanted = {**dict.fromkeys(names, PRACTISED_AT_LEAST), names[3]: need}
+        assert all(needs == pytest.approx(wanted) for needs in own)
+
+
+def test_a_base_is_measured_from_the_middle_of_the_first_round_on() -> None:
+    config = PretrainConfig(steps=100, measure_every=20, more_steps=50)
+    assert list(config.measured_at) == [50, 70, 90]
+    assert list(config.of_round(1).measured_at) == [20, 40]
 
 
 def test_a_plan_reads_the_cache_and_writes_nothing(world: World, cache, tmp_path) -> None:

@@ -87,13 +87,23 @@ def test_a_process_beside_the_trials_measures_what_the_driver_would(
     wanted = [known_baselines(alone, own.data, own.lora_model, part) for part in parts]
     beside = Beside({"w": own}, shared, FULL)
     beside.keep()
-    monkeypatch.delattr(baselines, "each_baseline")
+    monkeypatch.delattr(baselines, "measure_pieces")
     for part, numbers in zip(parts, wanted, strict=True):
         found = known_baselines(shared, own.data, own.lora_model, part)
         assert found.keys() == numbers.keys()
         for name, values in numbers.items():
             assert found[name] == pytest.approx(values, abs=1e-4)
     assert "after the trials" not in capsys.readouterr().err
+
+
+@pytest.mark.whole
+@pytest.mark.usefixtures("local_ray")
+def test_the_first_place_is_taken_before_a_trial_can_ask(own: World, tmp_path: Path) -> None:
+    import ray
+
+    beside = Beside({"w": own}, tmp_path, FULL)
+    assert ray.available_resources()["CPU"] == 1
+    beside.keep()
 
 
 @pytest.mark.whole

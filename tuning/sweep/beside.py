@@ -1,21 +1,22 @@
-"""Measure the baselines of a study in processes beside its trials, where trials leave room for one.
+"""Measure the baselines of a study in processes beside its first trials.
 
-Baselines need one core, and where the trials do not divide evenly among the places, a place is empty at the end.
+They take places of trials, and take them first: after the trials they would run beside an empty place.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llgbm.evaluation.baselines import keep_measured, measure_group, unknown_groups
+from llgbm.evaluation.baselines import Piece, keep_measured, measure_pieces, unknown_groups
 from llgbm.runtime import pick_device, say
 from llgbm.world import World
 from tuning.sweep.cluster import OBJECT_STORE_BYTES, Resources, take_share
 
-# Part of the tasks, and group of baselines.
-Piece = tuple[str, str]
+# Seconds that trials wait for processes of baselines to have their places.
+PATIENCE = 10.0
 
 
 def pieces_to_measure(world: World, cache: Path) -> list[Piece]:
@@ -45,7 +46,8 @@ def is_beside(worlds: Mapping[str, World], cache: Path, resources: Resources) ->
 class Beside:
     """Baselines that are being measured, those of each world in a process with a trial's share of a machine.
 
-    `worlds` holds worlds on the CPU by hash. Only what is in no cache is measured.
+    `worlds` holds worlds on the CPU by hash. Only what is in no cache is measured. It is made when the first processes
+    have their places, or after `PATIENCE` seconds: trials that ask earlier would take all places.
     """
 
     def __init__(self, worlds: Mapping[str, World], cache: Path, resources: Resources) -> None:
@@ -58,6 +60,10 @@ class Beside:
             for key, world in worlds.items()
             if (asked := pieces_to_measure(world, cache))
         }
+        wanted = resources.cpus * min(len(self._asked), resources.concurrent)
+        limit = time.monotonic() + PATIENCE
+        while _cpus_taken() < wanted and time.monotonic() < limit:
+            time.sleep(0.05)
 
     def keep(self) -> None:
         """Wait for the numbers and put them into the cache. What a process failed in is left to the driver."""
@@ -75,7 +81,13 @@ class Beside:
                 keep_measured(self._cache, self._worlds[key].data, part, group, numbers)
 
 
+def _cpus_taken() -> float:
+    import ray
+
+    return ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
+
+
 def _measure(world: World, asked: list[Piece], resources: Resources) -> dict[Piece, Any]:
     take_share(resources.threads, resources.gpus)
     own = world.to(pick_device() if resources.gpus else "cpu")
-    return {piece: measure_group(own.data, own.lora_model, *piece) for piece in asked}
+    return measure_pieces(own.data, own.lora_model, asked)
