@@ -52,8 +52,6 @@ def bank_key(base_hash: str, suite: Suite, config: TeacherConfig) -> str:
     parts: list[str] = []
     if config.per_task > 1 and isinstance(suite, SyntheticSuite):
         parts.append("own prompts")  # Teachers of one of its tasks had the same prompts before.
-    if config.more_examples > 1:
-        parts.append("doubled")  # Their second round had as many more as later ones before.
     return content_hash("bank", TEACHERS_VERSION, base_hash, suite, config, *parts)
 
 

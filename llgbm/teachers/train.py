@@ -39,8 +39,8 @@ PARTS, TEXTS_A_PART = 4, 64
 class TeacherConfig:
     """Settings for training a bank. `per_task` teachers of a task differ in their examples, not in their initial A.
 
-    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, each with twice the examples in a
-    step of the one before, up to `more_examples` times as many; with a target of 0 there is one round.
+    Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, with `more_examples` times as many
+    examples in a step; with a target of 0 there is one round.
     A trajectory is an answer of up to `max_tokens` tokens.
     """
 
@@ -82,8 +82,9 @@ class TeacherConfig:
 
     def of_round(self, number: int) -> TeacherConfig:
         """Return the settings of a round, counted from 0."""
-        times = min(2**number, self.more_examples)
-        return replace(self, examples=self.examples * times, more_examples=1)
+        if number == 0:
+            return self
+        return replace(self, examples=self.examples * self.more_examples, more_examples=1)
 
 
 def named_targets(named: Sequence[str] | None) -> tuple[str, ...]:

@@ -372,13 +372,6 @@ def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
     assert torch.equal(found.adapters.flatten(tiny_spec)[1], expected.flatten(tiny_spec)[0])
 
 
-def test_each_round_reads_twice_the_examples_up_to_a_limit() -> None:
-    config = replace(CONFIG, examples=6, more_examples=4)
-    found = [config.of_round(number).examples for number in range(4)]
-    assert found == [6, 12, 24, 24]
-    assert [replace(config, more_examples=1).of_round(n).examples for n in range(3)] == [6, 6, 6]
-
-
 def test_laggards_end_at_the_cap_and_are_told(tiny_base: Base, tmp_path: Path) -> None:
     config = replace(
         CONFIG, steps=1, target=1.0, rounds=2, condition_train=2, condition_evaluation=1
