@@ -252,7 +252,10 @@ def test_a_cache_is_found_part_by_part_and_nothing_of_it_is_made_again() -> None
     assert data.conditions.train_ANC.shape == (4, 8, 8)
     (kept,) = (name for name in before if name.endswith("/metrics.json"))
     held = json.loads((CACHE / kept).read_text())
-    for name, numbers in held.items():  # measured before texts were read in the order of their lengths
+    for (
+        name,
+        numbers,
+    ) in held.items():  # measured before texts were read in the order of their lengths
         assert baselines[name] == pytest.approx(numbers, abs=1e-5)
 
 
