@@ -123,12 +123,13 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPai
     answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
     closed = [[*ids, tokenizer.eos_token_id] for ids in answers]
     width = max(len(p) + len(a) for p, a in zip(prompts, closed, strict=True)) - 1
-    ids, targets = [], []
-    for prompt, answer in zip(prompts, closed, strict=True):
-        before, after = len(prompt) - 1, width + 1 - len(prompt) - len(answer)
-        ids.append([*prompt, *answer[:-1], *[tokenizer.pad_token_id] * after])
-        targets.append([*[IGNORED] * before, *answer, *[IGNORED] * after])
-    return EncodedPairs(torch.tensor(ids), torch.tensor(targets))
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    targets = torch.full((len(pairs), width), IGNORED)
+    for row, (prompt, answer) in enumerate(zip(prompts, closed, strict=True)):
+        whole, start = [*prompt, *answer], len(prompt) - 1
+        ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
+        targets[row, start : start + len(answer)] = torch.tensor(answer)
+    return EncodedPairs(ids, targets)
 
 
 def encode_prompts(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llgbm.runtime import UserError, say
+from llgbm.runtime import UserError, keep_freed_memory, say
 from tuning.studies.options import RunOptions
 from tuning.sweep.places import check_cluster, check_ray_folder, require_token, show_token
 from tuning.tracking.store import pass_proxies
@@ -35,10 +35,6 @@ SETTINGS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # A step takes and frees the same memory again: glibc keeps it and does not ask for it each time (-2.6 % a step).
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
 }
 # How often a start of Ray is tried; a machine under load makes it miss its own limit.
 START_ATTEMPTS = 4
@@ -157,7 +153,8 @@ def memory_fraction(gpus: float, total_bytes: int) -> float:
 
 
 def take_share(threads: int, gpus: float) -> None:
-    """Limit this process to its trial's share: threads, also of its children, and GPU memory."""
+    """Limit this process to its trial's share: threads, also of its children, and GPU memory; it keeps freed memory."""
+    keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if torch.cuda.is_available() and 0 < gpus < 1:
