@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ablation test test-whole test-oldest check smoke soak bench bench-check bench-gpu same-numbers ui notebooks notebooks-clean clean
+.PHONY: ablation test test-whole test-oldest test-gpu check smoke soak bench bench-check bench-gpu same-numbers ui notebooks notebooks-clean clean
 
 ablation: $(READY)
 	$(BIN)/python tuning/run_ablation.py
@@ -27,6 +27,10 @@ smoke: $(READY)
 # What takes too long for `test`: fifty random kills of drivers, workers and machines, among others.
 soak: $(READY)
 	$(BIN)/python -m pytest -n 0 -s -m slow
+
+# What needs a CUDA device; the rest of the tests does not.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -n 0 -m gpu
 
 # Each prints one JSON line and writes benchmarks/results/ (from a clean tree; else benchmarks/results/scratch/).
 bench: $(READY)

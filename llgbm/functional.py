@@ -16,6 +16,7 @@ from llgbm.delta import EncodedProbes, read_states
 from llgbm.lora import LoraBatch, LoraSpec
 from llgbm.lora.adapters import StateDict
 from llgbm.lora.apply import Applied, adapters_applied, final_hidden, head_logits, states_at
+from llgbm.lora.graphs import PassGraphs
 from llgbm.lora.shapes import TARGET_MODULES
 from llgbm.models.quantised import refuse_quantised
 
@@ -38,6 +39,7 @@ class FunctionalLoRA:
     ) -> None:
         self.model = base_model.requires_grad_(False)
         self.spec = LoraSpec.from_model(base_model, lora_rank, lora_alpha, target_modules)
+        self.graphs = PassGraphs()
 
     def forward_with_lora(
         self,
@@ -120,7 +122,13 @@ def compute_delta_differentiable(
     def states(probes: EncodedProbes) -> Tensor:
         return read_states(lora_model.model, probes, applied)
 
-    states_APQD = in_chunks(states, probes, probe_chunk)
+    is_whole = not 0 < probe_chunk < probes.positions_APQ.shape[1]
+    if is_whole and probes.ids_APT.is_cuda:
+        ids_ST, positions_SQ = probes.ids_APT.flatten(0, 1), probes.positions_APQ.flatten(0, 1)
+        found = lora_model.graphs.states_at(lora_model.model, ids_ST, positions_SQ, applied)
+        states_APQD = found.float().unflatten(0, probes.positions_APQ.shape[:2])
+    else:
+        states_APQD = in_chunks(states, probes, probe_chunk)
     if states_APQD.shape != base_APQD.shape:
         raise ValueError(
             f"base states have shape {tuple(base_APQD.shape)}, the probes give {tuple(states_APQD.shape)}: "

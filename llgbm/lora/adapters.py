@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,16 @@ StateDict = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """Adapters at once: `a[module]` is [A, R, in], `b[module]` is [A, out, R]."""
+    """Adapters at once: `a[module]` is [A, R, in], `b[module]` is [A, out, R].
+
+    `source` are the flat adapters whose views they are, with the shapes of their order.
+    """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
+    source: tuple[LoraSpec, Tensor] | None = field(
+        default=None, repr=False, compare=False, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         if not self.a or self.a.keys() != self.b.keys():
@@ -98,7 +104,7 @@ class LoraBatch:
         sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
         for (name, side, shape), part in zip(spec.pieces, parts, strict=True):
             sides[side][name] = part.unflatten(1, shape)
-        return cls(sides["A"], sides["B"])
+        return cls(sides["A"], sides["B"], source=(spec, values_AV))
 
     def select(self, index: Tensor | slice | list[int]) -> LoraBatch:
         """Adapters at `index`, as a batch."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llgbm.lora.adapters import LoraBatch
-from llgbm.lora.products import JoinedLinears, attend, gate, normalise, project, rotate
+from llgbm.lora.products import JoinedLinears, attend, gate, normalise_before, project, rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,20 +128,20 @@ class Pass:
     def block(self, index: int, x_STD: Tensor, positions_SQ: Tensor | None = None) -> Tensor:
         """Run a block; with positions only what its states there need, [S, Q, D]."""
         layer, epsilon = self.decoder.layers[index], self.config.rms_norm_eps
-        unit_STD = normalise(x_STD, epsilon)
-        q, k, v = self._heads(index, unit_STD, positions_SQ)
+        read = normalise_before(x_STD, layer.input_layernorm.weight, epsilon)
+        q, k, v = self._heads(index, *read, positions_SQ)
         x = x_STD if positions_SQ is None else at_positions(x_STD, positions_SQ)
         x = x + self.project(index, (OUT,), attend(q, k, v, positions_SQ))
-        unit = normalise(x, epsilon)
-        both = self.project(index, (GATE, UP), unit, layer.post_attention_layernorm.weight)
+        read = normalise_before(x, layer.post_attention_layernorm.weight, epsilon)
+        both = self.project(index, (GATE, UP), *read)
         return x + self.project(index, (DOWN,), gate(both))
 
     def _heads(
-        self, index: int, unit_STD: Tensor, positions_SQ: Tensor | None
+        self, index: int, unit_STD: Tensor, norm: Tensor | None, positions_SQ: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [S, Q, H, E], keys and values [S, T, K, E], queries and keys rotated."""
         n_q, n_kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        norm, cos, sin = self.decoder.layers[index].input_layernorm.weight, self.cos, self.sin
+        cos, sin = self.cos, self.sin
         width = cos.shape[-1]
         if positions_SQ is None:
             own = self.project(index, (QUERY, KEY, VALUE), unit_STD, norm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ from torch.nn import functional as F
 
 # Texts up to this long attend by two products, which is quicker on a CPU and holds all scores [T, T].
 SHORT_TEXT = 64
+
+
+@cache
+def _kernels() -> Any:
+    """`llgbm.lora.kernels`, imported where there is a GPU."""
+    from llgbm.lora import kernels
+
+    return kernels
+
+
+def on_gpu(x: Tensor) -> bool:
+    """True where passes over memory are what costs, and `llgbm.lora.kernels` saves them."""
+    return x.is_cuda and _kernels().are_usable()
 
 
 @dataclass(frozen=True)
@@ -82,32 +96,53 @@ class _Project(Function):
     def forward(
         ctx: Any, x_AMI: Tensor, joined: JoinedLinears, scaling: float, *adapters: Tensor
     ) -> Tensor:
-        y_AMO = F.linear(x_AMI, joined.weight_OI(), joined.bias_O())
         ctx.joined, ctx.scaling, ctx.n_adapted = joined, scaling, len(adapters) // 2
-        if adapters:
-            a_AGI, b_AGO = joined.stack(adapters[: ctx.n_adapted], adapters[ctx.n_adapted :])
-            # Skinny products are quicker on a CPU with the long side last.
-            low_AGM = torch.bmm(a_AGI, x_AMI.transpose(1, 2))
-            y_AMO.baddbmm_(low_AGM.transpose(1, 2), b_AGO, alpha=scaling)
-            ctx.save_for_backward(x_AMI, low_AGM, a_AGI, b_AGO)
-        return y_AMO
+        weight_OI, bias_O = joined.weight_OI(), joined.bias_O()
+        if not adapters:
+            return F.linear(x_AMI, weight_OI, bias_O)
+        a_AGI, b_AGO = joined.stack(adapters[: ctx.n_adapted], adapters[ctx.n_adapted :])
+        # Skinny products are quicker on a CPU with the long side last.
+        low_AGM = torch.bmm(a_AGI, x_AMI.transpose(1, 2))
+        ctx.save_for_backward(x_AMI, low_AGM, a_AGI, b_AGO)
+        if on_gpu(x_AMI):
+            return _add_product(_expand(low_AGM, b_AGO, scaling, bias_O), x_AMI, weight_OI.T)
+        y_AMO = F.linear(x_AMI, weight_OI, bias_O)
+        return y_AMO.baddbmm_(low_AGM.transpose(1, 2), b_AGO, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_AMO: Tensor) -> tuple[Tensor | None, ...]:
-        joined, x_grad, found = ctx.joined, None, []
+        joined, x_grad = ctx.joined, None
         g_AMO = g_AMO.contiguous()
-        if ctx.needs_input_grad[0]:
+        if not ctx.n_adapted:
+            return torch.matmul(g_AMO, joined.weight_OI()), None, None
+        x_AMI, low_AGM, a_AGI, b_AGO = ctx.saved_tensors
+        low_grad = torch.bmm(b_AGO, g_AMO.transpose(1, 2)).mul_(ctx.scaling)
+        if ctx.needs_input_grad[0] and on_gpu(g_AMO):
+            x_grad = _add_product(_expand(low_grad, a_AGI), g_AMO, joined.weight_OI())
+        elif ctx.needs_input_grad[0]:
             x_grad = torch.matmul(g_AMO, joined.weight_OI())
-        if ctx.n_adapted:
-            x_AMI, low_AGM, a_AGI, b_AGO = ctx.saved_tensors
-            low_grad = torch.bmm(b_AGO, g_AMO.transpose(1, 2)).mul_(ctx.scaling)
-            found = joined.split(
-                torch.bmm(low_grad, x_AMI), torch.bmm(low_AGM, g_AMO).mul_(ctx.scaling)
-            )
-            if x_grad is not None:
-                x_grad.baddbmm_(low_grad.transpose(1, 2), a_AGI)
+            x_grad.baddbmm_(low_grad.transpose(1, 2), a_AGI)
+        found = joined.split(
+            torch.bmm(low_grad, x_AMI), torch.bmm(low_AGM, g_AMO).mul_(ctx.scaling)
+        )
         return x_grad, None, None, *found
+
+
+def _expand(
+    low_AGM: Tensor, wide_AGO: Tensor, factor: float = 1.0, bias_O: Tensor | None = None
+) -> Tensor:
+    """factor lowᵀ wide + bias, [A, M, O]."""
+    if bias_O is not None:
+        return torch.baddbmm(bias_O, low_AGM.transpose(1, 2), wide_AGO, alpha=factor)
+    out = wide_AGO.new_empty(low_AGM.shape[0], low_AGM.shape[2], wide_AGO.shape[2])
+    return out.baddbmm_(low_AGM.transpose(1, 2), wide_AGO, beta=0, alpha=factor)
+
+
+def _add_product(y_AMO: Tensor, x_AMI: Tensor, weight_IO: Tensor) -> Tensor:
+    """Add x W to y in place: the product reads y where it writes, which saves a pass over the wider side."""
+    y_AMO.view(-1, y_AMO.shape[-1]).addmm_(x_AMI.reshape(-1, x_AMI.shape[-1]), weight_IO)
+    return y_AMO
 
 
 def project(
@@ -140,9 +175,32 @@ def normalise(x: Tensor, epsilon: float) -> Tensor:
     return _Normalise.apply(x, epsilon)
 
 
+class _NormaliseInOne(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        out, scales_N = _kernels().normalise(x, weight_D, epsilon)
+        ctx.save_for_backward(x, weight_D, scales_N)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _kernels().normalise_backward(g, *ctx.saved_tensors), None, None
+
+
+def normalise_before(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
+    """Normalise what Linear layers read; return it and the weight of the norm that is left for `JoinedLinears`."""
+    if on_gpu(x):
+        return _NormaliseInOne.apply(x, weight_D, epsilon), None
+    return normalise(x, epsilon), weight_D
+
+
 class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
+        if on_gpu(both):
+            ctx.save_for_backward(both)
+            return _kernels().gate(both)
         gate, up = both.chunk(2, dim=-1)
         active = F.silu(gate)
         ctx.save_for_backward(both, active)
@@ -151,6 +209,8 @@ class _Gate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
+        if on_gpu(g):
+            return _kernels().gate_backward(*ctx.saved_tensors, g)
         both, active = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         found = torch.empty_like(both)
@@ -175,10 +235,14 @@ class _Rotate(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(g, cos, -sin), None, None
+        return _rotated(g, cos, sin, back=True), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    if on_gpu(x):
+        return _kernels().rotate(x, cos, sin, back)
+    if back:
+        sin = -sin
     # Rows as long as all heads, and halves of heads swapped in one copy: short rows take a CPU twice as long.
     n_heads, width = x.shape[-2:]
     cos, sin = (t.expand(*t.shape[:-2], n_heads, width).flatten(-2) for t in (cos, sin))

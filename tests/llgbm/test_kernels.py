@@ -1,0 +1,235 @@
+"""Triton kernels: their formulas by Triton's interpreter on the CPU, and on a GPU as compiled (marked `gpu`)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
+
+from llgbm.delta import EncodedProbes
+from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
+from llgbm.lora import LoraBatch, graphs, kernels, products
+from llgbm.lora.apply import adapters_applied, final_hidden
+
+# Triton decides when it is imported whether it interprets, so this file runs itself in a process of its own.
+INTERPRET = "TRITON_INTERPRET"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def test_kernels_compute_their_formulas_when_interpreted() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", str(Path(__file__))]
+    done = subprocess.run(
+        command, env=os.environ | {INTERPRET: "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["gate", "normalise", "rotate", "pass"]
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    """Assert equality as far as the dtype of `got` reaches."""
+    tolerance = 1e-5 if got.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+
+
+def drawn(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return noise.to(device, dtype)
+
+
+def check_gate(device: str) -> None:
+    """Against torch's silu and autograd, at widths beside the size of a part."""
+    for dtype in DTYPES:
+        for width in (1, 24, kernels.PART, kernels.PART + 8):
+            both = drawn(2, 3, 2 * width, dtype=dtype, device=device)
+            g = drawn(2, 3, width, dtype=dtype, device=device, seed=1)
+            leaf = both.float().requires_grad_()
+            left, right = leaf.chunk(2, dim=-1)
+            wanted = F.silu(left) * right
+            (gradient,) = torch.autograd.grad(wanted, leaf, g.float())
+            close(kernels.gate(both), wanted)
+            close(kernels.gate_backward(both, g), gradient)
+
+
+def check_normalise(device: str) -> None:
+    """Against Qwen2's own norm and autograd."""
+    for dtype in DTYPES:
+        for width in (8, 24, 130):
+            x = drawn(2, 3, width, dtype=dtype, device=device)
+            g = drawn(2, 3, width, dtype=dtype, device=device, seed=1)
+            norm = Qwen2RMSNorm(width, eps=1e-3).to(device)
+            nn.init.normal_(norm.weight, 1.0, 0.3)
+            leaf = x.float().requires_grad_()
+            wanted = norm(leaf)
+            (gradient,) = torch.autograd.grad(wanted, leaf, g.float())
+            got, scales = kernels.normalise(x, norm.weight.detach(), 1e-3)
+            close(got, wanted)
+            close(kernels.normalise_backward(g, x, norm.weight.detach(), scales), gradient)
+
+
+def check_rotate(device: str) -> None:
+    """Against Qwen2's own rotation: of part of a row, with angles of a position and of each text, there and back."""
+    for dtype in DTYPES:
+        texts, tokens, heads, width = 2, 3, 5, 6
+        own = drawn(texts, tokens, (heads + 2) * width, dtype=dtype, device=device)
+        x = own.unflatten(-1, (-1, width))[:, :, :heads]
+        angles = drawn(tokens, width // 2, dtype=torch.float32, device=device, seed=1)
+        cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+        signed = torch.cat([-sin[:, : width // 2], sin[:, width // 2 :]], dim=-1)
+        wanted = apply_rotary_pos_emb(x.float(), x.float(), cos[None], sin[None], unsqueeze_dim=2)[
+            0
+        ]
+        got = kernels.rotate(x, cos[:, None], signed[:, None])
+        close(got, wanted)
+        close(kernels.rotate(got, cos[:, None], signed[:, None], back=True), x)
+        each = torch.stack([cos, -cos])[:, :, None], torch.stack([signed, -signed])[:, :, None]
+        close(kernels.rotate(x, *each), torch.stack([wanted[0], -wanted[1]]))
+
+
+def small_model(device: str) -> Qwen2ForCausalLM:
+    """A base whose norms, biases and weights all move its states."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    return model.to(device)
+
+
+def problem(device: str, n_adapters: int = 3) -> tuple[FunctionalLoRA, Tensor, EncodedProbes]:
+    """A base, flat adapters [A, V] and probes of two texts with two marks each."""
+    lora_model = FunctionalLoRA(small_model(device), 3, 6.0)
+    values = 0.1 * drawn(n_adapters, lora_model.spec.n_values, dtype=torch.float32, device="cpu")
+    ids = torch.arange(n_adapters * 2 * 9).view(n_adapters, 2, 9) * 7 % 50
+    positions = torch.tensor([3, 8]).expand(n_adapters, 2, 2).contiguous()
+    probes = EncodedProbes(ids, positions, torch.ones_like(positions, dtype=torch.bool))
+    return lora_model, values.to(device), probes.to(device)
+
+
+def by_hooks(lora_model: FunctionalLoRA, values: Tensor, probes: EncodedProbes) -> Tensor:
+    batch = LoraBatch.unflatten(lora_model.spec, values)
+    with adapters_applied(lora_model.model, batch, lora_model.spec.scaling):
+        hidden = final_hidden(lora_model.model, probes.ids_APT.flatten(0, 1))
+    at = probes.positions_APQ.flatten(0, 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, at).unflatten(0, probes.ids_APT.shape[:2])
+
+
+def written_out(lora_model: FunctionalLoRA, values: Tensor, probes: EncodedProbes) -> Tensor:
+    batch = LoraBatch.unflatten(lora_model.spec, values)
+    shape = (*probes.positions_APQ.shape, lora_model.model.config.hidden_size)
+    return compute_delta_differentiable(lora_model, batch, probes, values.new_zeros(shape))
+
+
+def states_and_gradient(compute: object, *given: object) -> tuple[Tensor, Tensor]:
+    lora_model, values, probes = given
+    leaf = values.clone().requires_grad_()
+    states = compute(lora_model, leaf, probes)
+    (gradient,) = torch.autograd.grad(states, leaf, torch.cos(states.detach() * 9))
+    return states.detach(), gradient
+
+
+def check_pass(device: str) -> None:
+    """A whole pass and its gradient against the model's own modules with hooks."""
+    given = problem(device)
+    for got, wanted in zip(
+        states_and_gradient(written_out, *given), states_and_gradient(by_hooks, *given), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", [check_gate, check_normalise, check_rotate, check_pass])
+def test_kernels_compute_their_formulas_on_a_gpu(check: object) -> None:
+    assert kernels.are_usable()
+    check("cuda")
+
+
+@pytest.mark.gpu
+def test_a_recorded_pass_gives_the_bits_of_the_pass_itself() -> None:
+    lora_model, values, probes = problem("cuda")
+    given = (lora_model, values, probes)
+    first = states_and_gradient(written_out, *given)
+    assert not lora_model.graphs.recorded
+    for _ in range(3):
+        again = states_and_gradient(written_out, *given)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    assert len(lora_model.graphs.recorded) == 1
+    other = states_and_gradient(written_out, lora_model, 2 * values, probes)
+    wanted = states_and_gradient(by_hooks, lora_model, 2 * values, probes)
+    for got, expected in zip(other, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_two_passes_before_one_gradient_do_not_share_activations() -> None:
+    lora_model, values, probes = problem("cuda")
+    wanted = [
+        states_and_gradient(written_out, lora_model, f * values, probes)[1] for f in (1, 2, 3)
+    ]
+    leaves = [(f * values).requires_grad_() for f in (1, 2, 3)]
+    states = [written_out(lora_model, leaf, probes) for leaf in leaves]
+    total = sum((s * torch.cos(s.detach() * 9)).sum() for s in states)
+    for got, expected in zip(torch.autograd.grad(total, leaves), wanted, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.gpu
+def test_a_recorded_pass_goes_back_once_and_few_are_kept() -> None:
+    lora_model, values, probes = problem("cuda")
+    for _ in range(2):
+        states_and_gradient(written_out, lora_model, values, probes)
+    leaf = values.clone().requires_grad_()
+    total = written_out(lora_model, leaf, probes).sum()
+    torch.autograd.grad(total, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes back once"):
+        torch.autograd.grad(total, leaf)
+    for n_adapters in (1, 2, 3):
+        for _ in range(2):
+            part = probes.select(slice(0, n_adapters))
+            states_and_gradient(written_out, lora_model, values[:n_adapters].clone(), part)
+    assert len(lora_model.graphs.recorded) == graphs.KEPT
+    gc.collect()
+
+
+@pytest.mark.gpu
+def test_a_pass_that_cannot_be_recorded_for_want_of_memory_is_run_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "_record", refuse)
+    given = problem("cuda")
+    first = states_and_gradient(written_out, *given)
+    for _ in range(2):
+        again = states_and_gradient(written_out, *given)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    assert capsys.readouterr().err.count("too little GPU memory") == 1
+
+
+if __name__ == "__main__":
+    products.on_gpu = lambda x: True  # CPU tensors take the way of the GPU
+    for name, check in (
+        ("gate", check_gate),
+        ("normalise", check_normalise),
+        ("rotate", check_rotate),
+        ("pass", check_pass),
+    ):
+        check("cpu")
+        print(name)
