@@ -159,22 +159,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
     `sin` has its left half negated; `back` turns the other way.
     """
-    heads, E = x.shape[-2:]
-    rows = x.shape[0] * x.shape[1]
-    if x.stride(3) != 1 or x.stride(2) != E or x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()
+    E, width = x.shape[-1], x.shape[-2] * x.shape[-1]
+    flat = x.reshape(-1, width)  # a view of some columns where x is one
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
     out = x.new_empty(x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _rotate_kernel[(rows,)](
-        x,
-        cos,
-        sin,
-        out,
-        x.stride(1),
-        cos.numel() // E,
-        heads * E,
-        E,
-        -1.0 if back else 1.0,
-        triton.next_power_of_2(heads * E),
-    )
+    sign, wide = -1.0 if back else 1.0, triton.next_power_of_2(width)
+    n_angles = cos.numel() // E
+    grid = (len(flat),)
+    _rotate_kernel[grid](flat, cos, sin, out, flat.stride(0), n_angles, width, E, sign, wide)
     return out

@@ -93,6 +93,12 @@ def check_rotate(device: str) -> None:
         close(kernels.rotate(got, cos[:, None], signed[:, None], back=True), x)
         each = torch.stack([cos, -cos])[:, :, None], torch.stack([signed, -signed])[:, :, None]
         close(kernels.rotate(x, *each), torch.stack([wanted[0], -wanted[1]]))
+        # The gradient of one position has the layout of attention, whose strides of an axis of 1 say nothing.
+        for swapped in (x.transpose(1, 2).contiguous().transpose(1, 2), x[..., :1].expand_as(x)):
+            for part in (swapped, swapped[:, :1].transpose(1, 2).contiguous().transpose(1, 2)):
+                plain = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+                angle = [t[: part.shape[1], None] for t in (cos, signed)]
+                assert torch.equal(kernels.rotate(part, *angle), kernels.rotate(plain, *angle))
 
 
 def small_model(device: str) -> Qwen2ForCausalLM:
