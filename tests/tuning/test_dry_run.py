@@ -45,6 +45,7 @@ def folder_hash(folder: Path) -> str:
     ).hexdigest()
 
 
+@pytest.mark.whole
 def test_a_dry_run_beside_a_finished_study_knows_it_and_changes_nothing(
     finished: tuple[Path, str],
     cache: Path,
@@ -90,6 +91,7 @@ def test_a_dry_run_beside_a_finished_study_knows_it_and_changes_nothing(
     assert folder_hash(finished[0] / "mlruns") == before
 
 
+@pytest.mark.whole
 def test_an_estimate_is_the_median_step_and_the_median_rest(finished: tuple[Path, str]) -> None:
     runs = past_runs(None, finished[0], "llgbm")
     assert len(runs) == 3 and past_runs(None, finished[0], "another") == []

@@ -156,6 +156,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.whole
 def test_adapters_of_the_best_are_made_again_from_the_generator_that_a_trial_kept(
     study: StudyTracker, world: World, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def check_nothing_is_lost(study: StudyTracker) -> None:
             assert len(rows) == STEPS
 
 
+@pytest.mark.whole
 def test_sixteen_trials_log_into_one_sqlite_file_and_lose_nothing(study: StudyTracker) -> None:
     assert study.target is not None
     log_many(study.target)

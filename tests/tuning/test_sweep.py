@@ -69,6 +69,7 @@ def runs(folder: Path) -> tuple[Run, list[Run]]:
     return parents[0], children
 
 
+@pytest.mark.whole
 def test_the_last_line_is_one_json_object_with_the_tables_numbers(
     finished: tuple[Path, str],
 ) -> None:
@@ -91,6 +92,7 @@ def test_the_last_line_is_one_json_object_with_the_tables_numbers(
     ]
 
 
+@pytest.mark.whole
 def test_one_parent_one_child_a_trial_everything_logged(finished: tuple[Path, str]) -> None:
     parent, children = runs(finished[0])
     assert parent.info.status == "FINISHED"
@@ -118,6 +120,7 @@ def test_one_parent_one_child_a_trial_everything_logged(finished: tuple[Path, st
     assert "loss/delta" not in by_name["weight-only"] and "loss/weight" not in by_name["delta-only"]
 
 
+@pytest.mark.whole
 def test_artifacts_are_adapters_deltas_and_a_generator(
     finished: tuple[Path, str], world: World
 ) -> None:

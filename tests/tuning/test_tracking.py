@@ -248,6 +248,7 @@ def _log_steps(target: TrackingTarget, trial_id: str, steps: int) -> None:
     trial.close()
 
 
+@pytest.mark.whole
 def test_four_processes_lose_nothing(study: StudyTracker) -> None:
     assert study.target is not None
     context = multiprocessing.get_context("spawn")

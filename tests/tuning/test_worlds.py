@@ -159,6 +159,7 @@ def test_sealed_tasks_are_opened_once_and_that_is_recorded(
     assert read_study(uri, parent.info.run_id).openings == after.openings
 
 
+@pytest.mark.whole
 def test_a_suite_without_sealed_tasks_has_nothing_to_open(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     uri = local_tracking_uri(folder)
