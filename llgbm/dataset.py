@@ -330,9 +330,15 @@ def create_dataloader(
 
 
 def batch_deltas(batch: Mapping[str, Tensor]) -> DeltaTable:
-    """Return the probes and teacher deltas of a batch of `create_dataloader`, cut to its longest text."""
+    """Return the probes and teacher deltas of a batch of `create_dataloader`, cut to its longest text.
+
+    On a GPU all batches keep one shape, which `llgbm.lora.graphs` records once.
+    """
     positions, valid = batch["positions"], batch["valid"]
-    width, marks = int(positions.max()) + 1, int(valid.sum(-1).max())
+    if positions.is_cuda:
+        width, marks = batch["probe_ids"].shape[-1], valid.shape[-1]
+    else:
+        width, marks = int(positions.max()) + 1, int(valid.sum(-1).max())
     probes = EncodedProbes(
         batch["probe_ids"][..., :width], positions[..., :marks], valid[..., :marks]
     )

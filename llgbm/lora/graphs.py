@@ -26,8 +26,9 @@ from llgbm.runtime import release_device_memory, say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Each recorded pass holds its activations.
-KEPT = 2
+# Each recorded pass holds its activations. One makes room for another when so many passes ran without it: recording
+# takes as long as dozens of passes, so shapes that change from step to step are better left alone.
+KEPT, IDLE = 2, 200
 
 
 class _Use:
@@ -47,6 +48,7 @@ class _Recorded:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     use: weakref.ref[_Use] | None = None
+    used_at: int = 0
 
     @property
     def is_free(self) -> bool:
@@ -102,11 +104,12 @@ class _Replay(Function):
 
 @dataclass
 class PassGraphs:
-    """Recorded passes of one base by their shapes; the oldest makes room for a new one."""
+    """Recorded passes of one base by their shapes, those used last at the end."""
 
     recorded: OrderedDict[Any, _Recorded] = field(default_factory=OrderedDict)
     seen: set[Any] = field(default_factory=set)
     too_large: set[Any] = field(default_factory=set)
+    passes: int = 0
 
     def states_at(
         self, base: PreTrainedModel, ids_ST: Tensor, positions_SQ: Tensor, applied: Applied
@@ -137,14 +140,31 @@ class PassGraphs:
         self, key: Any, compute: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor]
     ) -> _Recorded | None:
         """Return the recorded pass of a key where it is free; record it at the second sight of the key."""
-        if key in self.recorded:
-            self.recorded.move_to_end(key)
-            return self.recorded[key] if self.recorded[key].is_free else None
-        if key not in self.seen:
+        self.passes += 1
+        known = key in self.recorded or (
+            self._is_worth_recording(key) and self._has_recorded(key, compute, inputs)
+        )
+        if not known:
             self.seen.add(key)
             return None
-        if key in self.too_large:
-            return None
+        recorded = self.recorded[key]
+        self.recorded.move_to_end(key)
+        recorded.used_at = self.passes
+        return recorded if recorded.is_free else None
+
+    def _is_worth_recording(self, key: Any) -> bool:
+        """True for a key seen before that fits the card, where there is room or one of the kept is out of use."""
+        if key not in self.seen or key in self.too_large:
+            return False
+        return (
+            len(self.recorded) < KEPT
+            or self.passes - next(iter(self.recorded.values())).used_at > IDLE
+        )
+
+    def _has_recorded(
+        self, key: Any, compute: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor]
+    ) -> bool:
+        """Record a pass in place of the one that is longest out of use; False where the card has no room for it."""
         while len(self.recorded) >= KEPT:
             self.recorded.popitem(last=False)
         try:
@@ -155,7 +175,8 @@ class PassGraphs:
             say(
                 "too little GPU memory to record the pass of a step, so each launches its kernels one by one"
             )
-        return self.recorded.get(key)
+            return False
+        return True
 
 
 def _can_record(base: PreTrainedModel, ids_ST: Tensor, applied: Applied) -> bool:

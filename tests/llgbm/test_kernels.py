@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
+from llgbm.dataset import batch_deltas
 from llgbm.delta import EncodedProbes
 from llgbm.functional import FunctionalLoRA, compute_delta_differentiable
 from llgbm.lora import LoraBatch, graphs, kernels, products
@@ -196,7 +196,7 @@ def test_two_passes_before_one_gradient_do_not_share_activations() -> None:
 
 
 @pytest.mark.gpu
-def test_a_recorded_pass_goes_back_once_and_few_are_kept() -> None:
+def test_a_recorded_pass_goes_back_once() -> None:
     lora_model, values, probes = problem("cuda")
     for _ in range(2):
         states_and_gradient(written_out, lora_model, values, probes)
@@ -205,12 +205,42 @@ def test_a_recorded_pass_goes_back_once_and_few_are_kept() -> None:
     torch.autograd.grad(total, leaf, retain_graph=True)
     with pytest.raises(RuntimeError, match="goes back once"):
         torch.autograd.grad(total, leaf)
+
+
+@pytest.mark.gpu
+def test_few_passes_are_kept_and_only_one_out_of_use_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora_model, values, probes = problem("cuda", 5)
+    monkeypatch.setattr(graphs, "IDLE", 5)
+
+    def run(n_adapters: int, times: int = 2) -> None:
+        part = probes.select(slice(0, n_adapters))
+        for _ in range(times):
+            got = states_and_gradient(written_out, lora_model, values[:n_adapters].clone(), part)
+            wanted = states_and_gradient(by_hooks, lora_model, values[:n_adapters].clone(), part)
+            for own, expected in zip(got, wanted, strict=True):
+                torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
     for n_adapters in (1, 2, 3):
-        for _ in range(2):
-            part = probes.select(slice(0, n_adapters))
-            states_and_gradient(written_out, lora_model, values[:n_adapters].clone(), part)
+        run(n_adapters)
+    first = list(lora_model.graphs.recorded)
+    assert len(first) == graphs.KEPT
+    run(4, 6)
     assert len(lora_model.graphs.recorded) == graphs.KEPT
-    gc.collect()
+    assert list(lora_model.graphs.recorded) != first
+
+
+@pytest.mark.gpu
+def test_batches_of_any_texts_have_one_shape_on_a_gpu() -> None:
+    ids, positions = torch.zeros(3, 2, 9, dtype=torch.long), torch.full((3, 2, 4), 5)
+    valid = torch.tensor([True, True, False, False]).expand(3, 2, 4)
+    states = torch.zeros(3, 2, 4, 8)
+    batch = {"probe_ids": ids, "positions": positions, "valid": valid}
+    batch |= {"base_states": states, "delta": states}
+    on_cpu, on_gpu = (batch_deltas({k: v.to(d) for k, v in batch.items()}) for d in ("cpu", "cuda"))
+    assert on_cpu.probes.ids_APT.shape == (3, 2, 6) and on_cpu.delta_APQD.shape == (3, 2, 2, 8)
+    assert on_gpu.probes.ids_APT.shape == ids.shape and on_gpu.delta_APQD.shape == states.shape
 
 
 @pytest.mark.gpu
