@@ -5,9 +5,10 @@ Axis letters: see `llgbm`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -148,6 +149,12 @@ def _measure(
     )
 
 
+def error_of_mean(tasks: Sequence[str], values_A: Tensor) -> float:
+    """Return the standard error of the mean over tasks; 0 for one task, of which nothing is known."""
+    means = list(mean_by_task(tasks, values_A).values())
+    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+
+
 def mean_by_task(tasks: Sequence[str], values_A: Tensor) -> dict[str, float]:
     """Average the values of each task, in order of first appearance; a training task may have several teachers."""
     found: dict[str, list[float]] = {}
@@ -221,9 +228,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics during training, from the evaluation prompts of a part's tasks.
 
-    `<part>/accuracy` is the exact match on evaluation examples, `<part>/delta_cosine` that of Δ on the shared probes.
-    Beside them the controls of `control_accuracies`, on a few of the examples, show early if a generator collapses to
-    one adapter for all tasks.
+    `<part>/accuracy` is the exact match on evaluation examples, `<part>/accuracy_error` its standard error over tasks,
+    `<part>/delta_cosine` that of Δ on the shared probes. Beside them the controls of `control_accuracies`, on a few of
+    the examples, show early if a generator collapses to one adapter for all tasks.
     """
     rows = list(data.rows[part])
     accuracies, deltas = [], []
@@ -235,8 +242,10 @@ def evaluate(
     cosine_A = cosine_similarity(torch.cat(deltas), teacher_AD, dim=-1)
     few = data.with_few_examples(CONTROL_EXAMPLES)
     controls = control_accuracies(generator, few, lora_model, rows)
+    accuracy_A = torch.cat(accuracies)
     return {
-        f"{part}/accuracy": torch.cat(accuracies).mean().item(),
+        f"{part}/accuracy": accuracy_A.mean().item(),
+        f"{part}/accuracy_error": error_of_mean([data.tasks[row] for row in rows], accuracy_A),
         f"{part}/delta_cosine": cosine_A.mean().item(),
         **{f"{part}/{name}": value for name, value in controls.items()},
     }

@@ -34,7 +34,7 @@ from llgbm.training.mixup import with_mixtures
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
 VERSION = (
-    3  # Raise it when the same config and data would give other numbers: trial ids depend on it.
+    4  # Raise it when the same config and data would give other numbers: trial ids depend on it.
 )
 # Begins the names of a generator's own parts of the loss, which are reported as `generator/<name>`.
 OWN_PART = "generator_"
@@ -65,7 +65,7 @@ def _nothing(state: State) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a training: the best generator by validation accuracy, and its step.
+    """Result of a training: the generator that `Trial.keep_if_good` kept, its step and its validation accuracy.
 
     `steps_run` and `seconds` include those before a resume.
     """
@@ -159,6 +159,7 @@ class Trial:
             config.seed,
         )
         self.step, self.best_step, self.last_improvement, self.best_score = 0, 0, 0, -math.inf
+        self.highest, self.least = -math.inf, -math.inf  # score so far, and what is as good as it
         self.best: dict[str, Tensor] = {}
         self.spent, self._since = 0.0, time.perf_counter()
 
@@ -251,11 +252,16 @@ class Trial:
             self.dataset, config.batch_size, config.steps, config.seed, self.step
         )
 
-    def keep_if_best(self, score: float) -> None:
-        """Keep the generator unless an earlier score was higher; of equal scores the later generator is kept."""
-        if score > self.best_score:
+    def keep_if_good(self, score: float, error: float = 0.0) -> None:
+        """Keep the generator unless its score is below the highest so far by more than that one's standard error.
+
+        The rule of one standard error (Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3):
+        among scores that a few validation tasks cannot tell apart, the generator that trained longest is kept.
+        """
+        if score > self.highest:
             self.last_improvement = self.step
-        if score >= self.best_score:
+            self.highest, self.least = score, score - error
+        if score >= self.least:
             self.best_score, self.best_step = score, self.step
             self.best = copy.deepcopy(self.generator.state_dict())
 
@@ -270,6 +276,8 @@ class Trial:
             "best_step": self.best_step,
             "last_improvement": self.last_improvement,
             "best_score": self.best_score,
+            "highest": self.highest,
+            "least": self.least,
             "seconds": self.seconds,
             "random": _random_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -281,10 +289,12 @@ class Trial:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_step = state["step"], state["best_step"]
-        # Checkpoints written before the rename hold `risen_step`.
+        # Checkpoints written before the rename hold `risen_step`, and older ones only the highest score.
         name = "last_improvement" if "last_improvement" in state else "risen_step"
         self.last_improvement = state[name]
         self.best_score, self.best = state["best_score"], state["best"]
+        self.highest = state.get("highest", self.best_score)
+        self.least = state.get("least", self.highest)
         self.spent, self._since = state["seconds"], time.perf_counter()
         if self.accelerator.scaler and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -311,7 +321,7 @@ class Trial:
             metrics = self.advance(*next(pieces))
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 metrics |= evaluate(self.generator, self.data, self.lora_model, "val")
-                self.keep_if_best(metrics["val/accuracy"])
+                self.keep_if_good(metrics["val/accuracy"], metrics["val/accuracy_error"])
             yield metrics
 
     def run(
@@ -344,7 +354,7 @@ def train(
     checkpoint: Callable[[State], None] = _nothing,
     state: State | None = None,
 ) -> Outcome:
-    """Train a generator; return the best one by validation accuracy.
+    """Train a generator; return the one that trained longest among the best by validation accuracy.
 
     Each step calls `report(step, metrics)` with its losses; False ends the run. Every `eval_every` steps the metrics
     hold `val/accuracy` and `val/delta_cosine` too, and `checkpoint(state)` is called after the report. Pass such a

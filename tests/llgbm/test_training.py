@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from llgbm.dataset import DeltaAugmentedDataset, ExperimentData, StepSampler, cr
 from llgbm.evaluation.metrics import (
     accuracy_per_adapter,
     control_accuracies,
+    error_of_mean,
+    evaluate,
     evaluate_adapters,
     evaluate_generator,
     other_task,
@@ -169,12 +172,47 @@ def test_patience_ends_a_run_that_no_longer_gets_better(
 ) -> None:
     trial = Trial(replace(config, patience=2), world.data, world.lora_model)
     trial.step = 10
-    trial.keep_if_best(0.5)
+    trial.keep_if_good(0.5)
     trial.step = 20
-    trial.keep_if_best(0.5)
+    trial.keep_if_good(0.5)
     assert not trial.should_stop and trial.best_step == 20
     trial.step = 30
     assert trial.should_stop
+
+
+def test_of_scores_within_a_standard_error_the_longest_trained_is_kept(
+    world: World, config: TrainingConfig
+) -> None:
+    trial = Trial(config, world.data, world.lora_model)
+    kept = []
+    for step, (score, error) in enumerate(
+        [(0.8, 0.05), (0.74, 0.3), (0.76, 0.3), (0.81, 0.02), (0.78, 0.3), (0.8, 0.0), (0.5, 0.5)]
+    ):
+        trial.step = step
+        trial.keep_if_good(score, error)
+        kept.append((trial.best_step, trial.best_score))
+    assert kept == [(0, 0.8), (0, 0.8), (2, 0.76), (3, 0.81), (3, 0.81), (5, 0.8), (5, 0.8)]
+    resumed = Trial(config, world.data, world.lora_model)
+    resumed.restore(trial.state())
+    resumed.step = 7
+    resumed.keep_if_good(0.785)
+    assert resumed.best_step == 5
+    resumed.keep_if_good(0.795)
+    assert resumed.best_step == 7
+
+
+def test_the_error_of_validation_accuracy_is_that_of_a_mean_over_tasks(
+    world: World, config: TrainingConfig
+) -> None:
+    trial = Trial(config, world.data, world.lora_model)
+    found = evaluate(trial.generator, world.data, world.lora_model, "train")
+    rows = list(world.data.rows["train"])
+    adapters = trial.generator.generate(world.data.conditions.evaluation_ANC[rows])
+    right = accuracy_per_adapter(world.lora_model, adapters, world.data, rows)
+    by_task = pd.Series(right.tolist(), index=[world.data.tasks[row] for row in rows])
+    wanted = by_task.groupby(level=0).mean().sem()
+    assert found["train/accuracy_error"] == pytest.approx(wanted)
+    assert error_of_mean(["one"], torch.tensor([0.3])) == 0.0
 
 
 def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(
@@ -280,9 +318,13 @@ def test_a_checkpoint_with_the_older_name_of_a_field_is_resumed(
 ) -> None:
     trial = Trial(replace(config, patience=2), world.data, world.lora_model)
     trial.step = 10
-    trial.keep_if_best(0.5)
+    trial.keep_if_good(0.5)
     state = trial.state()
     state["risen_step"] = state.pop("last_improvement")
+    del state["highest"], state["least"]
     resumed = Trial(trial.config, world.data, world.lora_model)
     resumed.restore(state)
     assert resumed.last_improvement == 10
+    resumed.step = 20
+    resumed.keep_if_good(0.49, 0.1)
+    assert resumed.best_step == 10

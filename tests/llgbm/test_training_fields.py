@@ -131,9 +131,9 @@ def test_the_environment_of_accelerate_changes_no_number(
 
 def test_a_score_that_is_not_a_number_never_wins(world: World, config: TrainingConfig) -> None:
     trial = Trial(config, world.data, world.lora_model)
-    trial.keep_if_best(0.25)
+    trial.keep_if_good(0.25)
     trial.step = 5
-    trial.keep_if_best(float("nan"))
+    trial.keep_if_good(float("nan"))
     assert (trial.best_score, trial.best_step) == (0.25, 0)
 
 
