@@ -131,7 +131,8 @@ def compute_adapter_delta(
     2509.04442).
     """
     probes = encode_probes(base.tokenizer, probe_set, ["shared"]).to(base.model.device)
-    applied = Applied(LoraBatch.from_state_dicts([adapter]), spec.scaling)
+    batch = LoraBatch.from_state_dicts([adapter]).to(base.model.device)
+    applied = Applied(batch, spec.scaling)
     with torch.no_grad():
         activation = mean_over_probes(read_states(base.model, probes, applied), probes.valid_APQ)[0]
     if activation.shape != base_activation.shape:
@@ -207,7 +208,8 @@ def measure_deltas(
         for rows in progress(chunks(batch.n_adapters, probes.ids_APT[0].numel(), chunk), "deltas"):
             mine = probes.select(rows)
             base_states = base_pieces[0][rows] if shared else read_states(model, mine)
-            applied = Applied(batch.select(rows).packed(), spec.scaling)
+            own = batch.select(rows).packed().to(model.device)
+            applied = Applied(own, spec.scaling)
             pieces.append(read_states(model, mine, applied) - base_states)
             if not shared:
                 base_pieces.append(base_states)

@@ -50,11 +50,11 @@ def measure_ability(
 ) -> Ability:
     """Measure a base on examples of every task, each with a prompt that tells the base its task."""
     pairs = [(e.prompt, e.answer) for e in chain.from_iterable(told.values())]
-    with torch.no_grad():
-        pieces = [
-            token_losses(model, encode_pairs(tokenizer, pairs[i : i + AT_ONCE])).sum(1)
-            for i in range(0, len(pairs), AT_ONCE)
-        ]
+    pieces = []
+    for start in range(0, len(pairs), AT_ONCE):
+        texts = encode_pairs(tokenizer, pairs[start : start + AT_ONCE]).to(model.device)
+        with torch.no_grad():
+            pieces.append(token_losses(model, texts).sum(1))
     probabilities = iter(torch.cat(pieces).neg().exp().tolist())
     by_task = {
         task: sum(next(probabilities) for _ in examples) / len(examples)
