@@ -18,8 +18,8 @@ def make_accelerator(precision: str, n_pieces: int, on_cpu: bool) -> Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
 
-    # Accelerate's state is global, and refuses a second precision.
-    AcceleratorState._reset_state()
+    # Accelerate's state is global: it refuses a second precision, and keeps to the first device.
+    AcceleratorState._reset_state(reset_partial_state=True)
     # A number of pieces that is given without the plugin gives way to an environment variable.
     pieces = GradientAccumulationPlugin(
         num_steps=n_pieces, adjust_scheduler=False, sync_with_dataloader=False

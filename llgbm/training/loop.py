@@ -135,7 +135,7 @@ class Trial:
         )
         generator.check_reads(config.prompt_tokens, padded=config.n_prompts_min > 0)
         # Not wrapped by Accelerate, which would score it in another precision than the bundle that is registered.
-        self.generator = generator.to(self.accelerator.device)
+        self.generator = generator.to(lora_model.model.device)
         generator.prepare_training(training_rows(data, rows))
         optimizer = torch.optim.AdamW(
             generator.parameters(),
