@@ -213,6 +213,8 @@ def test_the_error_of_validation_accuracy_is_that_of_a_mean_over_tasks(
     wanted = by_task.groupby(level=0).mean().sem()
     assert found["train/accuracy_error"] == pytest.approx(wanted)
     assert error_of_mean(["one"], torch.tensor([0.3])) == 0.0
+    twice = error_of_mean(["one", "one", "other"], torch.tensor([0.0, 1.0, 0.75]))
+    assert twice == pytest.approx(pd.Series([0.5, 0.75]).sem())
 
 
 def test_training_lowers_each_loss_and_uses_only_what_has_a_weight(
