@@ -169,7 +169,7 @@ class PassGraphs:
             self.recorded.popitem(last=False)
         try:
             self.recorded[key] = _record(compute, inputs)
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             self.too_large.add(key)
             release_device_memory()
             say(

@@ -248,7 +248,7 @@ def test_a_pass_that_cannot_be_recorded_for_want_of_memory_is_run_all_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(graphs, "_record", refuse)
     given = problem("cuda")
