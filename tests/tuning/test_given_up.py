@@ -18,6 +18,7 @@ from llgbm.training import TrainingConfig
 from llgbm.world import WorldConfig
 from tuning.search.queue import ListQueue
 from tuning.studies.spec import TrialSpec
+from tuning.sweep.places import require_token
 from tuning.sweep.ray_tune import HANDED_OUT_AGAIN, QueueSearcher, Watcher
 from tuning.tracking.ownership import Ownership
 from tuning.tracking.runs import read_trials
@@ -79,6 +80,7 @@ def test_a_worker_that_dies_between_two_trials_costs_none(
             threading.Thread(target=die_soon, args=(place,), daemon=True).start()
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    require_token()  # Ray keeps what the first call in a process found, for the tests after this one too
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         tune.Tuner(
