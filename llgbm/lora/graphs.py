@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Each recorded pass holds its activations. One makes room for another when so many passes ran without it: recording
-# takes as long as dozens of passes, so shapes that change from step to step are better left alone.
+# takes as long as several passes, so shapes that change from step to step are better left alone.
 KEPT, IDLE = 2, 200
 
 

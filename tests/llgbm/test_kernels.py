@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from llgbm.lora.apply import adapters_applied, final_hidden
 # Triton decides when it is imported whether it interprets, so this file runs itself in a process of its own.
 INTERPRET = "TRITON_INTERPRET"
 DTYPES = (torch.float32, torch.bfloat16)
+Pass = Callable[[FunctionalLoRA, Tensor, EncodedProbes], Tensor]
 
 
 def test_kernels_compute_their_formulas_when_interpreted() -> None:
@@ -142,8 +144,9 @@ def written_out(lora_model: FunctionalLoRA, values: Tensor, probes: EncodedProbe
     return compute_delta_differentiable(lora_model, batch, probes, values.new_zeros(shape))
 
 
-def states_and_gradient(compute: object, *given: object) -> tuple[Tensor, Tensor]:
-    lora_model, values, probes = given
+def states_and_gradient(
+    compute: Pass, lora_model: FunctionalLoRA, values: Tensor, probes: EncodedProbes
+) -> tuple[Tensor, Tensor]:
     leaf = values.clone().requires_grad_()
     states = compute(lora_model, leaf, probes)
     (gradient,) = torch.autograd.grad(states, leaf, torch.cos(states.detach() * 9))
@@ -161,7 +164,7 @@ def check_pass(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", [check_gate, check_normalise, check_rotate, check_pass])
-def test_kernels_compute_their_formulas_on_a_gpu(check: object) -> None:
+def test_kernels_compute_their_formulas_on_a_gpu(check: Callable[[str], None]) -> None:
     assert kernels.are_usable()
     check("cuda")
 
