@@ -100,6 +100,9 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         term_options=read_term_options(arguments.term_option or ()),
         learning_rates=arguments.learning_rate,
         mixup=arguments.mixup,
+        n_tasks=arguments.n_tasks,
+        n_teachers=arguments.n_teachers,
+        n_trajectories=arguments.n_trajectories,
         generators=arguments.generator,
         seeds=arguments.seeds,
         world_seeds=arguments.world_seed,
@@ -208,6 +211,7 @@ ABOUT_DELTA = (
     "activation_checkpointing",
     "probe_chunk",
     "n_probes",
+    "n_trajectories",
     *ABOUT_TRAJECTORIES,
 )
 
@@ -292,7 +296,7 @@ def _check_term_options(options: Options, study: Study) -> None:
 USED_BY_OWN_STUDIES = (
     *("lambda_weight", "lambda_delta", "term", "learning_rate", "mixup", "seeds", "steps"),
     *("batch_size", "n_probes", "trajectories", "trajectory_tokens"),
-    *("condition", "prompt_tokens", "n_prompts_min"),
+    *("condition", "prompt_tokens", "n_prompts_min", "n_tasks", "n_teachers", "n_trajectories"),
 )
 
 

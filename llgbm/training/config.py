@@ -34,6 +34,9 @@ COUNTS = {
     "eval_every": 1,
     "probe_chunk": 0,
     "patience": 0,
+    "n_tasks": 0,
+    "n_teachers": 0,
+    "n_trajectories": 0,
 }
 DELTA_READINGS = ("per_probe", "mean")
 # Options of terms that a configuration has fields for.
@@ -55,6 +58,9 @@ class TrainingConfig:
     the states of at most so many tokens of it.
 
     `mixup` is the number of mixtures of two teachers that are trained on, for each teacher (`llgbm.training.mixup`).
+
+    Above 0, `n_tasks`, `n_teachers` and `n_trajectories` limit the training tasks, the teachers of each, and the
+    trajectories of a teacher, where a world has more (`llgbm.training.subset`).
 
     `terms` holds the weights of loss terms by name, `term_options` their options as `<term>.<option>`. The weights of
     the terms `weight` and `delta` are kept in `lambda_weight` and `lambda_delta`. `plugin_code` follows from terms and
@@ -90,6 +96,9 @@ class TrainingConfig:
     condition: str = Conditioning.kind
     prompt_tokens: int = Conditioning.tokens
     mixup: float = 0.0
+    n_tasks: int = 0
+    n_teachers: int = 0
+    n_trajectories: int = 0
 
     def __post_init__(self) -> None:
         self._settle_terms()
@@ -112,6 +121,10 @@ class TrainingConfig:
                 )
             object.__setattr__(self, name, int(value))  # 600.0 is 600
         self._check_conditions()
+        if self.n_trajectories and self.delta_probes != "trajectory":
+            raise UserError(
+                f"n_trajectories limits trajectories, and {self.delta_probes} probes are none: leave it out"
+            )
         if self.steps % self.gradient_accumulation:
             raise UserError(
                 f"{self.steps} steps end within an accumulation of {self.gradient_accumulation}: "

@@ -30,6 +30,7 @@ from llgbm.system.accumulation import make_accelerator, weighted_pieces
 from llgbm.terms.step import Step, TermData
 from llgbm.training.config import TrainingConfig
 from llgbm.training.mixup import with_mixtures
+from llgbm.training.subset import with_fewer
 
 Report = Callable[[int, Mapping[str, float]], bool]
 State = dict[str, Any]
@@ -120,6 +121,7 @@ class Trial:
         self, config: TrainingConfig, data: ExperimentData, lora_model: FunctionalLoRA
     ) -> None:
         _check_data(config, data)
+        data = with_fewer(data, config)
         seed_everything(config.seed)
         self.config, self.data, self.lora_model = config, data, lora_model
         self.accelerator = make_accelerator(

@@ -192,6 +192,9 @@ CONFIGS: dict[str, list[Any]] = {
     "condition": ["both"],
     "prompt_tokens": [8, 16],
     "mixup": [0.5, 1.0],
+    "n_tasks": [4, 24],
+    "n_teachers": [1, 2],
+    "n_trajectories": [1, 4],
     "generator": list(GENERATORS.values()),
     "terms": [*({name: 0.5} for name in OTHER_TERMS), {"kl": 0.25}, {"kl": 0.5, "l1": 0.5}],
 }
@@ -265,6 +268,10 @@ def made(config: dict[str, Any], world: dict[str, Any]) -> TrialSpec:
         config = {**config, "lambda_delta": 3.0}
     if config.get("mixup") and "labels" in config.get("terms", {}):  # refused together
         config = {**config, "terms": {"kl": 0.77}}
+    shared = {"generic": 10, "domain": 20}.get(config.get("delta_probes", ""))
+    if shared and config.get("n_trajectories"):  # refused together
+        count = int(config["n_trajectories"]) + shared
+        config = {**config, "delta_probes": "trajectory", "n_trajectories": count}
     return TrialSpec("any", TrainingConfig(**config), WorldConfig(**named))
 
 

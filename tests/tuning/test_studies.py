@@ -48,6 +48,7 @@ def study(*arguments: str) -> Study:
         ("model_size", 3, 2),
         ("generators", 3 * len(GENERATORS), 1),
         ("objectives", 8, len(DELTA_PROBES)),
+        ("curves", 1 + 4 + 2 + 3, 1),
         ("composition", 3 * 2, 1),
         ("dnd", 5, 2),
     ],
@@ -106,6 +107,41 @@ def test_mixtures_are_compared_with_none() -> None:
     assert [t.name for t in everywhere.trials] == ["multitask", "delta-only", "weight-only"]
     searched = study("--search", "random", "--mixup", "0.5")
     assert searched.space is not None and searched.space.base.config.mixup == 0.5
+
+
+def test_curves_change_one_amount_at_a_time() -> None:
+    made = {t.name: t for t in study("--study", "curves", "--seeds", "0").trials}
+    assert list(made) == [
+        "delta-only",
+        *(f"delta-only, tasks={n}" for n in (24, 48, 72, 108)),
+        *(f"delta-only, trajectories={n}" for n in (1, 4)),
+        *(f"delta-only, steps={n}" for n in (100, 200, 800)),
+    ]
+    whole = study("--study", "terms", "--seeds", "0").trials[0]
+    assert made["delta-only"].id == whole.id
+    fewer = made["delta-only, tasks=24"].config
+    assert fewer == replace(whole.config, n_tasks=24)
+    asked = study(
+        *("--study", "curves", "--n-tasks", "12", "--n-trajectories", "2", "--term", "kl=1"),
+        *("--seeds", "0", "--steps", "50", "--generator", "retrieval"),
+    )
+    assert [t.name for t in asked.trials] == ["kl=1", "kl=1, tasks=12", "kl=1, trajectories=2"]
+    assert {t.config.generator.name for t in asked.trials} == {"retrieval"}
+    toy = study("--study", "curves", "--smoke")
+    assert [t.name for t in toy.trials] == ["delta-only", "delta-only, trajectories=1"]
+
+
+def test_all_that_a_world_has_is_the_trial_without_a_limit() -> None:
+    def ids(*arguments: str) -> list[str]:
+        return [
+            t.id for t in study("--lambda-weight", "0", "--lambda-delta", "1", *arguments).trials
+        ]
+
+    whole = ids()
+    assert ids("--n-tasks", "121") == ids("--n-tasks", "0") == ids("--n-teachers", "1") == whole
+    assert ids("--n-trajectories", "16") == whole != ids("--n-trajectories", "4")
+    swept = study("--n-tasks", "24", "0", "--lambda-weight", "1", "--seeds", "0")
+    assert [t.name.partition(", ")[2] for t in swept.trials] == ["tasks=24", "all tasks"]
 
 
 def test_the_published_method_stands_beside_its_halves() -> None:
@@ -225,6 +261,12 @@ def test_options_of_a_search_are_ranges() -> None:
         (["--search", "random", "--lambda-delta", "0", "2"], "log scale"),
         (["--search", "random", "--model-size", "nano", "micro"], "one model size"),
         (["--search", "random", "--mixup", "0", "1"], "one mixup"),
+        (["--n-tasks", "122"], r"n_tasks is 122, and the world has 121"),
+        (["--n-teachers", "2"], r"n_teachers is 2, and the world has 1"),
+        (["--n-trajectories", "17"], r"n_trajectories is 17, and the world has 16"),
+        (["--n-tasks", "-1"], "n_tasks is -1; it must be a whole number"),
+        (["--n-trajectories", "4", "--delta-probes", "domain"], "n_trajectories limits"),
+        (["--search", "random", "--n-tasks", "4", "8"], "one number of tasks"),
         (["--mixup", "-1"], "mixup is -1.0; it must be a finite number of at least 0"),
         (["--study", "labels", "--mixup", "1"], "which mixtures do not have"),
         (["--scheduler", "hyperband"], "none, asha"),

@@ -20,10 +20,14 @@ from tuning.studies.spec import TRAINING, SearchSpace, Study, TrialSpec
 from tuning.studies.terms import weight_grid, weights_name
 from tuning.studies.variants import (
     Variant,
+    amount_axes,
+    amount_variant,
+    amounts,
     condition_axes,
     crossed,
     mixup_variants,
     of_weights,
+    settled_amounts,
     unnamed_if_single,
 )
 
@@ -60,6 +64,9 @@ class StudyOptions:
     prompt_tokens: tuple[int, ...] | None = None
     n_prompts_min: tuple[int, ...] | None = None
     mixup: tuple[float, ...] | None = None
+    n_tasks: tuple[int, ...] | None = None
+    n_teachers: tuple[int, ...] | None = None
+    n_trajectories: tuple[int, ...] | None = None
 
 
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
@@ -85,6 +92,13 @@ DND = (
     of_weights("kl", kl=1.0),
     DELTA_ONLY,
 )
+# Points of learning curves, where a world has more; what is not listed is compared where it is asked for.
+CURVES: Mapping[str, tuple[int, ...]] = {
+    "n_tasks": (24, 48, 72, 108),
+    "n_teachers": (),
+    "n_trajectories": (1, 4),
+}
+STEPS = (100, 200, 800)
 _SHARED = (
     "Can shared probes teach a task? Every adapter is read on the same texts, at their last token."
 )
@@ -207,6 +221,24 @@ def labels(options: StudyOptions) -> Study:
     )
 
 
+def curves(options: StudyOptions) -> Study:
+    """Delta-only on fewer tasks, on fewer trajectories and for fewer steps, one at a time: what does accuracy cost?"""
+    chosen = _weight_options(options) or [DELTA_ONLY]
+    world = _world(options, (options.model_sizes or ("nano",))[0], TRAINING)
+    there, points = amounts(world), [Variant()]
+    for name, counts in CURVES.items():
+        asked = getattr(options, name) or [n for n in counts if n < there.get(name, n + 1)]
+        points += [amount_variant(name, count) for count in asked]
+    if options.steps is None and not options.smoke:
+        points += [Variant(f"steps={n}", {"steps": n}, "How long must it train?") for n in STEPS]
+    plain = replace(options, n_tasks=None, n_teachers=None, n_trajectories=None)
+    return Study(
+        "curves",
+        make_trials(options, crossed(chosen, points, *other_axes(plain))),
+        note="How does accuracy grow with tasks, teachers, trajectories and steps?",
+    )
+
+
 def composition(options: StudyOptions) -> Study:
     """Delta-only, KL and multitask, each with and without mixtures of teachers as training rows."""
     mixed = replace(options, mixup=options.mixup or (0.0, 1.0))
@@ -241,10 +273,11 @@ def optuna_lambda(options: StudyOptions) -> Study:
     own = {"model_sizes": ("nano",), "generators": ("default",)}
     single = {name: getattr(options, name) or value for name, value in own.items()}
     axes = (generator_variants(options), *condition_axes(options), mixup_variants(options))
+    axes = (*axes, *amount_axes(options))
     if any(len(values) > 1 for values in (*single.values(), *axes)):
         raise UserError(
-            "a search has one model size, one generator, one kind of condition and one mixup: give one, or run one "
-            "search for each"
+            "a search has one model size, one generator, one kind of condition, one mixup and one number of tasks, "
+            "teachers and trajectories: give one, or run one search for each"
         )
     names = {"lambda_weight": options.lambda_weight, "lambda_delta": options.lambda_delta}
     ranges = {**names, "learning_rate": options.learning_rates}
@@ -279,6 +312,7 @@ STUDIES: dict[str, Callable[[StudyOptions], Study]] = {
         generators,
         objectives,
         labels,
+        curves,
         composition,
         dnd,
         optuna_lambda,
@@ -294,7 +328,7 @@ def standard_variants(options: StudyOptions) -> list[Variant]:
 def other_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
     """Return what is compared beside the losses: generators, learning rates, conditions and mixtures asked for."""
     axes = (generator_variants(options), rate_variants(options), *condition_axes(options))
-    return *axes, mixup_variants(options)
+    return *axes, mixup_variants(options), *amount_axes(options)
 
 
 def lambda_variants(options: StudyOptions) -> list[Variant]:
@@ -362,7 +396,7 @@ def _trial(
     world = _world(options, size, config)
     if world_seed is not None:
         world = world.with_seed(world_seed)
-    return TrialSpec(variant.name, config, world, variant.why)
+    return TrialSpec(variant.name, settled_amounts(config, world), world, variant.why)
 
 
 def _config(options: StudyOptions, size: str, seed: int) -> TrainingConfig:

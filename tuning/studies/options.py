@@ -88,6 +88,15 @@ class StudyArguments:
         "mixtures of two teachers that are trained on, for each teacher (default: 0; of the study composition: 0 1)",
         "X",
     )
+    n_tasks: tuple[int, ...] | None = _option(
+        COMPARED, "training tasks that are drawn and trained on; 0 takes all (default: 0)", "N"
+    )
+    n_teachers: tuple[int, ...] | None = _option(
+        COMPARED, "teachers of a task that are trained on; 0 takes all (default: 0)", "N"
+    )
+    n_trajectories: tuple[int, ...] | None = _option(
+        COMPARED, "trajectories of a teacher that are trained on; 0 takes all (default: 0)", "N"
+    )
     generator: tuple[str, ...] | None = _option(
         COMPARED,
         "generators by name, with options of their own where wanted: mixture,bases=32 default,pooling=attention "

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from llgbm.runtime import UserError
+from llgbm.training import TrainingConfig
+from llgbm.world import WorldConfig
 from tuning.studies.terms import changes_of, why_of
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ WHY_CONDITION = {
     "description": "Does a description of the task say what its prompts do?",
     "both": "Does a description add to the prompts?",
 }
+# Fields that limit what is trained on, and what they count.
+AMOUNTS = {"n_tasks": "tasks", "n_teachers": "teachers", "n_trajectories": "trajectories"}
+WHY_FEWER = "How much does a generator need to be trained on?"
 WHY_MIXED = (
     "Mixtures of two teachers, with prompts of both tasks, are trained on beside the teachers."
 )
@@ -65,6 +71,44 @@ def condition_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
         for least in options.n_prompts_min or ()
     ]
     return tuple(unnamed_if_single(axis) or [Variant()] for axis in (kinds, states, numbers))
+
+
+def amount_axes(options: StudyOptions) -> tuple[list[Variant], ...]:
+    """Return the numbers of tasks, teachers and trajectories asked for; a single one is not named."""
+    return tuple(
+        unnamed_if_single([amount_variant(name, count) for count in getattr(options, name) or ()])
+        or [Variant()]
+        for name in AMOUNTS
+    )
+
+
+def amount_variant(name: str, count: int) -> Variant:
+    """Return the variant that trains on less of what a field of `AMOUNTS` counts; 0 is all."""
+    what = AMOUNTS[name]
+    return Variant(f"{what}={count}" if count else f"all {what}", {name: count}, WHY_FEWER)
+
+
+def amounts(world: WorldConfig) -> dict[str, int]:
+    """Return what a world has of each of `AMOUNTS`; of given teachers that is known once they are opened."""
+    found = {"n_tasks": len(world.suite.split.train)}
+    if world.bank is None:
+        teachers = world.teachers
+        found |= {"n_teachers": teachers.per_task, "n_trajectories": teachers.trajectories}
+    return found
+
+
+def settled_amounts(config: TrainingConfig, world: WorldConfig) -> TrainingConfig:
+    """Return a configuration in which all of what a world has is 0. Raises UserError for more than it has."""
+    for name, there in amounts(world).items():
+        asked = getattr(config, name)
+        if asked > there:
+            raise UserError(
+                f"{name} is {asked}, and the world has {there}: give at most that, or 0 for all"
+            )
+        if asked == there:
+            everything: dict[str, Any] = {name: 0}
+            config = replace(config, **everything)
+    return config
 
 
 def mixup_variants(options: StudyOptions) -> list[Variant]:

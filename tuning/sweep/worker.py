@@ -117,6 +117,7 @@ def run_trial(
     started, state = time.perf_counter(), checkpoints.newest()
     before = state["seconds"] if state else 0.0
     training = Trial(config or trial.config, world.data, world.lora_model)
+    world = replace(world, data=training.data)  # training tasks are those that were trained on
     if state:
         training.restore(state)
     outcome = training.run(report, keep, CHECKPOINT_SECONDS)
