@@ -6,9 +6,11 @@
 The earlier commit is checked out as a git worktree in a temporary folder. Each tree runs in a process of its own; the
 two get the same tensors and are told in turn to run a block of steps. What is compared is processor seconds, which a
 machine that is not idle moves least; the clock's are given too. The first losses and gradients must agree (1e-5). Parts
-are timed by themselves: drawing a batch, the generator with the weight loss, Δ of given adapters, the optimiser. The
-bank is made up, its probes being examples of the embedded suite with their answers, so as long as real ones; no number
-depends on what is learnt. The last line of standard output is one JSON object; see `record.py` for where it goes.
+are timed by themselves: drawing a batch, the generator with the weight loss, Δ of given adapters, the optimiser. Beside
+them stand the FLOPs of the matrix products of a step, and the seconds that these take at the machine's own matrix rate:
+no step of these products is quicker. The bank is made up, its probes being examples of the embedded suite with their
+answers, so as long as real ones; no number depends on what is learnt. The last line of standard output is one JSON
+object; see `record.py` for where it goes.
 """
 
 from __future__ import annotations
@@ -163,12 +165,13 @@ def compare(
     for block in range(options.blocks):
         for name in sorted(workers, reverse=block % 2 == 1):
             blocks[name].append(workers[name].ask({"steps": options.steps}))
+    least = {name: worker.ask({"products": True}) for name, worker in workers.items()}
     peaks = {name: worker.ask({"peak": True})["peak_mb"] for name, worker in workers.items()}
     return {
         "relative_difference": differences,
         "padding": checks["ours"]["padding"],
         "sides": {
-            name: summary(found) | {"peak_mb": peaks[name]} for name, found in blocks.items()
+            name: summary(found) | least[name] | {"peak_mb": peaks[name]} for name, found in blocks.items()
         },
     }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import matrix_flops, matrix_rate
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -145,6 +146,12 @@ def block(trial: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int) ->
     }
 
 
+def products(trial: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """FLOPs of the matrix products of a step, and the seconds that they take at least on this process's threads."""
+    flops, rate = matrix_flops(lambda: trial.advance(batch)), matrix_rate()
+    return {"step_gflop": flops / 1e9, "matrix_gflops": rate / 1e9, "products_s": flops / rate}
+
+
 def main() -> None:
     setting_file, tree = sys.argv[1:]
     used = Path(sys.modules["llgbm.functional"].__file__ or "")
@@ -162,6 +169,8 @@ def main() -> None:
             answer = check(trial, first, question["check"])
         elif "steps" in question:
             answer = block(trial, batches, question["steps"])
+        elif "products" in question:
+            answer = products(trial, next(batches))
         else:
             answer = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
         print(json.dumps(answer), flush=True)

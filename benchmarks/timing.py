@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -126,6 +127,20 @@ def matrix_rate(
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds[2:])
+
+
+def matrix_flops(run: Run) -> int:
+    """FLOPs of the matrix products of a run, backward passes and products in place too; nothing else is counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def of_shapes(_added: Any, left: Any, right: Any, **_: Any) -> int:
+        return 2 * math.prod(left) * right[-1]
+
+    # The counter does not know products in place by itself.
+    in_place = dict.fromkeys((torch.ops.aten.baddbmm_, torch.ops.aten.addmm_), of_shapes)
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        run()
+    return counted.get_total_flops()
 
 
 def relative_difference(left: Tensor, right: Tensor) -> float:

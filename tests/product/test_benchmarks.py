@@ -148,6 +148,18 @@ def test_repeats_are_interleaved_in_both_orders(timing: Any) -> None:
     assert [len(found[name].wall_s) for name in "ab"] == [2, 2]
 
 
+def test_all_matrix_products_of_a_run_are_counted(timing: Any) -> None:
+    left, right = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 5, 6)
+    out, weight = torch.zeros(3, 4, 6), torch.randn(7, 5, requires_grad=True)
+    product = 2 * 3 * 4 * 5 * 6
+    assert timing.matrix_flops(lambda: torch.bmm(left, right).sum().backward()) == 2 * product
+    assert timing.matrix_flops(lambda: out.baddbmm_(left.detach(), right)) == product
+    assert timing.matrix_flops(lambda: out[0].addmm_(left.detach()[0], right[0])) == product // 3
+    both = timing.matrix_flops(lambda: torch.nn.functional.linear(left, weight).sum().backward())
+    assert both == 3 * 2 * 12 * 5 * 7  # forward, and the gradients of input and weight
+    assert timing.matrix_flops(lambda: left.softmax(-1) * 2) == 0
+
+
 def test_exponents_are_those_of_the_law(timing: Any) -> None:
     assert timing.slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     assert timing.slope([1, 2, 4], [5.0, 5.0, 5.0]) == pytest.approx(0)
