@@ -171,7 +171,8 @@ def compare(
         "relative_difference": differences,
         "padding": checks["ours"]["padding"],
         "sides": {
-            name: summary(found) | least[name] | {"peak_mb": peaks[name]} for name, found in blocks.items()
+            name: summary(found) | least[name] | {"peak_mb": peaks[name]}
+            for name, found in blocks.items()
         },
     }
 
