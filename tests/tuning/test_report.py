@@ -24,6 +24,7 @@ from tuning.report import (
     write_report,
 )
 from tuning.report.__main__ import main
+from tuning.report.amounts import lines_of, plot_amounts
 from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import group_trials
 from tuning.report.plots import plot_heat_map
@@ -207,6 +208,36 @@ def test_a_grid_of_lambdas_has_a_heat_map_and_three_points_have_none(tmp_path: P
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     three = [t for t in every if t.config in {f"{w} {d}" for w, d in LAMBDAS.values()}]
     assert len(three) == 3 and plot_heat_map(tmp_path / "three.png", group_trials(three)) == ""
+
+
+def of_amount(config: str, seed: int, accuracy: float, **params: str) -> TrialResult:
+    known = {"steps": "400", "seed": str(seed), "world_seed": str(seed), "terms.kl": "1.0"}
+    return replace(trial(config, seed, accuracy), params={**known, **params})
+
+
+def test_configurations_that_differ_in_one_amount_form_a_line(tmp_path: Path) -> None:
+    every = [
+        of_amount(f"tasks={count}" if count else "kl", seed, 0.01 * (count or 90) + 0.1 * seed,
+                  n_tasks=str(count))
+        for count in (0, 48, 24)
+        for seed in ((1, 2) if count == 24 else (0, 1))
+    ]  # fmt: skip
+    every += [of_amount("steps=100", 0, 0.3, steps="100")]
+    every += [of_amount("another loss", 0, 0.9, **{"terms.kl": "0.5"}, n_tasks="24")]
+    groups = group_trials(every)
+    (line,) = lines_of(groups, "n_tasks")
+    assert [(amount, group.config) for amount, group in line.points] == [
+        *((24, "tasks=24"), (48, "tasks=48"), (0, "kl")),
+    ]
+    (steps,) = lines_of(groups, "steps")
+    assert [group.config for _, group in steps.points] == ["steps=100", "kl"]
+    assert lines_of(groups, "n_teachers") == []
+    assert plot_amounts(tmp_path / "amounts.png", groups).startswith("Held-out accuracy by amount")
+    assert (tmp_path / "amounts.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_amounts(tmp_path / "none.png", group_trials(trials())) == ""
+    write_report(tmp_path / "report", record(every))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Accuracy by amount" in text and "(amounts.png)" in text
 
 
 def test_a_study_is_found_by_id_run_or_as_the_latest(made: StudyTracker) -> None:

@@ -16,6 +16,7 @@ from llgbm.runtime import UserError, say
 from llgbm.system.output import Output
 from llgbm.terms.names import NAMED, PREFIX
 from tuning.report import plots, tables
+from tuning.report.amounts import plot_amounts
 from tuning.report.delta_map import plot_delta_map
 from tuning.report.groups import CHOOSING, MAIN, Group, size_of
 from tuning.report.names import escaped, file_name, label
@@ -32,6 +33,7 @@ PICTURES = (
     "outcomes.png",
     "learning_curves.png",
     "heat_map.png",
+    "amounts.png",
     "memorisation.png",
     "delta_map*.png",
 )
@@ -114,6 +116,7 @@ def _sections(record: StudyRecord, pictures: Mapping[str, str]) -> dict[str, lis
         ],
         f"Differences in {MAIN}": _with(TESTS, tables.comparison_table(record.comparisons)),
         "λ_w × λ_d": [pictures["heat_map"]],
+        "Accuracy by amount": [pictures["amounts"]],
         "Learning curves": [pictures["learning_curves"]],
         "Held-out tasks": _with(
             "Accuracy by task, mean over seeds." + _of_how_many(notable, groups),
@@ -163,6 +166,7 @@ def _plots(out: Path, record: StudyRecord) -> dict[str, str]:
     return {
         "outcomes": _picture(out, "outcomes.png", plots.plot_outcomes, groups, record.baselines),
         "learning_curves": curves,
+        "amounts": _picture(out, "amounts.png", plot_amounts, groups),
         "heat_map": _picture(out, "heat_map.png", plots.plot_heat_map, groups),
         "memorisation": _picture(out, "memorisation.png", plots.plot_memorisation, groups),
         "delta_maps": "\n\n".join(filter(None, _delta_maps(out, record))),
