@@ -127,6 +127,8 @@ def test_curves_change_one_amount_at_a_time() -> None:
     )
     assert [t.name for t in asked.trials] == ["kl=1", "kl=1, tasks=12", "kl=1, trajectories=2"]
     assert {t.config.generator.name for t in asked.trials} == {"retrieval"}
+    shared = study("--study", "curves", "--delta-probes", "domain", "--seeds", "0")
+    assert not any("trajectories" in t.name for t in shared.trials) and len(shared.trials) == 8
     toy = study("--study", "curves", "--smoke")
     assert [t.name for t in toy.trials] == ["delta-only", "delta-only, trajectories=1"]
 
@@ -264,6 +266,7 @@ def test_options_of_a_search_are_ranges() -> None:
         (["--n-tasks", "122"], r"n_tasks is 122, and the world has 121"),
         (["--n-teachers", "2"], r"n_teachers is 2, and the world has 1"),
         (["--n-trajectories", "17"], r"n_trajectories is 17, and the world has 16"),
+        (["--n-tasks", "1"], r"one teacher has no spread"),
         (["--n-tasks", "-1"], "n_tasks is -1; it must be a whole number"),
         (["--n-trajectories", "4", "--delta-probes", "domain"], "n_trajectories limits"),
         (["--search", "random", "--n-tasks", "4", "8"], "one number of tasks"),

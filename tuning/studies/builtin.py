@@ -226,6 +226,8 @@ def curves(options: StudyOptions) -> Study:
     chosen = _weight_options(options) or [DELTA_ONLY]
     world = _world(options, (options.model_sizes or ("nano",))[0], TRAINING)
     there, points = amounts(world), [Variant()]
+    if options.delta_probes != "trajectory":
+        there["n_trajectories"] = 0
     for name, counts in CURVES.items():
         asked = getattr(options, name) or [n for n in counts if n < there.get(name, n + 1)]
         points += [amount_variant(name, count) for count in asked]

@@ -108,6 +108,8 @@ def settled_amounts(config: TrainingConfig, world: WorldConfig) -> TrainingConfi
         if asked == there:
             everything: dict[str, Any] = {name: 0}
             config = replace(config, **everything)
+    if world.bank is None and config.n_tasks * (config.n_teachers or world.teachers.per_task) == 1:
+        raise UserError("n_tasks is 1, and one teacher has no spread to train on: give at least 2")
     return config
 
 
