@@ -120,7 +120,8 @@ def test_shared_probes_are_no_trajectories() -> None:
 def test_what_is_not_drawn_changes_nothing_in_training(
     world: World, config: TrainingConfig, changes: dict[str, Any]
 ) -> None:
-    config = replace(config, n_tasks=6, n_trajectories=2, n_prompts=4, **changes)
+    short = replace(config, steps=6, eval_every=6, n_tasks=6, n_trajectories=2, n_prompts=4)
+    config = replace(short, **changes)
     data = replace(world.data, cache=None)
     kept = set(with_fewer(data, config).rows["train"])
     others = [row for row in range(len(data.tasks)) if row not in kept]
