@@ -98,11 +98,16 @@ def test_train_step(run: Run) -> None:
         "generator_cpu_s",
         "optimiser_cpu_s",
         "delta_cpu_s",
+        "products_s",
+        "step_gflop",
+        "matrix_gflops",
     }
     for side in found["sides"].values():
         assert side.keys() == parts | {"spread", "peak_mb"} and all(
             side[name] > 0 for name in parts
         )
+        rate = side["step_gflop"] / side["products_s"]
+        assert rate == pytest.approx(side["matrix_gflops"])
 
 
 def test_generate(run: Run, cache: Path) -> None:
