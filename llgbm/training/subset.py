@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -66,16 +65,12 @@ def _first_teachers(data: ExperimentData, rows: list[int], count: int) -> list[i
         numbers[data.tasks[row]] += 1
         if numbers[data.tasks[row]] <= count:
             kept.append(row)
-    if min(numbers.values()) < count:
+    fewest = min(numbers, key=numbers.__getitem__)
+    if numbers[fewest] < count:
         raise UserError(
-            f"{count} teachers a task are asked for, and {_fewest(numbers)}: give fewer, or train more"
+            f"{count} teachers a task are asked for, and {fewest} has {numbers[fewest]}: give fewer, or train more"
         )
     return kept
-
-
-def _fewest(numbers: Mapping[str, int]) -> str:
-    task = min(numbers, key=numbers.__getitem__)
-    return f"{task} has {numbers[task]}"
 
 
 def _labelled(data: ExperimentData, kept: list[int]) -> EncodedPairs | None:

@@ -152,7 +152,7 @@ def losses_of_all(world: World, config: TrainingConfig) -> list[float]:
 
 
 class Kept:
-    """Where a trial's log goes in this test: a folder and a list of metrics."""
+    """Keep what a trial logs: its table of tasks in a folder, its metrics in a dictionary."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.metrics = folder, dict[str, float]()
