@@ -69,6 +69,7 @@ GPU = Plan(
     large=(
         (HALF, 32, 8, 64),
         (HALF, 64, 8, 64),
+        (HALF, 128, 8, 64),
         (LARGER, 16, 5, 64),
         (LARGER, 32, 8, 64),
         (LARGER, 64, 8, 64),
