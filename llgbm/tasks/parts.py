@@ -210,5 +210,122 @@ SEALED_FORMATS: Mapping[str, Part] = {
         ("between arrows", "inside angled marks", "and point arrows at it"),
     ),
 }
+# Operations of wider suites: all their combinations are trained on, none is held out.
+MORE_OPERATIONS: Mapping[str, Part] = {
+    "back": Part(
+        lambda w: [w[-1], *w[:-1]],
+        (
+            "move the last word to the start",
+            "rotate the items backwards by one",
+            "let the end come to the front",
+        ),
+        "shift the closing item before the leading one",
+    ),
+    "flip": Part(
+        lambda w: [*w[:-2], w[-1], w[-2]],
+        (
+            "swap the last two words",
+            "exchange the final pair of items",
+            "let the two at the end change places",
+        ),
+        "let the last items trade places",
+    ),
+    "exchange": Part(
+        lambda w: [w[-1], *w[1:-1], w[0]],
+        (
+            "swap the first and the last word",
+            "exchange the outer items",
+            "let the start and the end change places",
+        ),
+        "let the leading and the closing item trade places",
+    ),
+    "pin": Part(
+        lambda w: [w[0], *w[:0:-1]],
+        (
+            "keep the first word and reverse the others",
+            "return the initial item and the rest backwards",
+            "turn the order around after the start",
+        ),
+        "list the leading item and then the words from back to front",
+    ),
+    "hold": Part(
+        lambda w: [*w[-2::-1], w[-1]],
+        (
+            "reverse all words but the last",
+            "return the items backwards before the final one",
+            "turn the order around up to the end",
+        ),
+        "list the words from back to front and then the closing item",
+    ),
+    "without": Part(
+        lambda w: [w[0], *w[2:]],
+        (
+            "drop the second word",
+            "return all items but number two",
+            "leave out what comes after the start",
+        ),
+        "remove the item after the leading one",
+    ),
+    "onward": Part(
+        lambda w: [*w[2:], *w[:2]],
+        (
+            "move the first two words to the end",
+            "rotate the items by two",
+            "let the two at the start go to the back",
+        ),
+        "shift the leading pair behind the closing item",
+    ),
+    "around": Part(
+        lambda w: [w[-1], w[0]],
+        (
+            "give the last and then the first word",
+            "return the outer items backwards",
+            "what stands at the end and at the start",
+        ),
+        "name the closing and the leading item",
+    ),
+    "front": Part(
+        lambda w: w[:2],
+        (
+            "give the first two words",
+            "return the initial pair of items",
+            "what stands at the front",
+        ),
+        "name the leading pair",
+    ),
+    "close": Part(
+        lambda w: w[-2:],
+        ("give the last two words", "return the final pair of items", "what stands at the back"),
+        "name the closing pair",
+    ),
+    "again": Part(
+        lambda w: [*w, w[0]],
+        (
+            "copy the words and the first one after them",
+            "return the items and then the initial one",
+            "repeat the start at the end",
+        ),
+        "write the same words with the leading item once more",
+    ),
+    "spare": Part(
+        lambda w: [*w[:-2], w[-1]],
+        (
+            "drop the word before the last",
+            "return all items but the penultimate one",
+            "leave out what comes just before the end",
+        ),
+        "remove the last item but one",
+    ),
+    "odd": Part(
+        lambda w: w[::2],
+        (
+            "give every other word",
+            "return items one and three and so on",
+            "leave out every second place",
+        ),
+        "name the items in odd position",
+    ),
+}
 ALL_OPERATIONS = {**OPERATIONS, **NOVEL_OPERATIONS, **SEALED_OPERATIONS}
 ALL_FORMATS = {**FORMATS, **NOVEL_FORMATS, **SEALED_FORMATS}
+EVERY_OPERATION = {**ALL_OPERATIONS, **MORE_OPERATIONS}
