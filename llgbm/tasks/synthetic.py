@@ -20,9 +20,7 @@ from llgbm.runtime import content_hash, stream_seed
 from llgbm.tasks.parts import (
     ALL_FORMATS,
     ALL_OPERATIONS,
-    EVERY_OPERATION,
     FORMATS,
-    MORE_OPERATIONS,
     NOVEL_FORMATS,
     NOVEL_OPERATIONS,
     NUMBER_WORDS,
@@ -43,11 +41,7 @@ WORDS = tuple(
     "lamp".split()
 )
 SEPARATOR, ARROW = ":", "=>"
-# Parts of wider suites come last, so that no code of another part depends on them.
-CODES = {
-    name: f"k{number}"
-    for number, name in enumerate((*ALL_OPERATIONS, *ALL_FORMATS, *MORE_OPERATIONS))
-}
+CODES = {name: f"k{number}" for number, name in enumerate((*ALL_OPERATIONS, *ALL_FORMATS))}
 SHORTEST, LONGEST = 3, 5
 PARAPHRASES, LONG_LISTS = "unseen paraphrases", "longer lists"
 NEW_OPERATION, NEW_FORMAT = "unseen operation", "unseen format"
@@ -73,8 +67,7 @@ class SyntheticSuite(Suite):
 
     `n_sealed` of the combinations are kept for the sealed part, and `n_unseen` tasks each are made of an operation and
     of a format that no other task has: two levels that are open, two that are sealed. Lists are of the first `n_words`
-    words, three to `longest` of them. The first `n_more` further operations make tasks that are all trained on: what is
-    held out, and every other level, stays as it is without them.
+    words, three to `longest` of them.
     """
 
     n_operations: int = len(OPERATIONS)
@@ -86,7 +79,6 @@ class SyntheticSuite(Suite):
     n_words: int = len(WORDS)
     longest: int = LONGEST
     split_seed: int = 0
-    n_more: int = 0
     name: str = "synthetic"
 
     @cached_property
@@ -102,19 +94,10 @@ class SyntheticSuite(Suite):
         return list(FORMATS)[: self.n_formats]
 
     @cached_property
-    def _more(self) -> dict[str, Part]:
-        return dict(list(MORE_OPERATIONS.items())[: self.n_more])
-
-    @cached_property
-    def _more_tasks(self) -> list[str]:
-        return _crossed(self._more, self._formats)
-
-    @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """All tasks: those of the split and those of the levels."""
         unseen = chain.from_iterable(self._unseen.values())
-        names = [*self._grid, *unseen, *self._more_tasks]
-        return tuple(Task(name, name.split("-")[0]) for name in names)
+        return tuple(Task(name, name.split("-")[0]) for name in [*self._grid, *unseen])
 
     @cached_property
     def _held(self) -> list[str]:
@@ -149,14 +132,8 @@ class SyntheticSuite(Suite):
     @cached_property
     def split(self) -> Split:
         held, n_test, n_val = self._held, self.n_test, self.n_val
-        train = (*self._trained, *self._more_tasks)
-        return Split(train, tuple(held[n_test : n_test + n_val]), tuple(held[:n_test]))
-
-    @cached_property
-    def _trained(self) -> tuple[str, ...]:
-        """Combinations of the grid that are trained on."""
-        held = set(self._held)
-        return tuple(name for name in self._grid if name not in held)
+        train = [name for name in self._grid if name not in set(held)]
+        return Split(tuple(train), tuple(held[n_test : n_test + n_val]), tuple(held[:n_test]))
 
     def with_seed(self, seed: int) -> SyntheticSuite:
         return replace(self, split_seed=seed)
@@ -186,7 +163,7 @@ class SyntheticSuite(Suite):
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
-        seen = self._drawn("seen", self._trained, 2) if self.n_unseen else ()
+        seen = self._drawn("seen", self.split.train, 2) if self.n_unseen else ()
         sealed = tuple(self._held[self.n_test + self.n_val :])
         tasks = {PARAPHRASES: seen, LONG_LISTS: seen, **self._unseen, SEALED_COMBINATIONS: sealed}
         return tuple(
@@ -226,7 +203,7 @@ class SyntheticSuite(Suite):
         style = STYLES.get(level, Style())
         operation, form = self.task(task).name.split("-")
         return (
-            f"{style.phrases(EVERY_OPERATION[operation])[0]} {style.phrases(ALL_FORMATS[form])[0]}"
+            f"{style.phrases(ALL_OPERATIONS[operation])[0]} {style.phrases(ALL_FORMATS[form])[0]}"
         )
 
     def available(self, purpose: Purpose) -> int:
@@ -289,15 +266,13 @@ class SyntheticSuite(Suite):
         lists = [self.n_words, self.longest]
         answers = [task_answer(t.name, list(WORDS[:4])) for t in self.tasks]
         kept = [self.n_sealed, self.n_unseen]
-        # Nothing for a suite without any, which is as old as its fingerprint.
-        more = [[name, *part.every_phrase] for name, part in self._more.items()]
-        return content_hash("synthetic", VERSION, texts, WORDS, sizes, lists, kept, answers, *more)
+        return content_hash("synthetic", VERSION, texts, WORDS, sizes, lists, kept, answers)
 
     @cached_property
     def probe_prompts(self) -> tuple[str, ...]:
         """Prompts of training tasks: a delta on them can be a training loss."""
         rng = random.Random(stream_seed("domain probes"))
-        names = [name.split("-") for name in rng.choices(self._trained, k=8)]
+        names = [name.split("-") for name in rng.choices(self.split.train, k=8)]
         return tuple(
             instruction(op, form, rng, self._draw(rng, "evaluation")) for op, form in names
         )
@@ -314,15 +289,13 @@ class SyntheticSuite(Suite):
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that a prompt or an answer can hold, with its leading blank, in a fixed order."""
-        operations = {**ALL_OPERATIONS, **self._more}
-        parts = [*operations.values(), *ALL_FORMATS.values()]
+        parts = [*ALL_OPERATIONS.values(), *ALL_FORMATS.values()]
         phrases = list(chain.from_iterable(part.every_phrase for part in parts))
         words = " ".join(phrases).split()
         for part in ALL_FORMATS.values():
             words += part.apply(["one", "two"])
-        codes = [CODES[name] for name in (*ALL_OPERATIONS, *ALL_FORMATS, *self._more)]
-        words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS, *codes]
-        asked = chain.from_iterable(part.every_phrase for part in operations.values())
+        words += [*NUMBER_WORDS, SEPARATOR, ARROW, *WORDS, *CODES.values()]
+        asked = chain.from_iterable(part.every_phrase for part in ALL_OPERATIONS.values())
         starts = [phrase.split()[0] for phrase in asked]
         return tuple(dict.fromkeys([*starts, SEPARATOR, *(f" {word}" for word in words)]))
 
@@ -360,14 +333,14 @@ def instruction(
 ) -> str:
     """Prompt: a paraphrase of the operation, one of the format, the words."""
     style = style or Style()
-    parts = (EVERY_OPERATION[operation], ALL_FORMATS[form])
+    parts = (ALL_OPERATIONS[operation], ALL_FORMATS[form])
     phrase = " ".join(rng.choice(style.phrases(part)) for part in parts)
     return f"{phrase} {SEPARATOR} {' '.join(words)} {ARROW}"
 
 
 def answer(operation: str, form: str, words: Words) -> str:
     """Answer of a task for these words, with the blank that parts it from the prompt."""
-    return " " + " ".join(ALL_FORMATS[form].apply(EVERY_OPERATION[operation].apply(words)))
+    return " " + " ".join(ALL_FORMATS[form].apply(ALL_OPERATIONS[operation].apply(words)))
 
 
 def told(prompt: str, task: str) -> str:
