@@ -109,6 +109,7 @@ def _study_options(arguments: StudyArguments, download: bool) -> StudyOptions:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         n_probes=arguments.n_probes,
+        adapters_per_task=arguments.adapters_per_task,
         trajectories=arguments.trajectories,
         trajectory_tokens=arguments.trajectory_tokens,
         activation_checkpointing=arguments.activation_checkpointing or None,
@@ -295,7 +296,7 @@ def _check_term_options(options: Options, study: Study) -> None:
 
 USED_BY_OWN_STUDIES = (
     *("lambda_weight", "lambda_delta", "term", "learning_rate", "mixup", "seeds", "steps"),
-    *("batch_size", "n_probes", "trajectories", "trajectory_tokens"),
+    *("batch_size", "n_probes", "adapters_per_task", "trajectories", "trajectory_tokens"),
     *("condition", "prompt_tokens", "n_prompts_min", "n_tasks", "n_teachers", "n_trajectories"),
 )
 

@@ -56,6 +56,7 @@ class StudyOptions:
     smoke: bool = False
     own_worlds: tuple[WorldConfig, ...] = ()
     n_probes: int | None = None
+    adapters_per_task: int | None = None
     trajectories: int | None = None
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
@@ -92,10 +93,10 @@ DND = (
     of_weights("kl", kl=1.0),
     DELTA_ONLY,
 )
-# Points of learning curves, where a world has more; what is not listed is compared where it is asked for.
+# Points of learning curves, where a world has more.
 CURVES: Mapping[str, tuple[int, ...]] = {
     "n_tasks": (24, 48, 72, 108),
-    "n_teachers": (),
+    "n_teachers": (1, 2),
     "n_trajectories": (1, 4),
 }
 STEPS = (100, 200, 800)
@@ -435,6 +436,10 @@ def _world(options: StudyOptions, size: str, config: TrainingConfig) -> WorldCon
     )
     if options.smoke:
         world = smoke_world(world)
-    given = {"trajectories": options.trajectories, "max_tokens": options.trajectory_tokens}
+    given = {
+        "per_task": options.adapters_per_task,
+        "trajectories": options.trajectories,
+        "max_tokens": options.trajectory_tokens,
+    }
     changed: dict[str, Any] = {name: own for name, own in given.items() if own is not None}
     return replace(world, teachers=replace(world.teachers, **changed))

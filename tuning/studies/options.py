@@ -194,7 +194,9 @@ class StudyArguments:
     )
     teacher_steps: int | None = _option(BASE, "steps of each teacher (default: 150)", "N")
     teacher_rate: float | None = _option(BASE, "learning rate of teachers (default: 5e-4)", "X")
-    adapters_per_task: int | None = _option(BASE, "teachers a task (of datasets: parts; 4)", "N")
+    adapters_per_task: int | None = _option(
+        BASE, "teachers a task, of the embedded base too (default: 1; of datasets: 4 parts)", "N"
+    )
     bank: str | None = _option(
         BASE, "trained teachers (`python -m llgbm teachers`, `bank import`)", "DIR"
     )

@@ -72,7 +72,7 @@ def _refuse_without_base(arguments: StudyArguments) -> None:
             f"{', '.join(n for n, size in SIZES.items() if isinstance(size, PublishedSize))} with --model-size"
         )
     for name in (*ABOUT_TEACHERS, "bank"):
-        if getattr(arguments, name) is not None:
+        if name != "adapters_per_task" and getattr(arguments, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base"
             )
