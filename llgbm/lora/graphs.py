@@ -129,7 +129,6 @@ class PassGraphs:
         # Weights that move in memory make another key: a graph reads where they were.
         key = (
             spec,
-            applied.scaling,
             *((t.shape, t.dtype) for t in inputs),
             *(p.data_ptr() for p in base.parameters()),
         )

@@ -158,7 +158,7 @@ def test_one_adapter_as_effective_parameters_is_the_same(
     with torch.no_grad():
         got = torch.func.functional_call(base.model, parameters, (IDS,), {"use_cache": False})
     with adapters_applied(base.model, batch.select([0]), spec.scaling):
-        torch.testing.assert_close(got.logits, logits(base.model), atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.logits, logits(base.model), atol=5e-5, rtol=0)
 
 
 def test_they_are_merged_and_stacked(

@@ -199,6 +199,33 @@ def test_two_passes_before_one_gradient_do_not_share_activations() -> None:
 
 
 @pytest.mark.gpu
+def test_what_a_replay_gave_stays_as_it_was() -> None:
+    lora_model, values, probes = problem("cuda")
+    leaf = values.clone().requires_grad_()
+    for _ in range(3):
+        states = written_out(lora_model, leaf, probes)
+        (gradient,) = torch.autograd.grad(states.sum(), leaf)
+    kept = states.detach().clone(), gradient.clone()
+    states_and_gradient(written_out, lora_model, 2 * values, probes)
+    assert torch.equal(states, kept[0])
+    assert torch.equal(gradient, kept[1])
+
+
+@pytest.mark.gpu
+def test_weights_that_were_put_elsewhere_are_read_from_there() -> None:
+    lora_model, values, probes = problem("cuda")
+    for _ in range(3):
+        before = states_and_gradient(written_out, lora_model, values, probes)
+    for parameter in lora_model.model.parameters():
+        parameter.data = parameter.data * 0.9
+    got = states_and_gradient(written_out, lora_model, values, probes)
+    wanted = states_and_gradient(by_hooks, lora_model, values, probes)
+    for own, expected, old in zip(got, wanted, before, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(own, old, rtol=1e-2)
+
+
+@pytest.mark.gpu
 def test_a_recorded_pass_goes_back_once() -> None:
     lora_model, values, probes = problem("cuda")
     for _ in range(2):
