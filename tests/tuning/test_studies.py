@@ -133,6 +133,22 @@ def test_curves_change_one_amount_at_a_time() -> None:
     assert [t.name for t in toy.trials] == ["delta-only", "delta-only, trajectories=1"]
 
 
+def test_teachers_a_task_are_of_the_embedded_base_too() -> None:
+    plain = study("--seeds", "0").trials
+    several = study("--adapters-per-task", "4", "--seeds", "0").trials
+    assert [replace(t.world.teachers, per_task=1) for t in several] == [
+        t.world.teachers for t in plain
+    ]
+    assert {t.world.teachers.per_task for t in several} == {4}
+    assert not {t.id for t in several} & {t.id for t in plain}
+    same = study("--adapters-per-task", "1", "--seeds", "0").trials
+    assert [t.id for t in same] == [t.id for t in plain]
+    made = study("--adapters-per-task", "4", "--study", "curves", "--seeds", "0").trials
+    assert [t.config.n_teachers for t in made if "teachers" in t.name] == [1, 2]
+    with pytest.raises(UserError, match="at least one teacher a task"):
+        study("--adapters-per-task", "0")
+
+
 def test_all_that_a_world_has_is_the_trial_without_a_limit() -> None:
     def ids(*arguments: str) -> list[str]:
         return [
