@@ -28,6 +28,7 @@ from tuning.report.amounts import lines_of, plot_amounts
 from tuning.report.delta_map import DeltaMap
 from tuning.report.groups import group_trials
 from tuning.report.plots import plot_heat_map
+from tuning.report.seconds import accuracy_after, seconds_table
 from tuning.tracking.runs import TrialResult, read_trials
 from tuning.tracking.study import StudyTracker
 
@@ -238,6 +239,42 @@ def test_configurations_that_differ_in_one_amount_form_a_line(tmp_path: Path) ->
     write_report(tmp_path / "report", record(every))
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Accuracy by amount" in text and "(amounts.png)" in text
+
+
+def timed(config: str, seed: int, rate: float, *values: float) -> TrialResult:
+    """A trial that is measured every 100 steps, and once more when it has ended."""
+    curve = tuple((100 * place, value) for place, value in enumerate((*values, 0.99), 1))
+    one = replace(trial(config, seed, 0.5), params={"steps": str(100 * len(values))})
+    metrics = {**one.metrics, "time/steps_per_second": rate}
+    return replace(one, metrics=metrics, curves={"val/accuracy": curve})
+
+
+def test_configurations_are_compared_after_equal_seconds(tmp_path: Path) -> None:
+    quick = [timed("quick", seed, 20.0, 0.2, 0.3 + 0.1 * seed) for seed in range(3)]
+    slow = [timed("slow", seed, 5.0, 0.4, 0.6, 0.8) for seed in range(3)]
+    slower = [timed("slower", seed, 15.0 if seed else 12.0, 0.1, 0.5) for seed in range(2)]
+    never = [timed("never measured by then", 0, 4.0, 0.7)]
+    groups = group_trials([*quick, *slow, *slower, *never])
+    # The quick one takes 200 steps in 10 s, in which the slow one takes 50 and the slower one 120 or 150.
+    found = {group.config: accuracy_after(group, 10.0) for group in groups}
+    assert found["quick"] == pytest.approx({"0": 0.3, "1": 0.4, "2": 0.5})
+    assert found["slow"] == found["never measured by then"] == {}
+    assert found["slower"] == pytest.approx({"0": 0.18, "1": 0.3})
+    table = seconds_table(groups)
+    assert "val/accuracy after 10.0 s" in table
+    assert [cell.strip() for cell in row_of(table, "quick").split("|")[2:-1]] == [
+        *("10.0", "0.400 ± 0.100", "0.400 ± 0.100")
+    ]
+    assert [cell.strip() for cell in row_of(table, "slow ").split("|")[2:-1]] == [
+        *("60.0", "–", "0.800 ± 0.000")
+    ]
+    later = {group.config: accuracy_after(group, 30.0) for group in groups}
+    assert later["slow"] == pytest.approx(dict.fromkeys("012", 0.5))
+    assert later["never measured by then"] == pytest.approx({"0": 0.7})
+    assert seconds_table(group_trials(quick)) == seconds_table(group_trials(trials())) == ""
+    write_report(tmp_path, record([*quick, *slow]))
+    text = (tmp_path / "report.md").read_text()
+    assert "## At equal seconds" in text and "Seconds are steps times" in text
 
 
 def test_a_study_is_found_by_id_run_or_as_the_latest(made: StudyTracker) -> None:

@@ -22,6 +22,8 @@ from tuning.report.groups import CHOOSING, MAIN, Group, size_of
 from tuning.report.names import escaped, file_name, label
 from tuning.report.page import html_page
 from tuning.report.record import StudyRecord, read_study
+from tuning.report.seconds import ABOUT as ABOUT_SECONDS
+from tuning.report.seconds import seconds_table
 from tuning.report.summaries import keep_summaries
 from tuning.report.words import caveats, count, headlines
 from tuning.tracking.study import StudyTracker
@@ -118,6 +120,7 @@ def _sections(record: StudyRecord, pictures: Mapping[str, str]) -> dict[str, lis
         "λ_w × λ_d": [pictures["heat_map"]],
         "Accuracy by amount": [pictures["amounts"]],
         "Learning curves": [pictures["learning_curves"]],
+        "At equal seconds": _with(ABOUT_SECONDS, seconds_table(notable)),
         "Held-out tasks": _with(
             "Accuracy by task, mean over seeds." + _of_how_many(notable, groups),
             tables.task_table(notable),

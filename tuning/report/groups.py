@@ -55,6 +55,15 @@ class Cell:
             return cls(mean, None, n)
         return cls(mean, float(array.std(ddof=1)), n, student_interval(array) or (mean, mean))
 
+    @classmethod
+    def over(cls, by_seed: Mapping[str, float]) -> Cell | None:
+        """Summarise values by seed: over worlds, or over the seeds of a single one; None if there are none."""
+        by_world = mean_by_world(by_seed)
+        if len(by_world) > 1:
+            cell = cls.of(by_world.values())
+            return cell and replace(cell, unit="world")
+        return cls.of(by_seed.values())
+
     def __str__(self) -> str:
         if self.sd is None:
             return number(self.mean)
@@ -81,18 +90,11 @@ class Group:
 
     def by_world(self, metric: str) -> dict[str, float]:
         """Return the metric of each world, averaged over its seeds."""
-        seeds: dict[str, list[float]] = {}
-        for key, value in self.by_seed(metric).items():
-            seeds.setdefault(key.partition(WORLD)[2], []).append(value)
-        return {world: float(np.mean(values)) for world, values in seeds.items()}
+        return mean_by_world(self.by_seed(metric))
 
     def cell(self, metric: str) -> Cell | None:
         """Return mean and spread over worlds, or over the seeds of a single one; None if no trial has the metric."""
-        by_world = self.by_world(metric)
-        if len(by_world) > 1:
-            cell = Cell.of(by_world.values())
-            return cell and replace(cell, unit="world")
-        return Cell.of(self.by_seed(metric).values())
+        return Cell.over(self.by_seed(metric))
 
     def gap(self) -> Cell | None:
         """Return training accuracy minus held-out accuracy, over the seeds that have both."""
@@ -159,6 +161,14 @@ class Group:
     @cached_property
     def seeds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(seed_of(trial) for trial in self.trials))
+
+
+def mean_by_world(by_seed: Mapping[str, float]) -> dict[str, float]:
+    """Average values by seed over the seeds of each world."""
+    seeds: dict[str, list[float]] = {}
+    for key, value in by_seed.items():
+        seeds.setdefault(key.partition(WORLD)[2], []).append(value)
+    return _means(seeds)
 
 
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from tuning.report.groups import Baselines, Group, is_of_size
+from tuning.report.groups import CHOOSING, Baselines, Group, is_of_size
+from tuning.report.seconds import seconds_per_step
 from tuning.report.style import (
     COLOURS,
     DPI,
@@ -55,26 +56,36 @@ ROW_HEIGHT = 0.32  # inches of a configuration in a chart of rows
 
 @literal_text
 def plot_curves(path: Path, groups: Sequence[Group]) -> str:
-    """Draw loss and validation accuracy over steps; return the caption, "" if no trial has such a curve."""
+    """Draw loss and validation accuracy over steps, the latter over seconds too.
+
+    Return the caption, "" if no trial has such a curve.
+    """
     present = [key for key in CURVES if any(group.curves(key) for group in groups)]
     if not present:
         return ""
-    figure = new_figure(5.2 * len(present) + 2.2, 3.8)
-    axes = figure.subplots(1, len(present), squeeze=False)[0]
+    timed = [group for group in groups if group.curves(CHOOSING) and seconds_per_step(group)]
+    panels = len(present) + bool(timed)
+    figure = new_figure(5.2 * panels + 2.2, 3.8)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     styles = styles_of(groups)
-    for ax, key in zip(axes, present, strict=True):
+    for ax, key in zip(axes[: len(present)], present, strict=True):
         for group in groups:
             _draw_curve(ax, key, group, *styles[group.label])
         finish_axes(ax, "training step", CURVES[key])
+    for group in timed:
+        _draw_curve(axes[-1], CHOOSING, group, *styles[group.label], seconds_per_step(group) or 1.0)
+    if timed:
+        finish_axes(axes[-1], "seconds of training", CURVES[CHOOSING])
     if "loss/total" in present:
         _scale_loss(axes[0])
-    if "val/accuracy" in present:
-        axes[-1].set_ylim(bottom=0)
+    for ax in axes[1:] if "loss/total" in present else axes:
+        ax.set_ylim(bottom=0)
     legend_beside(figure, axes)
     figure.savefig(path, dpi=DPI)
     return (
         "Learning curves: mean over seeds and the range from the lowest to the highest seed, as far as every seed ran. "
-        "Losses of different λ are different sums: compare their shapes, not their heights."
+        "Losses of different λ are different sums: compare their shapes, not their heights. "
+        "Seconds are steps times the mean seconds of a step, evaluations included."
     )
 
 
@@ -87,13 +98,16 @@ def _scale_loss(ax: Axes) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_curve(ax: Axes, key: str, group: Group, colour: str, stroke: str) -> None:
+def _draw_curve(
+    ax: Axes, key: str, group: Group, colour: str, stroke: str, scale: float = 1.0
+) -> None:
+    """Draw mean and range over the steps that every trial of a group has, times `scale`."""
     curves = group.curves(key)
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     if not steps:
         return
     rows = [[curve[step] for step in steps] for curve in curves]
-    x_N, values_SN = _thinned(np.array(steps, dtype=float), np.array(rows))
+    x_N, values_SN = _thinned(scale * np.array(steps, dtype=float), np.array(rows))
     line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": group.label}
     if len(x_N) <= MARKED_POINTS:
         line |= {"marker": "o", "markersize": 3.5}

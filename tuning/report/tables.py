@@ -98,9 +98,9 @@ def result_table(groups: Sequence[Group], baselines: Baselines) -> str:
     for group in groups:
         cell = group.cell(MAIN)
         row = {"configuration": group.label, "seeds": str(len(group.seeds))}
-        row[MAIN] = _shown(cell, group)
+        row[MAIN] = shown(cell, group)
         row["95 % interval"] = _interval(getattr(cell, "interval", None))
-        rows.append(row | {metric: _shown(group.cell(metric), group) for metric in metrics})
+        rows.append(row | {metric: shown(group.cell(metric), group) for metric in metrics})
     for name, values in baselines.items():
         row = {"configuration": f"*{name}*", MAIN: number(values.get("accuracy"))}
         for metric in metrics:
@@ -165,7 +165,7 @@ def _table_of(groups: Sequence[Group], prefix: str, columns: Mapping[str, str]) 
     columns = {**columns, **{m.removeprefix(prefix).replace("_", " "): m for m in found}}
     rows = []
     for group in groups:
-        cells = {title: _shown(group.cell(m), group) for title, m in columns.items()}
+        cells = {title: shown(group.cell(m), group) for title, m in columns.items()}
         rows.append({"configuration": group.label, **cells})
     return markdown(rows)
 
@@ -175,9 +175,9 @@ def memorisation_table(groups: Sequence[Group]) -> str:
     metrics = present(groups, CONTROLS)
     rows = []
     for group in groups:
-        row = {"configuration": group.label, MAIN: _shown(group.cell(MAIN), group)}
-        row |= {metric: _shown(group.cell(metric), group) for metric in metrics}
-        rows.append({**row, "train - heldout": _shown(group.gap(), group)})
+        row = {"configuration": group.label, MAIN: shown(group.cell(MAIN), group)}
+        row |= {metric: shown(group.cell(metric), group) for metric in metrics}
+        rows.append({**row, "train - heldout": shown(group.gap(), group)})
     return markdown(rows)
 
 
@@ -247,10 +247,11 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _metric_row(group: Group, metrics: Iterable[str]) -> dict[str, str]:
     head = {"configuration": group.label, "seeds": str(len(group.seeds))}
-    return {**head, **{metric: _shown(group.cell(metric), group) for metric in metrics}}
+    return {**head, **{metric: shown(group.cell(metric), group) for metric in metrics}}
 
 
-def _shown(cell: Cell | None, group: Group) -> str:
+def shown(cell: Cell | None, group: Group) -> str:
+    """Return a cell as text, with its number of seeds or worlds where some of the group's have no value."""
     if cell is None:
         return "–"
     if cell.n != group.n_units(cell.unit):
