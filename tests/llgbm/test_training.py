@@ -58,6 +58,7 @@ def curve(config: TrainingConfig, world: World) -> list[Mapping[str, float]]:
     return found
 
 
+@pytest.mark.whole
 def test_golden_curve_of_twenty_steps(tmp_path: Path, config: TrainingConfig) -> None:
     """The base takes few and small steps, so that rounding on another processor does not grow."""
     toy = smoke_world(WorldConfig())
