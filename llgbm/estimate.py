@@ -24,6 +24,7 @@ from llgbm.generator.conditions import make_encoder
 from llgbm.generator.networks import LoraGenerator, Standardiser, TrainingRows
 from llgbm.lora.adapters import LoraSpec
 from llgbm.lora.apply import PASS_LOGITS
+from llgbm.models.checks import check_vocabulary
 from llgbm.models.cost import BaseShape
 from llgbm.models.encoding import encode_pairs, example_prompt
 from llgbm.models.folder import read_tokenizer
@@ -344,4 +345,6 @@ def _base_without_weights(config: WorldConfig) -> tuple[PreTrainedModel, Any]:
             return new_model(model_size(config.size), tokenizer, 0), tokenizer
     folder: Path = find_model(config.base.path, download=False)
     model = nn.Module.to(weightless_model(str(folder)), DTYPES[config.base.dtype])
-    return model, read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
+    check_vocabulary(tokenizer, model.config, config.base.path)
+    return model, tokenizer

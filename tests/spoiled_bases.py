@@ -22,6 +22,12 @@ def rewrite(folder: Path, new: Callable[[dict[str, Any]], dict[str, Any]]) -> No
     save_file(new(load_file(path)), path, {"format": "pt"})
 
 
+def with_one_nan(state: dict[str, Any]) -> dict[str, Any]:
+    name = next(key for key in state if key.endswith("layers.0.self_attn.q_proj.weight"))
+    state[name][1, 2] = float("nan")
+    return state
+
+
 def sharded(folder: Path, listed: dict[str, str]) -> None:
     (folder / "model.safetensors").rename(folder / "part-1.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "part-1.safetensors", **listed}}
@@ -88,12 +94,16 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
 }
 CONTENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a weight that is no number": (
+        lambda f: rewrite(f, with_one_nan),
+        "layers.0.self_attn.q_proj.weight holds NaN or infinite values",
+    ),
     "weights missing": (
         lambda f: rewrite(f, lambda s: {k: v for k, v in s.items() if "layers.1.mlp" not in k}),
         "lack 3 weights of the model, such as model.layers.1.mlp",
     ),
     "another width": (lambda f: change(f / "config.json", hidden_size=32), "do not fit"),
-    "another tokenizer": (lambda f: change(f / "config.json", vocab_size=9), "do not fit"),
+    "another tokenizer": (lambda f: change(f / "config.json", vocab_size=9), "tokens, the model 9"),
     "too many tokens": (
         lambda f: make_tokenizer(
             [a + b for a in "klmnopqrst" for b in "abcdefghij"]

@@ -80,6 +80,9 @@ def show_preview(study: Study, options: Options, resources: Resources) -> None:
 
 def show_plan(study: Study, options: Options, concurrent: int) -> None:
     """Print the trial table, the state of each world, and the cost of the trials left to run."""
+    for world in study.worlds:
+        if world.base is not None:
+            WorldSketch(world)  # refuses a base that no teacher can be trained on
     runs, cache = read_past_runs(options), options.stores.cache_folder
     scheduler = scheduler_key(options.study.scheduler, study)
     lost = {trial.id for trial in trials_lost(study, options)}

@@ -136,12 +136,17 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float(found.pvalue)
 
 
-def student_interval(values: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean by Student's t, None below two values or without spread."""
+def student_interval(
+    values: np.ndarray, ends: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean by Student's t, cut to the values that there can be (`ends`).
+
+    None below two values or without spread.
+    """
     if len(values) < 2 or _no_spread(values):
         return None
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return float(interval.low), float(interval.high)
+    return max(ends[0], float(interval.low)), min(ends[1], float(interval.high))
 
 
 def effect_size(differences: np.ndarray) -> float | None:

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_finite(model: nn.Module, path: str | Path) -> None:
+    """Raise UserError for a model with a weight that is no finite number: all that is made with it would have some."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise refusal(path, f"{name} holds NaN or infinite values: fetch its weights again")
+
+
+def check_vocabulary(tokenizer: Any, config: Any, path: str | Path) -> None:
+    """Raise UserError for a tokenizer with more tokens than the model has."""
+    known = config.get_text_config().vocab_size
+    if len(tokenizer) > known:
+        raise refusal(
+            path,
+            f"its tokenizer has {len(tokenizer)} tokens, the model {known}: fetch the tokenizer that goes with it",
+        )
+
+
 def limit_positions(model: PreTrainedModel, path: str | Path) -> None:
     """Have a model with a table of positions refuse texts that are longer than that."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llgbm.models.checks import check_reading, limit_positions
+from llgbm.models.checks import (
+    check_finite,
+    check_reading,
+    check_vocabulary,
+    limit_positions,
+)
 from llgbm.models.folder import (
     NO_BASE,
     check_weights,
@@ -149,14 +154,9 @@ def load_base(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     config = read_config(folder)
     check_weights(folder)
     tokenizer = read_tokenizer(folder)
+    check_vocabulary(tokenizer, config, path)
     model = _read_model(folder, config, dtype, device)
-    text = config.get_text_config()
-    if len(tokenizer) > text.vocab_size:
-        raise refusal(
-            path,
-            f"its tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}: fetch the tokenizer that goes "
-            "with it",
-        )
+    check_finite(model, path)
     model.generation_config = _greedy(model, tokenizer)
     nn.Module.to(model, device).eval().requires_grad_(False)
     limit_positions(model, path)

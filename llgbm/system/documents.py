@@ -82,9 +82,12 @@ def brief(error: Exception) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Say if a text can be written, and so be read by a tokenizer: it holds no lone surrogate."""
+    """Say if a text can be written and was read as what it is.
+
+    It holds no lone surrogate, and no NUL, which stands between the letters of UTF-16 that is read byte by byte.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text

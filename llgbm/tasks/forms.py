@@ -184,7 +184,9 @@ def _checked(value: Any, name: str) -> str:
 
 def _check_text(value: str, name: str) -> None:
     if not is_text(value):
-        raise BadRow(f"has bytes in its {name!r} that are no text (no UTF-8, or half a character)")
+        raise BadRow(
+            f"has bytes in its {name!r} that are no text (no UTF-8, half a character, or a NUL)"
+        )
 
 
 def _length(example: Example) -> int:

@@ -45,7 +45,8 @@ def check_prompts(prompts: Any, source: str = "the prompts") -> list[str]:
             raise UserError(f"prompt {number} of {source} is a {type(prompt).__name__} and no text")
         if not is_text(prompt):
             raise UserError(
-                f"prompt {number} of {source} holds bytes that are no text (no UTF-8, or half a character): mend it"
+                f"prompt {number} of {source} holds bytes that are no text (no UTF-8, half a character, or a NUL): "
+                "mend it"
             )
         if len(prompt) > LONGEST:
             raise UserError(
@@ -96,8 +97,12 @@ def _listed(path: Path, text: str, lines: Sequence[str]) -> tuple[list[str], str
         found, how = _values(lines), "one JSON value a line"
         if found is None and path.suffix in SUFFIXES:
             raise UserError(f"{path} cannot be read as JSON ({brief(error)}): {NEEDED}") from error
-    if isinstance(found, dict) and isinstance(found.get("prompts"), list):
+    if isinstance(found, dict) and "prompts" in found and "prompt" not in found:
         found = found["prompts"]
+        if not isinstance(found, list):
+            raise UserError(
+                f"the 'prompts' of {path} is a {type(found).__name__}: give a list of prompts"
+            )
     if isinstance(found, (dict, str)):
         found = [found]
     if not isinstance(found, list) or not _holds_prompts(found):

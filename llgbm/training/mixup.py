@@ -45,7 +45,8 @@ def with_mixtures(
     """
     if not mixup:
         return data
-    pairs = draw_pairs(data, round(mixup * len(data.rows["train"])), seed)
+    of_task = Counter(data.tasks[row] for row in data.rows["train"])
+    pairs = draw_pairs(data, count_mixtures(mixup, list(of_task.values())), seed)
     left, right = ([pair[side] for pair in pairs] for side in (0, 1))
     pools_ANC = data.conditions.train_ANC
     if pools_ANC.shape[1] < 2:
@@ -68,16 +69,24 @@ def with_mixtures(
     )
 
 
-def draw_pairs(data: ExperimentData, count: int, seed: int) -> list[Pair]:
-    """Draw `count` different pairs of training rows, each of two tasks. Raises UserError if there are fewer."""
-    rows = list(data.rows["train"])
-    of_task = Counter(data.tasks[row] for row in rows)
-    there = (len(rows) ** 2 - sum(own**2 for own in of_task.values())) // 2
+def count_mixtures(mixup: float, of_task: Sequence[int]) -> int:
+    """Number of mixtures, `mixup` for each training row, where tasks have so many rows.
+
+    Raises UserError for none, and for more than there are pairs of two tasks.
+    """
+    rows = sum(of_task)
+    count, there = round(mixup * rows), (rows**2 - sum(own**2 for own in of_task)) // 2
     if not 0 < count <= there:
         raise UserError(
-            f"mixup asks for {count} mixtures of {len(rows)} training adapters, which have {there} pairs of two tasks: "
+            f"mixup asks for {count} mixtures of {rows} training adapters, which have {there} pairs of two tasks: "
             "choose another mixup"
         )
+    return count
+
+
+def draw_pairs(data: ExperimentData, count: int, seed: int) -> list[Pair]:
+    """Draw `count` different pairs of training rows, each of two tasks."""
+    rows = list(data.rows["train"])
     rng = random.Random(stream_seed("mixup", seed))
     found: dict[Pair, None] = {}
     while len(found) < count:

@@ -125,6 +125,7 @@ BAD: list[tuple[Any, str]] = [
     ),
     ({"prompt": "\ud800", "response": "y"}, "bytes in its 'prompt' that are no text"),
     ({"prompt": "x", "response": "y", "system": "\udfff"}, "bytes in its 'system'"),
+    ({"prompt": "x\0", "response": "y"}, "bytes in its 'prompt' that are no text .* or a NUL"),
     ({"prompt": "x" * LONGEST, "response": "y"}, "has 20001 characters, 20000 is the limit"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "none of system, user, assistant"),
 ]
@@ -262,6 +263,9 @@ def test_prompts_are_parted_as_their_file_says(
         (b'["", " "]', "no prompt"),
         (b'["a", "\\ud800"]', "prompt 2 of .* holds bytes that are no text"),
         (b"a\nb\xff\n", "prompt 2 of .* holds bytes that are no text"),
+        ("first\nsecond".encode("utf-16-le"), "prompt 1 of .* or a NUL"),
+        (b'["a", "b\\u0000"]', "prompt 2 of .* or a NUL"),
+        (b'{"prompts": "a b"}', "the 'prompts' of .* is a str: give a list"),
         (b'["a", 3]', "prompt 2 of .* is a int"),
         (b'[{"response": "a"}]', "prompt 1 of .* has no 'prompt'"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "no turn of a user"),

@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
 }
 # An estimate reads a config and a tokenizer only, a plan no more than the heads of weight files.
 PLANS = ("dry run", "estimate")
-LATE = ("weights missing", "another tokenizer")
+LATE = ("weights missing", "a weight that is no number")
 SPOILED = {**CONFIGS, **FILES, **CONTENTS}
 for name in ("another width", "too many tokens"):
     del SPOILED[name]  # the tiny base fits these; tests/llgbm/test_bases.py has one that does not

@@ -229,6 +229,7 @@ def test_a_bank_that_does_not_fit_is_refused(
         (["--base", "{base}", "--bank", "{data}"], "manifest.json"),
         (["--base", "{base}", "--bank", "{data}", "--rank", "2"], "--rank is about teachers"),
         (["--base", "{base}", "--rank", "0"], "rank"),
+        (["--base", "{base}", "--target-modules", "q_proj", "nope"], "no Linear layer called nope"),
         (["--base", "{base}", "--adapters-per-task", "0"], "at least one teacher"),
     ],
 )

@@ -94,6 +94,17 @@ def test_the_table_holds_mean_and_sample_deviation() -> None:
         assert row_of(table, name)
 
 
+def test_the_interval_of_an_accuracy_lies_within_its_values() -> None:
+    (group,) = group_trials(
+        [trial("multitask", seed, value) for seed, value in enumerate((0.0, 0.1, 0.9))]
+    )
+    cell = group.cell("heldout/accuracy")
+    assert cell is not None and cell.interval == (0.0, 1.0)
+    changed = [replace(t, metrics={"heldout/delta_cosine": -0.5 + t.seed}) for t in group.trials]  # type: ignore[operator]
+    other = replace(group, trials=tuple(changed)).cell("heldout/delta_cosine")
+    assert other is not None and other.interval is not None and other.interval[0] < -1
+
+
 def test_a_failed_stopped_or_superseded_trial_is_said_and_not_counted() -> None:
     lost = trial("multitask", 3, 0.0, "FAILED")
     stopped = replace(trial("multitask", 4, 0.0), stopped_at=7)

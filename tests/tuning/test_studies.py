@@ -286,6 +286,13 @@ def test_options_of_a_search_are_ranges() -> None:
         (["--n-tasks", "-1"], "n_tasks is -1; it must be a whole number"),
         (["--n-trajectories", "4", "--delta-probes", "domain"], "n_trajectories limits"),
         (["--search", "random", "--n-tasks", "4", "8"], "one number of tasks"),
+        (
+            ["--mixup", "100"],
+            "mixup asks for 12100 mixtures of 121 training adapters, which have 7260",
+        ),
+        (["--mixup", "0.001"], "mixup asks for 0 mixtures"),
+        (["--mixup", "2", "--n-tasks", "3"], "mixup asks for 6 mixtures of 3 training adapters"),
+        (["--mixup", "1", "0.5", "0.499"], "mixup 0.5 and 0.499 are both 60 mixtures"),
         (["--mixup", "-1"], "mixup is -1.0; it must be a finite number of at least 0"),
         (["--study", "labels", "--mixup", "1"], "which mixtures do not have"),
         (["--scheduler", "hyperband"], "none, asha"),
@@ -427,6 +434,26 @@ GOOD = "from dataclasses import replace\nfrom tuning.studies import *\n"
             ["tuple of TrialSpec"],
         ),
         (GOOD + "def f(options):\n    return Study('x')", ["no trial"]),
+        (
+            GOOD + "def f(options):\n    return replace(phase_4_5(options), name=' ')",
+            ["line 4", "the name of a study is ' '"],
+        ),
+        (
+            GOOD
+            + "def f(options):\n    return Study('x', make_trials(options, [Variant('a\\nb')]))",
+            ["the name of a configuration is 'a\\nb'"],
+        ),
+        (
+            GOOD
+            + "def f(options):\n    return Study('x', make_trials(options, [Variant('x' * 201)]))",
+            ["at most 200 letters"],
+        ),
+        (
+            GOOD
+            + "def f(options):\n    v = [Variant('a', {'n_tasks': n}) for n in (0, 4)]\n"
+            + "    return Study('x', make_trials(options, v))",
+            ["line 5", "two configurations of the name 'a'"],
+        ),
         (GOOD + "def f(options):\n    return Study('x', space=3)", ["SearchSpace"]),
         (
             GOOD + "def f(options):\n    return phase_4_5(replace(options, lambda_weight=(-1.0,)))",

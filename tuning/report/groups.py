@@ -93,8 +93,15 @@ class Group:
         return mean_by_world(self.by_seed(metric))
 
     def cell(self, metric: str) -> Cell | None:
-        """Return mean and spread over worlds, or over the seeds of a single one; None if no trial has the metric."""
-        return Cell.over(self.by_seed(metric))
+        """Return mean and spread over worlds, or over the seeds of a single one; None if no trial has the metric.
+
+        The interval of an accuracy lies within 0 and 1.
+        """
+        cell = Cell.over(self.by_seed(metric))
+        if cell is None or cell.interval is None or "accuracy" not in metric:
+            return cell
+        low, high = cell.interval
+        return replace(cell, interval=(max(0.0, low), min(1.0, high)))
 
     def gap(self) -> Cell | None:
         """Return training accuracy minus held-out accuracy, over the seeds that have both."""

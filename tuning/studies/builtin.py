@@ -23,6 +23,7 @@ from tuning.studies.variants import (
     amount_axes,
     amount_variant,
     amounts,
+    check_mixtures,
     condition_axes,
     crossed,
     mixup_variants,
@@ -377,7 +378,9 @@ def make_trials(options: StudyOptions, variants: Sequence[Variant]) -> tuple[Tri
     """Return trials of sizes × worlds × variants × seeds. Raises UserError for an unknown size, λ or field."""
     sizes, worlds = options.model_sizes or ("nano",), options.world_seeds or (None,)
     axes = itertools.product(sizes, worlds, variants, _seeds(options))
-    return tuple(_trial(options, *point) for point in axes)
+    trials = tuple(_trial(options, *point) for point in axes)
+    check_mixtures(trials)
+    return trials
 
 
 def _seeds(options: StudyOptions) -> tuple[int, ...]:

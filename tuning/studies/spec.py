@@ -18,6 +18,7 @@ from tuning.studies.terms import short_name
 VAL_METRICS = ("val/accuracy", "val/delta_cosine")
 SAMPLERS = ("optuna", "random")
 Range = tuple[float, float]
+LONGEST_NAME = 200
 # The training of a trial, but for what its study changes.
 TRAINING = TrainingConfig(steps=400, learning_rate=3e-3)
 
@@ -147,11 +148,23 @@ def check_metric(name: str) -> None:
         )
 
 
+def check_name(what: str, name: str) -> None:
+    """Raise UserError for a name that is empty, too long for a line, or holds what cannot be printed."""
+    if not (
+        isinstance(name, str) and name.strip() and name.isprintable() and len(name) <= LONGEST_NAME
+    ):
+        shown = f"{name!r:.60}" if name else "empty"
+        raise UserError(
+            f"the name of a {what} is {shown}: give a text of one line and at most {LONGEST_NAME} letters"
+        )
+
+
 @dataclass(frozen=True)
 class Study:
     """Trials under one name, or a space to draw them from; the best is chosen by `metric`, on validation tasks.
 
-    Raises UserError for a study without trials, the same trial twice, or a metric that does not exist.
+    Raises UserError for a study without trials, the same trial twice, two configurations of one name, a name that
+    cannot be shown, or a metric that does not exist.
     """
 
     name: str
@@ -167,14 +180,22 @@ class Study:
             raise UserError(
                 f"study {self.name} has no trial: give at least one size, one seed and one λ above 0"
             )
+        check_name("study", self.name)
         seen: dict[str, TrialSpec] = {}
+        named: dict[tuple[Any, ...], TrialSpec] = {}
         for trial in self.trials:
+            check_name("configuration", trial.name)
             if trial.id in seen:
                 raise UserError(
                     f"study {self.name} has the same trial twice ({seen[trial.id].label} and {trial.label}): "
                     "give each configuration, λ, size and seed once"
                 )
             seen[trial.id] = trial
+            place = (trial.name, trial.config.model_size, trial.world.seed, trial.config.seed)
+            if named.setdefault(place, trial) is not trial:
+                raise UserError(
+                    f"study {self.name} has two configurations of the name {trial.name!r}: give each its own"
+                )
 
     @property
     def id(self) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from llgbm.runtime import UserError
 from llgbm.training import TrainingConfig
+from llgbm.training.mixup import count_mixtures
 from llgbm.world import WorldConfig
 from tuning.studies.terms import changes_of, why_of
 
 if TYPE_CHECKING:
     from tuning.studies.builtin import StudyOptions
+    from tuning.studies.spec import TrialSpec
 
 WHY_CONDITION = {
     "description": "Does a description of the task say what its prompts do?",
@@ -110,7 +112,32 @@ def settled_amounts(config: TrainingConfig, world: WorldConfig) -> TrainingConfi
             config = replace(config, **everything)
     if world.bank is None and config.n_tasks * (config.n_teachers or world.teachers.per_task) == 1:
         raise UserError("n_tasks is 1, and one teacher has no spread to train on: give at least 2")
+    if config.mixup and world.bank is None:
+        count_mixtures(config.mixup, _rows_by_task(config, world))
     return config
+
+
+def check_mixtures(trials: Sequence[TrialSpec]) -> None:
+    """Raise UserError for trials that differ in their mixup and not in the number of mixtures that it gives."""
+    seen: dict[str, float] = {}
+    for trial in trials:
+        config, world = trial.config, trial.world
+        if not config.mixup or world.bank is not None:
+            continue
+        count = count_mixtures(config.mixup, _rows_by_task(config, world))
+        other = seen.setdefault(
+            replace(trial, config=replace(config, mixup=float(count))).id, config.mixup
+        )
+        if other != config.mixup:
+            raise UserError(
+                f"mixup {other:g} and {config.mixup:g} are both {count} mixtures: leave one out"
+            )
+
+
+def _rows_by_task(config: TrainingConfig, world: WorldConfig) -> list[int]:
+    """Number of training rows of each task that a configuration trains on."""
+    n_tasks = config.n_tasks or len(world.suite.split.train)
+    return [config.n_teachers or world.teachers.per_task] * n_tasks
 
 
 def mixup_variants(options: StudyOptions) -> list[Variant]:

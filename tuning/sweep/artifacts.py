@@ -155,6 +155,6 @@ def heldout_facts(accuracy_by_task: Mapping[str, float]) -> dict[str, Any]:
     values = np.array(list(accuracy_by_task.values()))
     return {
         "accuracy": float(values.mean()),
-        "interval": student_interval(values),
+        "interval": student_interval(values, (0.0, 1.0)),
         "tasks": len(values),
     }
