@@ -290,6 +290,7 @@ def test_options_of_a_search_are_ranges() -> None:
             ["--mixup", "100"],
             "mixup asks for 12100 mixtures of 121 training adapters, which have 7260",
         ),
+        (["--search", "random", "--mixup", "100"], "mixup asks for 12100 mixtures"),
         (["--mixup", "0.001"], "mixup asks for 0 mixtures"),
         (["--mixup", "2", "--n-tasks", "3"], "mixup asks for 6 mixtures of 3 training adapters"),
         (["--mixup", "1", "0.5", "0.499"], "mixup 0.5 and 0.499 are both 60 mixtures"),

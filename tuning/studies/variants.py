@@ -112,13 +112,14 @@ def settled_amounts(config: TrainingConfig, world: WorldConfig) -> TrainingConfi
             config = replace(config, **everything)
     if world.bank is None and config.n_tasks * (config.n_teachers or world.teachers.per_task) == 1:
         raise UserError("n_tasks is 1, and one teacher has no spread to train on: give at least 2")
-    if config.mixup and world.bank is None:
-        count_mixtures(config.mixup, _rows_by_task(config, world))
     return config
 
 
 def check_mixtures(trials: Sequence[TrialSpec]) -> None:
-    """Raise UserError for trials that differ in their mixup and not in the number of mixtures that it gives."""
+    """Raise UserError for a mixup that gives no mixtures or too many, and for two that give as many.
+
+    Of given teachers that is known once they are opened.
+    """
     seen: dict[str, float] = {}
     for trial in trials:
         config, world = trial.config, trial.world
