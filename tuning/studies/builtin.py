@@ -57,7 +57,6 @@ class StudyOptions:
     smoke: bool = False
     own_worlds: tuple[WorldConfig, ...] = ()
     n_probes: int | None = None
-    adapters_per_task: int | None = None
     trajectories: int | None = None
     trajectory_tokens: int | None = None
     terms: Mapping[str, tuple[float, ...]] | None = None
@@ -69,6 +68,7 @@ class StudyOptions:
     n_tasks: tuple[int, ...] | None = None
     n_teachers: tuple[int, ...] | None = None
     n_trajectories: tuple[int, ...] | None = None
+    adapters_per_task: int | None = None
 
 
 MULTITASK = of_weights("multitask", weight=0.3, delta=1.0)
