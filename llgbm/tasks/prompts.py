@@ -10,12 +10,14 @@ from typing import Any
 from llgbm.runtime import UserError, say
 from llgbm.system.documents import AROUND, brief, is_text, parse_json, read_text
 from llgbm.tasks.extraction import choices
-from llgbm.tasks.forms import LONGEST, BadRow, read_prompt
+from llgbm.tasks.forms import CONVERSATIONS, LONGEST, PAIRS, BadRow, read_prompt
 from llgbm.tasks.rows import SUFFIXES
 
 NEEDED = (
     "name a text file with one prompt a line or with blank lines between prompts, or one of JSON"
 )
+# Fields that an object with one prompt has.
+ASKED = {*CONVERSATIONS, *(asked for asked, _ in PAIRS)}
 _FIRST_CHOICE = re.compile(r"\s*[\[(]?\s*[A1]\s*[:.)\]]\s*\S")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
@@ -97,7 +99,7 @@ def _listed(path: Path, text: str, lines: Sequence[str]) -> tuple[list[str], str
         found, how = _values(lines), "one JSON value a line"
         if found is None and path.suffix in SUFFIXES:
             raise UserError(f"{path} cannot be read as JSON ({brief(error)}): {NEEDED}") from error
-    if isinstance(found, dict) and "prompts" in found and "prompt" not in found:
+    if isinstance(found, dict) and "prompts" in found and not found.keys() & ASKED:
         found = found["prompts"]
         if not isinstance(found, list):
             raise UserError(

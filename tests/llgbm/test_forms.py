@@ -266,6 +266,7 @@ def test_prompts_are_parted_as_their_file_says(
         ("first\nsecond".encode("utf-16-le"), "prompt 1 of .* or a NUL"),
         (b'["a", "b\\u0000"]', "prompt 2 of .* or a NUL"),
         (b'{"prompts": "a b"}', "the 'prompts' of .* is a str: give a list"),
+        (b'{"prompts": "a", "instruction": 3}', "prompt 1 of .* 'instruction' that is no text"),
         (b'["a", 3]', "prompt 2 of .* is a int"),
         (b'[{"response": "a"}]', "prompt 1 of .* has no 'prompt'"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "no turn of a user"),

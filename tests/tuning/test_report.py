@@ -272,13 +272,16 @@ def test_configurations_are_compared_after_equal_seconds(tmp_path: Path) -> None
     assert found["slow"] == found["never measured by then"] == {}
     assert found["slower"] == pytest.approx({"0": 0.18, "1": 0.3})
     table = seconds_table(groups)
-    assert "val/accuracy after 10.0 s" in table
+    assert "val/accuracy after these" in table
     assert [cell.strip() for cell in row_of(table, "quick").split("|")[2:-1]] == [
-        *("10.0", "0.400 ± 0.100", "0.400 ± 0.100")
+        *("10.0", "10.0", "0.400 ± 0.100", "0.400 ± 0.100")
     ]
     assert [cell.strip() for cell in row_of(table, "slow ").split("|")[2:-1]] == [
-        *("60.0", "–", "0.800 ± 0.000")
+        *("60.0", "10.0", "–", "0.800 ± 0.000")
     ]
+    micro = [replace(t, params={**t.params, "model_size": "micro"}) for t in (*slow, *slower)]
+    both = seconds_table(group_trials([*quick, *slow, *micro]))
+    assert "nan" not in both and row_of(both, "slower (micro)").split("|")[3].strip() == "15.0"
     later = {group.config: accuracy_after(group, 30.0) for group in groups}
     assert later["slow"] == pytest.approx(dict.fromkeys("012", 0.5))
     assert later["never measured by then"] == pytest.approx({"0": 0.7})

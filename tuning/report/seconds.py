@@ -34,7 +34,8 @@ def seconds_table(groups: Sequence[Group]) -> str:
                 {
                     "configuration": label,
                     "seconds of training": f"{took:.1f}",
-                    f"{CHOOSING} after {least:.1f} s": shown(then, own[label]),
+                    "equal seconds": f"{least:.1f}",
+                    f"{CHOOSING} after these": shown(then, own[label]),
                     f"{CHOOSING} at its end": shown(end, own[label]),
                 }
             )
