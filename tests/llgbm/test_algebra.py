@@ -229,6 +229,7 @@ def test_baselines_measured_before_a_group_was_added_are_found(
     assert made == ["best_single", "delta_nearest", "delta_merge", "delta_nnls"]
 
 
+@pytest.mark.whole
 def test_baselines_of_two_parts_at_once_are_those_of_each(world: World) -> None:
     pieces = [(part, group) for part in ("test", "val") for group in baselines.GROUPS]
     found = baselines.measure_pieces(world.data, world.lora_model, pieces)

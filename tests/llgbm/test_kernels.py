@@ -27,6 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 Pass = Callable[[FunctionalLoRA, Tensor, EncodedProbes], Tensor]
 
 
+@pytest.mark.whole
 def test_kernels_compute_their_formulas_when_interpreted() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-W", "ignore", str(Path(__file__))]

@@ -117,6 +117,7 @@ def test_shared_probes_are_no_trajectories() -> None:
     ],
     ids=["multitask", "kl and labels", "retrieval", "mixtures"],
 )
+@pytest.mark.whole
 def test_what_is_not_drawn_changes_nothing_in_training(
     world: World, config: TrainingConfig, changes: dict[str, Any]
 ) -> None:

@@ -77,6 +77,7 @@ def test_baselines_rates_and_estimates_are_there(found: dict[str, Any]) -> None:
     assert found["processes"]["result"]["throughput_gain"] > 0
 
 
+@pytest.mark.whole
 def test_parts_after_the_last_minute_are_left_out_and_said_so(tmp_path: Path) -> None:
     done = run(tmp_path, "--minutes", "-1", "--parts", "parity")
     assert done.returncode == 0, done.stderr

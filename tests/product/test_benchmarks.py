@@ -67,6 +67,7 @@ def test_delta(run: Run) -> None:
                 check_side(side)
 
 
+@pytest.mark.whole
 def test_teachers(run: Run) -> None:
     found = run("teachers", "--threads", "1")
     assert (

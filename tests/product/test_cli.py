@@ -300,6 +300,7 @@ def test_encoders_are_picked_by_name(world: World) -> None:
         make_encoder("nowhere/at-all", world.base)
 
 
+@pytest.mark.whole
 def test_the_real_command_line_has_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tuning" / "run_ablation.py"), "--study", "nope"],

@@ -106,6 +106,7 @@ def test_the_points_are_those_of_optunas_own_loop_over_means(
     data=st.data(),
 )
 @settings(max_examples=25, deadline=None)
+@pytest.mark.whole
 def test_a_driver_killed_anywhere_loses_and_doubles_no_point(
     kills: list[bool], concurrent: int, data: st.DataObject
 ) -> None:
