@@ -55,7 +55,7 @@ WHOLE = pytest.mark.whole
     [
         pytest.param("bases", marks=WHOLE),
         pytest.param("banks", marks=WHOLE),
-        "deltas",
+        pytest.param("deltas", marks=WHOLE),
         "conditions",
     ],
 )
