@@ -15,6 +15,9 @@ FLIPS = 9999
 EXACT_TASKS = 13  # 2^13 flips are fewer than FLIPS
 TASKS_FOR_TEST = 6  # 2 of 2^5 sign flips are still 0.06
 TaskValue = float | Sequence[float]
+Ends = tuple[float, float]
+# What a number can be: anything, a share such as an accuracy, a difference of two shares.
+ANY, SHARES, DIFFERENCES = (-math.inf, math.inf), (0.0, 1.0), (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float(found.pvalue)
 
 
-def student_interval(
-    values: np.ndarray, ends: tuple[float, float] = (-math.inf, math.inf)
-) -> tuple[float, float] | None:
+def student_interval(values: np.ndarray, ends: Ends = ANY) -> Ends | None:
     """Return the 95 % interval of the mean by Student's t, cut to the values that there can be (`ends`).
 
     None below two values or without spread.
@@ -146,7 +147,12 @@ def student_interval(
     if len(values) < 2 or _no_spread(values):
         return None
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return max(ends[0], float(interval.low)), min(ends[1], float(interval.high))
+    return within((float(interval.low), float(interval.high)), ends)
+
+
+def within(interval: Ends, ends: Ends) -> Ends:
+    """Cut an interval to the values that there can be."""
+    return max(ends[0], interval[0]), min(ends[1], interval[1])
 
 
 def effect_size(differences: np.ndarray) -> float | None:

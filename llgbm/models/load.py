@@ -34,6 +34,7 @@ from llgbm.models.folder import (
 from llgbm.runtime import UserError, content_hash, is_folder, split_revision
 from llgbm.system.cache import describe_file, hash_files
 from llgbm.system.documents import brief
+from llgbm.system.hub import snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -249,15 +250,10 @@ def find_model(name: str | Path, download: bool = True) -> Path:
             + "there is no such folder, and it is no hub id such as Qwen/Qwen2.5-0.5B-Instruct, or id@revision"
         )
     hub_id, revision = split_revision(str(name))
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
     patterns.append("README.md")  # it names the licence
     try:
-        found = snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download
-        )
-        return Path(found)
+        return snapshot(hub_id, revision, patterns, download)
     except (OSError, ValueError) as error:
         raise UserError(
             NO_BASE.format(name)

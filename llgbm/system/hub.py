@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,16 +237,27 @@ def upload(stage: Path, repository: Repository, message: str, private: bool) -> 
     return str(commit.oid)
 
 
+def snapshot(name: str, revision: str | None, patterns: Sequence[str], fetch: bool = True) -> Path:
+    """Return the folder of a repository in the hub's cache, fetched where it is not there and the hub may be asked.
+
+    Raises OSError or ValueError where there is none.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    # Some versions (1.33) ask for a commit that they have, and fail where the hub is switched off.
+    kept_only = constants.HF_HUB_OFFLINE or not fetch
+    found = snapshot_download(
+        name, revision=revision, allow_patterns=list(patterns), local_files_only=kept_only
+    )
+    return Path(found)
+
+
 def download(repository: Repository) -> tuple[Path, str]:
     """Fetch a folder into the hub's cache; return it with its commit. Raises UserError where there is none."""
-    from huggingface_hub import snapshot_download
-
     patterns = sorted({pattern for _, patterns in KINDS.values() for pattern in patterns})
     with hub_errors(repository.name):
-        found = snapshot_download(
-            repository.name, revision=repository.revision, allow_patterns=patterns
-        )
-    return Path(found), Path(found).name
+        found = snapshot(repository.name, repository.revision, patterns)
+    return found, found.name
 
 
 def copy_files(source: Path, kind: str, target: Path) -> None:

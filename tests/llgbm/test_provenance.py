@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import rows, write_rows
+from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
@@ -70,6 +71,17 @@ def test_a_name_is_pinned_to_the_commit_that_was_found(hub: Path, tiny_base: Bas
     for unknown in ("@v3", f"@{'c' * 40}"):
         with pytest.raises(UserError, match="not in the hub's cache"):
             BaseSource.find(f"me/tiny{unknown}")
+
+
+def test_a_hub_that_is_switched_off_is_not_asked(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*names: str, local_files_only: bool, **more: Any) -> str:
+        assert local_files_only, names
+        return snapshot_download(*names, local_files_only=True, **more)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    assert find_model(f"me/tiny@{SECOND}") == hub / "snapshots" / SECOND
 
 
 def test_a_revision_is_part_of_an_id_by_its_content(hub: Path, tiny_base: Base) -> None:

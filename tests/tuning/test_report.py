@@ -26,7 +26,7 @@ from tuning.report import (
 from tuning.report.__main__ import main
 from tuning.report.amounts import lines_of, plot_amounts
 from tuning.report.delta_map import DeltaMap
-from tuning.report.groups import group_trials
+from tuning.report.groups import compare, group_trials
 from tuning.report.plots import plot_heat_map
 from tuning.report.seconds import accuracy_after, seconds_table
 from tuning.tracking.runs import TrialResult, read_trials
@@ -100,7 +100,13 @@ def test_the_interval_of_an_accuracy_lies_within_its_values() -> None:
     )
     cell = group.cell("heldout/accuracy")
     assert cell is not None and cell.interval == (0.0, 1.0)
-    changed = [replace(t, metrics={"heldout/delta_cosine": -0.5 + t.seed}) for t in group.trials]  # type: ignore[operator]
+    low = [trial("weight-only", seed, 0.9 - value) for seed, value in enumerate((0.0, 0.1, 0.9))]
+    (difference,) = compare(group_trials([*group.trials, *low]))
+    assert difference.interval is not None and difference.interval[0] == -1.0
+    changed = [
+        replace(one, metrics={"heldout/delta_cosine": seed - 0.5})
+        for seed, one in enumerate(group.trials)
+    ]
     other = replace(group, trials=tuple(changed)).cell("heldout/delta_cosine")
     assert other is not None and other.interval is not None and other.interval[0] < -1
 

@@ -13,7 +13,18 @@ import numpy as np
 from scipy import stats
 
 from llgbm.terms.names import NAMED
-from tuning.significance import SIGNIFICANCE, crossed_test, effect_size, holm, student_interval
+from tuning.significance import (
+    ANY,
+    DIFFERENCES,
+    SHARES,
+    SIGNIFICANCE,
+    Ends,
+    crossed_test,
+    effect_size,
+    holm,
+    student_interval,
+    within,
+)
 from tuning.tracking.runs import WORLD_PARAM, TrialResult, finite
 
 MAIN = "heldout/accuracy"
@@ -45,24 +56,24 @@ class Cell:
     unit: str = "seed"
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Cell | None:
-        """Summarise values, None if there are none."""
+    def of(cls, values: Iterable[float], ends: Ends = ANY) -> Cell | None:
+        """Summarise values that lie within `ends`, None if there are none."""
         array = np.asarray(list(values), dtype=float)
         if not array.size:
             return None
         mean, n = float(array.mean()), int(array.size)
         if n < SEEDS_FOR_SPREAD:
             return cls(mean, None, n)
-        return cls(mean, float(array.std(ddof=1)), n, student_interval(array) or (mean, mean))
+        return cls(mean, float(array.std(ddof=1)), n, student_interval(array, ends) or (mean, mean))
 
     @classmethod
-    def over(cls, by_seed: Mapping[str, float]) -> Cell | None:
+    def over(cls, by_seed: Mapping[str, float], ends: Ends = ANY) -> Cell | None:
         """Summarise values by seed: over worlds, or over the seeds of a single one; None if there are none."""
         by_world = mean_by_world(by_seed)
         if len(by_world) > 1:
-            cell = cls.of(by_world.values())
+            cell = cls.of(by_world.values(), ends)
             return cell and replace(cell, unit="world")
-        return cls.of(by_seed.values())
+        return cls.of(by_seed.values(), ends)
 
     def __str__(self) -> str:
         if self.sd is None:
@@ -97,11 +108,7 @@ class Group:
 
         The interval of an accuracy lies within 0 and 1.
         """
-        cell = Cell.over(self.by_seed(metric))
-        if cell is None or cell.interval is None or "accuracy" not in metric:
-            return cell
-        low, high = cell.interval
-        return replace(cell, interval=(max(0.0, low), min(1.0, high)))
+        return Cell.over(self.by_seed(metric), SHARES if "accuracy" in metric else ANY)
 
     def gap(self) -> Cell | None:
         """Return training accuracy minus held-out accuracy, over the seeds that have both."""
@@ -247,7 +254,10 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     pairs = chain.from_iterable(_pairs(groups, size) for size in sizes)
     found = [comparison for comparison in starmap(_compare, pairs) if comparison.n]
     corrected = holm([comparison.p for comparison in found])
-    return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]
+    return [
+        replace(c, p_holm=p, interval=c.interval and within(c.interval, DIFFERENCES))
+        for c, p in zip(found, corrected, strict=True)
+    ]
 
 
 def reference_of(groups: Sequence[Group], size: str) -> Group | None:

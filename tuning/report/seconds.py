@@ -55,28 +55,22 @@ def accuracy_after(group: Group, seconds: float) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     for trial in group.trials:
-        steps, values = _measured(trial)
-        rate = trial.metrics.get(RATE, 0.0)
-        if len(steps) and rate > 0 and seconds * rate >= steps[0]:
-            value = float(np.interp(seconds * rate, steps, values))
+        at_N, values_N = _measured(trial)
+        if len(at_N) and seconds >= at_N[0]:
+            value = float(np.interp(seconds, at_N, values_N))
             found.setdefault(seed_of(trial), []).append(value)
     return {seed: float(np.mean(own)) for seed, own in found.items()}
 
 
 def _seconds(group: Group) -> float | None:
     """Mean seconds of training of the trials of a group whose curve and speed are known."""
-    found = []
-    for trial in group.trials:
-        steps, _ = _measured(trial)
-        rate = trial.metrics.get(RATE, 0.0)
-        if len(steps) and rate > 0:
-            found.append(steps[-1] / rate)
+    found = [at_N[-1] for at_N, _ in map(_measured, group.trials) if len(at_N)]
     return float(np.mean(found)) if found else None
 
 
 def _measured(trial: TrialResult) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which validation accuracy was measured in training, and what it was."""
-    last = float(trial.params.get("steps", "inf"))
-    curve = dict(point for point in trial.curves.get(CHOOSING, ()) if point[0] <= last)
-    steps = np.array(sorted(curve), dtype=float)
-    return steps, np.array([curve[int(step)] for step in steps])
+    """Seconds of training [N] at which validation accuracy was measured, and what it was; empty without a speed."""
+    last, rate = float(trial.params.get("steps", "inf")), trial.metrics.get(RATE, 0.0)
+    points = sorted(p for p in trial.curves.get(CHOOSING, ()) if p[0] <= last and rate > 0)
+    steps_N, values_N = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps_N / max(rate, 1e-9), values_N

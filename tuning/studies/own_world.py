@@ -25,7 +25,6 @@ ABOUT_TEACHERS = (
     "target_modules",
     "teacher_steps",
     "teacher_rate",
-    "adapters_per_task",
 )
 NEEDS_DATA = ("tasks", "held_out", "validation", "rows", "skip_bad_rows", "longest_row")
 
@@ -55,7 +54,9 @@ def custom_worlds(arguments: StudyArguments, download: bool = True) -> tuple[Wor
             "--base is one model, several sizes were named: leave --model-size out or name one"
         )
     if arguments.bank is not None and (
-        unused := [n for n in ABOUT_TEACHERS if getattr(arguments, n) is not None]
+        unused := [
+            n for n in (*ABOUT_TEACHERS, "adapters_per_task") if getattr(arguments, n) is not None
+        ]
     ):
         raise UserError(
             f"--{unused[0].replace('_', '-')} is about teachers that are trained; --bank names trained ones"
@@ -72,7 +73,7 @@ def _refuse_without_base(arguments: StudyArguments) -> None:
             f"{', '.join(n for n, size in SIZES.items() if isinstance(size, PublishedSize))} with --model-size"
         )
     for name in (*ABOUT_TEACHERS, "bank"):
-        if name != "adapters_per_task" and getattr(arguments, name) is not None:
+        if getattr(arguments, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} belongs to a base of your own: name it with --base"
             )

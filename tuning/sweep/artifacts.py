@@ -19,7 +19,7 @@ from llgbm.system.documents import check_format
 from llgbm.system.lineage import license_of
 from llgbm.training import Outcome
 from llgbm.world import World
-from tuning.significance import student_interval
+from tuning.significance import SHARES, student_interval
 from tuning.studies.spec import TrialSpec
 from tuning.tracking.runs import TrialResult
 from tuning.tracking.store import store_errors
@@ -155,6 +155,6 @@ def heldout_facts(accuracy_by_task: Mapping[str, float]) -> dict[str, Any]:
     values = np.array(list(accuracy_by_task.values()))
     return {
         "accuracy": float(values.mean()),
-        "interval": student_interval(values, (0.0, 1.0)),
+        "interval": student_interval(values, SHARES),
         "tasks": len(values),
     }
