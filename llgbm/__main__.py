@@ -26,7 +26,7 @@ from llgbm.commands import (
     teachers,
     tryout,
 )
-from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
+from llgbm.runtime import begin_program, exit_status, quiet_libraries
 
 NAME = "llgbm"
 COMMANDS = (generators, show, tryout, merge, gguf, hub, load, serve, evaluate, teachers, bank)
@@ -62,7 +62,7 @@ def print_result(result: Any) -> int:
 
 def run() -> int:
     """Run as the program `llgbm`; return its exit status."""
-    speak_utf8()
+    begin_program()
     return main()
 
 

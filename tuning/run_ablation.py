@@ -11,7 +11,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from llgbm.runtime import exit_status, quiet_libraries, say, speak_utf8
+import tuning  # noqa: F401, first: it lets libraries load without passes of the garbage collector
+from llgbm.runtime import begin_program, exit_status, freeze_gc, quiet_libraries, say
 from llgbm.world import World, build_world
 from tuning.arguments import check_together, check_used, parse_arguments, study_of
 from tuning.dry_run import show_preview
@@ -61,6 +62,7 @@ def run(options: Options) -> int:
     tracker = open_store(options)
     reap_all(tracker.tracking_uri)
     check_not_run(tracker.tracking_uri, tracker.experiment_id, study.id)
+    freeze_gc()
     worlds = build_worlds(study, options)
     return run_study(Job(study, options, worlds, tracker, options.stores.storage, resources))
 
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command() -> int:
     """Run as the program `llgbm-ablation`; return its exit status."""
-    speak_utf8()
+    begin_program()
     return main()
 
 

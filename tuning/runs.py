@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llgbm.runtime import exit_status, quiet_libraries, speak_utf8
+from llgbm.runtime import begin_program, exit_status, quiet_libraries
 from llgbm.system.output import named_path
 from tuning.tracking.address import (
     add_store_options,
@@ -134,5 +134,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    speak_utf8()
+    begin_program()
     sys.exit(main())

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llgbm.runtime import UserError, exit_status, say, speak_utf8
+from llgbm.runtime import UserError, begin_program, exit_status, say
 from tuning.report.groups import CHOOSING, MAIN
 from tuning.report.summaries import SUFFIX, SUMMARY_TAG
 from tuning.tracking.address import STORE_VARIABLE, open_past
@@ -231,5 +231,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    speak_utf8()
+    begin_program()
     sys.exit(main())

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llgbm.runtime import exit_status, say, speak_utf8
+from llgbm.runtime import begin_program, exit_status, say
 from llgbm.system.output import Output, named_path
 from tuning.report import find_study, read_study, write_report
 from tuning.report.document import REPORT_PATTERNS
@@ -92,5 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    speak_utf8()
+    begin_program()
     sys.exit(main())

@@ -65,7 +65,7 @@ def write_report(out: Path, record: StudyRecord) -> str:
 
 def write_report_files(out: Path, record: StudyRecord) -> None:
     """Write the report into an empty folder."""
-    shown = record.renamed(escaped)
+    shown = record.as_markdown
     sections = _sections(shown, _plots(out, record.renamed(label)))
     sections["Answers"] = _answers(out, record)
     notes = "**What cannot be concluded**\n\n" + bullets(caveats(shown))
@@ -85,7 +85,7 @@ def write_report_files(out: Path, record: StudyRecord) -> None:
 
 def summary(record: StudyRecord) -> str:
     """Return the sentence, its caveats and the main tables, in Markdown."""
-    shown = record.renamed(escaped)
+    shown = record.as_markdown
     parts = (
         *headlines(shown),
         bullets(caveats(shown)),
@@ -209,7 +209,7 @@ def _picture(out: Path, name: str, draw: Callable[..., str], *what: Any) -> str:
 
 def result_json(record: StudyRecord) -> dict[str, Any]:
     """Return the numbers of the report for JSON; a value that is not finite becomes None."""
-    shown = record.renamed(escaped)
+    shown = record.as_markdown
     baselines = {}
     for name, values in record.baselines.items():
         baselines[name] = {key: _finite(value) for key, value in values.items()}

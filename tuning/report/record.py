@@ -31,7 +31,7 @@ from tuning.report.groups import (
     size_of_label,
     world_label,
 )
-from tuning.report.names import Renaming
+from tuning.report.names import Renaming, escaped
 from tuning.report.plots import CURVES
 from tuning.sweep.artifacts import PER_TASK, read_per_task
 from tuning.tracking.notes import read_gates
@@ -103,6 +103,11 @@ class StudyRecord:
             baselines={name(key): values for key, values in self.baselines.items()},
             missing=tuple(map(make, self.missing)),
         )
+
+    @cached_property
+    def as_markdown(self) -> StudyRecord:
+        """Return the record with names that Markdown shows as they are."""
+        return self.renamed(escaped)
 
     @cached_property
     def by_rank(self) -> list[Group]:
