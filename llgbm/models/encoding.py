@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,20 +118,35 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> EncodedPairs:
-    """Encode (prompt, answer) pairs; each answer is closed by the end token. Raises ValueError for no pair."""
+    """Encode (prompt, answer) pairs; each answer is closed by the end token.
+
+    Raises ValueError for no pair, and for a prompt without a token, after which nothing could be predicted.
+    """
     if not pairs:
         raise ValueError("no text to encode: a batch needs at least one prompt with its answer")
     prompts = prompt_tokens(tokenizer, [p for p, _ in pairs])
+    if not all(prompts):
+        raise ValueError("a prompt is empty: an answer needs at least one token before it")
     answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
     closed = [[*ids, tokenizer.eos_token_id] for ids in answers]
     width = max(len(p) + len(a) for p, a in zip(prompts, closed, strict=True)) - 1
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    targets = torch.full((len(pairs), width), IGNORED)
-    for row, (prompt, answer) in enumerate(zip(prompts, closed, strict=True)):
-        whole, start = [*prompt, *answer], len(prompt) - 1
-        ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
-        targets[row, start : start + len(answer)] = torch.tensor(answer)
+    whole = [[*p, *a[:-1]] for p, a in zip(prompts, closed, strict=True)]
+    ids = place_tokens(whole, [0] * len(pairs), width, tokenizer.pad_token_id)
+    targets = place_tokens(closed, [len(p) - 1 for p in prompts], width, IGNORED)
     return EncodedPairs(ids, targets)
+
+
+def place_tokens(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, filler: int
+) -> Tensor:
+    """Return rows of tokens [S, T] in a table of a width, each from its start on, with a filler beside them."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    tokens = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    shift = np.asarray(starts) + lengths - lengths.cumsum()
+    columns = np.arange(len(tokens)) + np.repeat(shift, lengths)
+    table = np.full((len(rows), width), filler, np.int64)
+    table[np.repeat(np.arange(len(rows)), lengths), columns] = tokens
+    return torch.from_numpy(table)
 
 
 def encode_prompts(
@@ -140,10 +157,7 @@ def encode_prompts(
     if not rows or not all(prompts) or not all(rows):
         raise ValueError("no text to encode, or an empty one: each prompt needs at least one token")
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
+    starts = [0 if padding == "right" else width - len(row) for row in rows]
+    ids = place_tokens(rows, starts, width, tokenizer.pad_token_id)
+    mask = place_tokens([[1] * len(row) for row in rows], starts, width, 0)
     return ids, mask

@@ -5,14 +5,16 @@ Letters beyond those of `llgbm`: R rows, T tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llgbm.lora.apply import head_logits
-from llgbm.models.encoding import IGNORED, EncodedPairs
+from llgbm.models.encoding import IGNORED, EncodedPairs, place_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,20 +54,19 @@ def pack(texts: EncodedPairs, width: int = WIDTH) -> PackedTexts:
             room.append(width)
         rows[row].append(text)
         room[row] -= lengths[text]
-    shape = len(rows), width - min(room)
-    ids_RT, targets_RT = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-    places_RT, texts_RT = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for row, own in enumerate(rows):
-        start = 0
-        for text in own:
-            length = lengths[text]
-            here = row, slice(start, start + length)
-            ids_RT[here] = texts.input_ids_ST[text, :length]
-            targets_RT[here] = texts.targets_ST[text, :length]
-            places_RT[here] = torch.arange(length)
-            texts_RT[here] = text
-            start += length
-    return PackedTexts(ids_RT, targets_RT, places_RT, texts_RT)
+    ids, targets = texts.input_ids_ST.tolist(), texts.targets_ST.tolist()
+
+    def side_by_side(of_text: Callable[[int], Iterable[int]], filler: int) -> Tensor:
+        """Put what is said of each token of a text into the rows, [R, T]."""
+        filled = [list(chain.from_iterable(map(of_text, own))) for own in rows]
+        return place_tokens(filled, [0] * len(rows), width - min(room), filler)
+
+    return PackedTexts(
+        side_by_side(lambda text: ids[text][: lengths[text]], 0),
+        side_by_side(lambda text: targets[text][: lengths[text]], IGNORED),
+        side_by_side(lambda text: range(lengths[text]), 0),
+        side_by_side(lambda text: [text] * lengths[text], -1),
+    )
 
 
 def packed_answer_loss(model: PreTrainedModel, texts: EncodedPairs) -> Tensor:
