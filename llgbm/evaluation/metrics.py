@@ -188,28 +188,34 @@ def nearest_teacher_distance(
     adapters: LoraBatch, data: ExperimentData, lora_model: FunctionalLoRA
 ) -> Tensor:
     """|ΔW - ΔW_teacher| / |ΔW_teacher| to the nearest training teacher, [A]: near 0 means it was copied."""
-    own_A = inner_products(adapters, adapters).diagonal()
+    own_A = squared_norms(adapters)
     nearest_A = torch.full_like(own_A, torch.inf)
     for rows in _chunks(list(data.rows["train"])):
         teachers = LoraBatch.unflatten(lora_model.spec, data.teachers(rows))
-        squares = delta_w_inner(teachers, teachers).diagonal()
+        squares = squared_norms(teachers)
         gaps = own_A[:, None] + squares - 2 * inner_products(adapters, teachers)
         distances = gaps.clamp_min(0).sqrt() / squares.sqrt()
         nearest_A = torch.minimum(nearest_A, distances.min(1).values)
     return nearest_A
 
 
+def squared_norms(adapters: LoraBatch) -> Tensor:
+    """|ΔW|² of adapters [A], computed in blocks of `AT_ONCE`."""
+    return torch.cat([delta_w_inner(own, own).diagonal() for own in _blocks(adapters)])
+
+
 def inner_products(left: LoraBatch, right: LoraBatch) -> Tensor:
     """<ΔW_i, ΔW_j> of all pairs [A_left, A_right], computed in blocks of `AT_ONCE` adapters."""
-    slices = [
-        [slice(start, start + AT_ONCE) for start in range(0, batch.n_adapters, AT_ONCE)]
-        for batch in (left, right)
-    ]
     rows = []
-    for ours in slices[0]:
-        blocks = [delta_w_inner(left.select(ours), right.select(theirs)) for theirs in slices[1]]
+    for ours in _blocks(left):
+        blocks = [delta_w_inner(ours, theirs) for theirs in _blocks(right)]
         rows.append(torch.cat(blocks, dim=1))
     return torch.cat(rows)
+
+
+def _blocks(adapters: LoraBatch) -> list[LoraBatch]:
+    starts = range(0, adapters.n_adapters, AT_ONCE)
+    return [adapters.select(slice(start, start + AT_ONCE)) for start in starts]
 
 
 def diversity(adapters: LoraBatch) -> float:

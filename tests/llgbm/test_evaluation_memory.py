@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import is_tensor
+from torch import Tensor, is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llgbm.dataset import ExperimentData
 from llgbm.evaluation import metrics
-from llgbm.evaluation.metrics import evaluate, evaluate_generator, inner_products
+from llgbm.evaluation.metrics import (
+    evaluate,
+    evaluate_generator,
+    inner_products,
+    nearest_teacher_distance,
+)
 from llgbm.functional import FunctionalLoRA
 from llgbm.generator import make_generator
 from llgbm.generator.networks import GeneratorConfig, LoraGenerator, Standardiser
+from llgbm.lora.adapters import LoraBatch
 from llgbm.lora.geometry import delta_w_inner
 from llgbm.world import World
 
@@ -54,6 +60,23 @@ def test_chunks_give_what_one_pass_gives(
         torch.testing.assert_close(own, whole.adapters.a[name])
     blocks = inner_products(whole.adapters, pieces.adapters)
     torch.testing.assert_close(blocks, delta_w_inner(whole.adapters, pieces.adapters))
+
+
+def test_the_nearest_teacher_is_as_far_as_the_formed_matrices_say(
+    world: World, generator: LoraGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "AT_ONCE", 3)
+    data, spec = world.data, world.lora_model.spec
+    rows = list(data.rows["test"])
+    adapters = generator.generate(data.conditions.evaluation_ANC[rows])
+
+    def formed(batch: LoraBatch) -> Tensor:
+        return torch.cat([(batch.b[name] @ a).flatten(1) for name, a in batch.a.items()], dim=1)
+
+    teachers = formed(LoraBatch.unflatten(spec, data.teachers(list(data.rows["train"]))))
+    wanted = (torch.cdist(formed(adapters), teachers) / teachers.norm(dim=1)).amin(1)
+    found = nearest_teacher_distance(adapters, data, world.lora_model)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
 
 
 class Sizes(TorchDispatchMode):
