@@ -1,6 +1,6 @@
 """The main job: worlds, baselines, a Ray Tune sweep tracked in MLflow, registration of the best, a report.
 
-python tuning/run_ablation.py --smoke        # small settings: a first look in less than two minutes
+python tuning/run_ablation.py --smoke        # small settings: a first look in about a minute
 python tuning/run_ablation.py --dry-run      # what the default study would run, and what it would cost
 python tuning/run_ablation.py [--study phase_4_5] [--model-size nano micro] [--seeds 0 1 2] ...
 """

@@ -57,7 +57,7 @@ class StudyArguments:
     """Options that make a study. They are recorded with it, by the names of these fields."""
 
     smoke: bool = _flag(
-        START, "small settings: a first look at everything in less than two minutes"
+        START, "small settings: a first look at everything in about a minute"
     )
     study: str | None = _option(
         START,
