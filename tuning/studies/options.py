@@ -56,9 +56,7 @@ def _flag(group: str, text: str) -> Any:
 class StudyArguments:
     """Options that make a study. They are recorded with it, by the names of these fields."""
 
-    smoke: bool = _flag(
-        START, "small settings: a first look at everything in about a minute"
-    )
+    smoke: bool = _flag(START, "small settings: a first look at everything in about a minute")
     study: str | None = _option(
         START,
         f"{', '.join(STUDIES)}, or your own as path/to/file.py:function "
