@@ -217,7 +217,6 @@ def test_every_program_speaks_utf8_before_it_reads_its_options() -> None:
     ]
     programs = [text for text in texts if "\nif __name__ == " in text]
     assert len(programs) >= 5
-    assert len(programs) >= 5
     begun = [
         re.search(r"^    begin_program\(\)\n    (?:return|sys\.exit\()\s*main\(\)", t, re.M)
         for t in programs
