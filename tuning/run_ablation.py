@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-import tuning.program  # noqa: F401, first: libraries load without passes of the garbage collector
+import tuning.program  # noqa: F401, imported for its effect on the imports below
 from llgbm.runtime import begin_program, exit_status, freeze_gc, quiet_libraries, say
 from llgbm.world import World, build_world
 from tuning.arguments import check_together, check_used, parse_arguments, study_of

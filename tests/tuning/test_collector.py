@@ -22,7 +22,7 @@ BEGUN = "from llgbm.runtime import begin_program; begin_program()"
 
 
 def output_of(text: str, folder: Path | None = None) -> str:
-    """What a program prints, which is given as a text."""
+    """Output of a program that is given as a text."""
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-import tuning.program  # noqa: F401, first of ours: what is left to load
+import tuning.program  # noqa: F401, imported for its effect on later ones: transformers, MLflow
 from llgbm.evaluation.levels import evaluate_levels, level_metric
 from llgbm.evaluation.metrics import REPORTED_PARTS, PartResult, evaluate_generator
 from llgbm.runtime import UserError, freeze_gc, pick_device, release_device_memory
