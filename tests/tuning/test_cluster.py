@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,6 +203,24 @@ def test_an_error_that_would_come_again_is_told_and_not_raised(
     )
     told = attempt(spec, world, setting_of(tracker, tmp_path), lambda step, found: None)
     assert told["failed"].startswith("the loss is inf at step 0") and "finished" not in told
+
+
+def test_what_a_scheduler_hears_of_is_in_the_store_already(
+    tmp_path: Path, tracker: StudyTracker, world: World, config: TrainingConfig
+) -> None:
+    """A scheduler may stop the trial on that result, and its process may end before it sends anything."""
+    spec = TrialSpec("weight-only", config, world.config)
+    heard: dict[int, dict[str, float]] = {}
+    stored: dict[int, dict[str, float]] = {}
+
+    def hear(step: int, metrics: Mapping[str, Any]) -> None:
+        run = tracker.client.get_run(metrics["run_id"]).data.metrics
+        heard[step] = {key: value for key, value in metrics.items() if key.startswith("val/")}
+        stored[step] = {key: run.get(key) for key in heard[step]}
+
+    setting = replace(setting_of(tracker, tmp_path), scheduler="asha")
+    assert attempt(spec, world, setting, hear).get("finished")
+    assert heard and all(heard.values()) and stored == heard
 
 
 def test_starts_that_lead_nowhere_come_to_an_end(tmp_path: Path, tracker: StudyTracker) -> None:

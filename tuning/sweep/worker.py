@@ -226,13 +226,20 @@ def run_tracked(
 ) -> dict[str, float]:
     """Run a trial whose run is open. Metrics measured until an error or a stop are sent."""
     checkpoints = TrialCheckpoints(setting.storage, trial.id)
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        """Send what a scheduler decides on before it hears of it: the driver may end this process then."""
+        if setting.scheduler != NO_SCHEDULER:
+            tracker.is_flushed()
+        on_evaluation(step, metrics)
+
     try:
         tracker.show_first("heldout/accuracy")
         check_restarts(tracker, checkpoints, setting.session)
         log_datasets(tracker.client, tracker.run_id, [world])
         freeze_gc()
         with system_metrics(setting.target.tracking_uri, tracker.run_id):
-            outputs = Outputs(tracker, checkpoints, on_evaluation, setting.keep_adapters)
+            outputs = Outputs(tracker, checkpoints, report, setting.keep_adapters)
             return run_in_memory(trial, world, outputs, setting.retry_oom)
     finally:
         tracker.close()
