@@ -114,7 +114,7 @@ def time_teacher(
     source = example_source(world.config.suite, world.base, [Pupil(task, 0)], config)
     model = fresh_peft(world.base, spec, config.seed)
     optimizer, schedule = adam_with_decay(
-        [p for p in model.parameters() if p.requires_grad], config.learning_rate, options.limit
+        [p for p in model.parameters() if p.requires_grad], config
     )
     spent, step, reached = 0.0, 0, 0.0
     while step < options.limit and reached < wanted:

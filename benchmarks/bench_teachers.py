@@ -112,7 +112,7 @@ def train_peft(base: Base, spec: LoraSpec, config: TeacherConfig, source: Source
     for index in range(len(source(0)) // config.examples):
         model = fresh_peft(base, spec, config.seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer, schedule = adam_with_decay(parameters, config.learning_rate, config.steps)
+        optimizer, schedule = adam_with_decay(parameters, config)
         for step in range(config.steps):
             loss = peft_loss(model, own_texts(source(step), index, config.examples))
             optimizer.zero_grad(set_to_none=True)

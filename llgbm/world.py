@@ -67,7 +67,15 @@ VERSIONS = {
 
 
 NAMED_ENCODERS = ("minilm", "base")
-EMBEDDED_TEACHERS = TeacherConfig(steps=60, target=0.98, rounds=8, more_examples=4)
+EMBEDDED_TEACHERS = TeacherConfig(
+    steps=60,
+    examples=4,
+    learning_rate=1e-2,
+    betas=(0.8, 0.9),
+    target=0.98,
+    rounds=8,
+    more_examples=4,
+)
 # Examples of each task that a base is measured on, after a round and within one.
 ABILITY, TOLD, TOLD_OFTEN = "ability.json", 16, 8
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.

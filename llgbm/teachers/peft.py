@@ -72,9 +72,7 @@ class PeftRun:
         )
         set_peft_model_state_dict(model, initial_state(spec, config.teachers.seed))
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer, self.schedule = adam_with_decay(
-            parameters, config.teachers.learning_rate, config.steps
-        )
+        optimizer, self.schedule = adam_with_decay(parameters, config.teachers)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.step, self.loss = 0, math.nan
         self.key = content_hash(config.settings, base.hash, run.suite, run.task, run.subset)

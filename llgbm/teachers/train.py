@@ -41,7 +41,7 @@ class TeacherConfig:
 
     Teachers below the accuracy `target` go on for up to `rounds` rounds of `steps`, with `more_examples` times as many
     examples in a step; with a target of 0 there is one round.
-    A trajectory is an answer of up to `max_tokens` tokens.
+    A trajectory is an answer of up to `max_tokens` tokens. `betas` are Adam's decay rates of its two means.
     """
 
     rank: int = 4
@@ -59,6 +59,7 @@ class TeacherConfig:
     max_tokens: int = 24
     target_modules: tuple[str, ...] = TARGET_MODULES
     more_examples: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def spec_of(self, model: nn.Module) -> LoraSpec:
         """Return the shapes of adapters of a base. Raises UserError for a target module that it does not have."""
@@ -73,6 +74,10 @@ class TeacherConfig:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise UserError(
                 f"the learning rate of teachers is {self.learning_rate}; it must be a number above 0"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"the betas of teachers are {self.betas[0]:g} and {self.betas[1]:g}; each must be at least 0 and below 1"
             )
         if self.rounds < 1 or not 0 <= self.target <= 1:
             raise UserError(
@@ -163,9 +168,7 @@ def train_teachers(
         {n: a.clone().requires_grad_() for n, a in start.a.items()},
         {n: b.clone().requires_grad_() for n, b in start.b.items()},
     )
-    optimizer, schedule = adam_with_decay(
-        [*batch.a.values(), *batch.b.values()], config.learning_rate, config.steps
-    )
+    optimizer, schedule = adam_with_decay([*batch.a.values(), *batch.b.values()], config)
     for step in progress(range(config.steps), f"{n_adapters} teachers"):
         optimizer.zero_grad(set_to_none=True)
         for rows, texts in _by_length(examples_at(step), n_adapters):
@@ -187,12 +190,13 @@ def _by_length(texts: EncodedPairs, n_adapters: int) -> Iterator[tuple[list[int]
 
 
 def adam_with_decay(
-    parameters: Iterable[Tensor], learning_rate: float, steps: int
+    parameters: Iterable[Tensor], config: TeacherConfig
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
     """Adam, its rate falling to a twentieth along a cosine: how every teacher is trained."""
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    rate = config.learning_rate
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=config.betas)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, steps, eta_min=learning_rate / 20
+        optimizer, config.steps, eta_min=rate / 20
     )
 
 
@@ -284,7 +288,7 @@ class SFTConfig:
         found = {name: value for name, value in asdict(self).items() if name not in savers}
         found["teachers"]["target_modules"] = list(self.teachers.target_modules)
         # Banks that were made before there were these settings have their defaults.
-        for name in ("max_tokens", "target_modules"):
+        for name in ("max_tokens", "target_modules", "betas"):
             if getattr(self.teachers, name) == getattr(TeacherConfig, name):
                 del found["teachers"][name]
         return found
