@@ -76,6 +76,9 @@ EMBEDDED_TEACHERS = TeacherConfig(
     rounds=8,
     more_examples=4,
 )
+# Raise it when a world without a base of the user's is made in another way by default: a field at its default is no
+# part of an id, so that other defaults alone would leave the ids of its trials as they were.
+EMBEDDED_VERSION = 2
 # Examples of each task that a base is measured on, after a round and within one.
 ABILITY, TOLD, TOLD_OFTEN = "ability.json", 16, 8
 # Weight of a task that a base can do, where one that it cannot do at all has 1 more.
@@ -84,7 +87,8 @@ PRACTISED_AT_LEAST = 0.05
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Configuration of a world. `encoder_hash` follows from `encoder`, `descriptions_hash` from suite and `condition`.
+    """Configuration of a world. `encoder_hash` follows from `encoder`, `descriptions_hash` from suite and `condition`,
+    `made_by` from `base`: the version of the defaults of embedded worlds, 0 for a base of the user's.
 
     Without a `base` the embedded base of this `size` is pretrained for the suite; with one, `size` is its label.
     Without a `bank` the teachers are trained.
@@ -104,8 +108,10 @@ class WorldConfig:
     condition: str = Conditioning.kind
     prompt_tokens: int = Conditioning.tokens
     descriptions_hash: str = ""
+    made_by: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "made_by", EMBEDDED_VERSION if self.base is None else 0)
         # Workers have another working folder; and an encoder is known by its content, wherever it lies.
         if is_folder(self.encoder) and self.encoder not in NAMED_ENCODERS:
             object.__setattr__(self, "encoder", str(Path(self.encoder).expanduser().resolve()))

@@ -77,7 +77,7 @@ class TeacherConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                f"the betas of teachers are {self.betas[0]:g} and {self.betas[1]:g}; each must be at least 0 and below 1"
+                f"the betas of teachers are {self.betas[0]:g} and {self.betas[1]:g}; each is at least 0 and below 1"
             )
         if self.rounds < 1 or not 0 <= self.target <= 1:
             raise UserError(

@@ -26,7 +26,7 @@ from llgbm.teachers.bank import BankSource, bank_hash
 from llgbm.teachers.train import TeacherConfig
 from llgbm.terms.registry import built_in_terms, make_term
 from llgbm.training import TrainingConfig, train
-from llgbm.world import World, WorldConfig
+from llgbm.world import EMBEDDED_VERSION, World, WorldConfig
 from tuning.studies.spec import TrialSpec
 
 BASE = BaseSource("here", "0" * 16)
@@ -135,6 +135,8 @@ def changed(name: str, value: Any) -> Any:
     if isinstance(value, float):
         return 0.75 * value or 0.125
     if isinstance(value, tuple):
+        if name == "betas":
+            return (0.75 * value[0], value[1])
         return (*value, 1 if name == "layers" else "more")
     if isinstance(value, str):
         return NAMES.get(name, f"{value}9")
@@ -219,7 +221,9 @@ WORLDS: dict[str, list[Any]] = {
 
 def test_the_changes_below_are_to_every_input() -> None:
     assert set(CONFIGS) | OF_TERMS == {f.name for f in fields(TrainingConfig) if f.compare}
-    assert set(WORLDS) | OF_DESCRIPTIONS == {f.name for f in fields(WorldConfig) if f.compare}
+    assert {*WORLDS, *OF_DESCRIPTIONS, "made_by"} == {
+        f.name for f in fields(WorldConfig) if f.compare
+    }
 
 
 def options_of_terms() -> list[TrainingConfig]:
@@ -245,6 +249,15 @@ def test_every_field_of_every_part_has_an_id_of_its_own() -> None:
     assert len(TAUGHT) == len(fields(TeacherConfig)) and "rules.longest" in changes_of(FILES)
     moved = replace(FILES, folder=Path("elsewhere"))
     assert trial(suite=moved, base=BASE).id == trial(suite=FILES, base=BASE).id
+
+
+def test_embedded_worlds_of_other_defaults_are_other_worlds_and_those_of_users_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A field at its default is no part of an id: new defaults alone would find the trials of the old ones."""
+    before = trial().id, trial(base=BASE).id
+    monkeypatch.setattr("llgbm.world.EMBEDDED_VERSION", EMBEDDED_VERSION + 1)
+    assert trial().id != before[0] and trial(base=BASE).id == before[1]
 
 
 def drawn(changes: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:

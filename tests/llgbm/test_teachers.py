@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from llgbm.world import World
 
 SUITE = SyntheticSuite(5, 4, n_val=2, n_test=4, n_sealed=0, n_unseen=0)
 TASKS = ("copy-plain", "reverse-brackets", "count-quotes")
-CONFIG = TeacherConfig(rank=3, alpha=6.0, steps=8, examples=3, learning_rate=1e-2)
+CONFIG = TeacherConfig(rank=3, alpha=6.0, steps=8, examples=3, learning_rate=1e-2, betas=(0.7, 0.9))
 
 
 def fresh(base: Base) -> PreTrainedModel:
@@ -234,7 +235,7 @@ def test_a_teacher_is_what_peft_and_adam_train(
     trainable = {
         n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
     }
-    optimizer = torch.optim.Adam(trainable.values(), lr=CONFIG.learning_rate)
+    optimizer = torch.optim.Adam(trainable.values(), lr=CONFIG.learning_rate, betas=(0.7, 0.9))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, CONFIG.steps, eta_min=CONFIG.learning_rate / 20
     )
@@ -342,6 +343,10 @@ def test_a_bank_of_nothing_is_refused() -> None:
     for values in ({"rounds": 0}, {"target": 1.5}, {"target": -0.1}):
         with pytest.raises(UserError, match="at least one round"):
             TeacherConfig(**values)
+
+    for betas in ((1.0, 0.9), (0.9, -0.1), (0.9, math.nan)):
+        with pytest.raises(UserError, match="betas of teachers"):
+            TeacherConfig(betas=betas)
 
 
 def test_only_laggards_go_on_and_those_that_are_good_stay_as_they_are(
