@@ -249,9 +249,7 @@ def toothless(defects: Iterable[Defect], say: Any = print) -> list[str]:
 def main(words: Sequence[str]) -> int:
     defects = all_defects()
     if words:
-        defects = [
-            one for one in defects if any(w in (one.table, *repr(one).split()) for w in words)
-        ]
+        defects = [one for one in defects if any(w in f"{one.table} {one!r}" for w in words)]
     wrong = toothless(defects, functools.partial(print, flush=True))
     print("\n".join(wrong) or f"{len(defects)} defects, all seen", flush=True)
     return 1 if wrong else 0

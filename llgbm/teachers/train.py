@@ -286,7 +286,8 @@ class SFTConfig:
         """Return the settings that adapters depend on, without those that save memory."""
         savers = {"gradient_checkpointing", "at_once"}
         found = {name: value for name, value in asdict(self).items() if name not in savers}
-        found["teachers"]["target_modules"] = list(self.teachers.target_modules)
+        for name in ("target_modules", "betas"):
+            found["teachers"][name] = list(getattr(self.teachers, name))
         # Banks that were made before there were these settings have their defaults.
         for name in ("max_tokens", "target_modules", "betas"):
             if getattr(self.teachers, name) == getattr(TeacherConfig, name):

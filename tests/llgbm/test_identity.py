@@ -23,7 +23,7 @@ from llgbm.tasks.files import FileSuite
 from llgbm.tasks.suite import Example
 from llgbm.tasks.synthetic import SyntheticSuite
 from llgbm.teachers.bank import BankSource, bank_hash
-from llgbm.teachers.train import TeacherConfig
+from llgbm.teachers.train import SFTConfig, TeacherConfig
 from llgbm.terms.registry import built_in_terms, make_term
 from llgbm.training import TrainingConfig, train
 from llgbm.world import EMBEDDED_VERSION, World, WorldConfig
@@ -258,6 +258,13 @@ def test_embedded_worlds_of_other_defaults_are_other_worlds_and_those_of_users_s
     before = trial().id, trial(base=BASE).id
     monkeypatch.setattr("llgbm.world.EMBEDDED_VERSION", EMBEDDED_VERSION + 1)
     assert trial().id != before[0] and trial(base=BASE).id == before[1]
+
+
+def test_settings_of_a_bank_are_what_its_manifest_gives_back() -> None:
+    """A bank is gone on with where the settings in its manifest are those that are asked for."""
+    for teachers in TAUGHT.values():
+        settings = SFTConfig(replace(teachers, per_task=4)).settings
+        assert json.loads(json.dumps(settings)) == settings
 
 
 def drawn(changes: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
