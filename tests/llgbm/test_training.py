@@ -23,6 +23,7 @@ from llgbm.evaluation.metrics import (
 )
 from llgbm.generator.networks import Standardiser
 from llgbm.runtime import UserError
+from llgbm.teachers.train import TeacherConfig
 from llgbm.training import TrainingConfig, Trial, train
 from llgbm.world import World, WorldConfig, build_world, smoke_world
 
@@ -60,10 +61,11 @@ def curve(config: TrainingConfig, world: World) -> list[Mapping[str, float]]:
 
 @pytest.mark.whole
 def test_golden_curve_of_twenty_steps(tmp_path: Path, config: TrainingConfig) -> None:
-    """The base takes few and small steps, so that rounding on another processor does not grow."""
+    """Base and teachers take few and small steps, so that rounding on another processor does not grow."""
     toy = smoke_world(WorldConfig())
     pretrain = replace(toy.pretrain, steps=20, learning_rate=1e-3, vector_rate=1e-3)
-    little = replace(toy, pretrain=pretrain, teachers=replace(toy.teachers, steps=10))
+    teachers = replace(toy.teachers, steps=10, learning_rate=5e-3, betas=TeacherConfig.betas)
+    little = replace(toy, pretrain=pretrain, teachers=teachers)
     totals = [m["loss/total"] for m in curve(config, build_world(tmp_path, little, "cpu"))]
     np.testing.assert_allclose(totals, GOLDEN_TOTAL, rtol=1e-2)
 
