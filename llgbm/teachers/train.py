@@ -75,9 +75,9 @@ class TeacherConfig:
             raise UserError(
                 f"the learning rate of teachers is {self.learning_rate}; it must be a number above 0"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                f"the betas of teachers are {self.betas[0]:g} and {self.betas[1]:g}; each is at least 0 and below 1"
+                f"the betas of teachers are {self.betas}; they must be two numbers of at least 0 and below 1"
             )
         if self.rounds < 1 or not 0 <= self.target <= 1:
             raise UserError(

@@ -344,7 +344,7 @@ def test_a_bank_of_nothing_is_refused() -> None:
         with pytest.raises(UserError, match="at least one round"):
             TeacherConfig(**values)
 
-    for betas in ((1.0, 0.9), (0.9, -0.1), (0.9, math.nan)):
+    for betas in ((1.0, 0.9), (0.9, -0.1), (0.9, math.nan), (0.9,)):
         with pytest.raises(UserError, match="betas of teachers"):
             TeacherConfig(betas=betas)
 
