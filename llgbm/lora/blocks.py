@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llgbm.lora.adapters import LoraBatch
-from llgbm.lora.products import JoinedLinears, attend, gate, normalise_before, project, rotate
+from llgbm.lora.products import (
+    JoinedLinears,
+    attend,
+    attend_rotated,
+    can_attend_rotated,
+    gate,
+    normalise_before,
+    project,
+    rotate,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,33 +117,56 @@ class Pass:
         return cos[0, :, None], torch.cat([-left, right], dim=-1)
 
     def project(
-        self, index: int, names: tuple[str, ...], x: Tensor, norm_I: Tensor | None = None
+        self,
+        index: int,
+        names: tuple[str, ...],
+        x: Tensor,
+        norm_I: Tensor | None = None,
+        passed: Tensor | None = None,
     ) -> Tensor:
-        """Outputs [S, X, O] of Linear layers of a block, side by side, at x [S, X, I] times the weight of a norm."""
+        """Outputs [S, X, O] of Linear layers of a block, side by side, at x [S, X, I] times the weight of a norm.
+
+        `passed` [S, X, O] is added to them.
+        """
         block = self.decoder.layers[index]
         layers = tuple(block.get_submodule(name) for name in names)
         full = [f"{self.prefix}{index}.{name}" for name in names]
         adapted = tuple(i for i, name in enumerate(full) if name in self.a)
         joined = JoinedLinears(layers, norm_I, adapted)
         y_AMO = project(
-            x.reshape(self.n_adapters, -1, x.shape[-1]),
+            self._by_adapter(x),
             joined,
             self.scaling,
             [self.a[full[i]] for i in adapted],
             [self.b[full[i]] for i in adapted],
+            None if passed is None else self._by_adapter(passed),
         )
         return y_AMO.view(*x.shape[:2], -1)
+
+    def _by_adapter(self, x: Tensor) -> Tensor:
+        return x.reshape(self.n_adapters, -1, x.shape[-1])
 
     def block(self, index: int, x_STD: Tensor, positions_SQ: Tensor | None = None) -> Tensor:
         """Run a block; with positions only what its states there need, [S, Q, D]."""
         layer, epsilon = self.decoder.layers[index], self.config.rms_norm_eps
-        read = normalise_before(x_STD, layer.input_layernorm.weight, epsilon)
-        q, k, v = self._heads(index, *read, positions_SQ)
-        x = x_STD if positions_SQ is None else at_positions(x_STD, positions_SQ)
-        x = x + self.project(index, (OUT,), attend(q, k, v, positions_SQ))
-        read = normalise_before(x, layer.post_attention_layernorm.weight, epsilon)
-        both = self.project(index, (GATE, UP), *read)
-        return x + self.project(index, (DOWN,), gate(both))
+        x, unit, norm = normalise_before(x_STD, layer.input_layernorm.weight, epsilon)
+        mixed = self._attention(index, unit, norm, positions_SQ)
+        x = x if positions_SQ is None else at_positions(x, positions_SQ)
+        x = self.project(index, (OUT,), mixed, passed=x)
+        x, unit, norm = normalise_before(x, layer.post_attention_layernorm.weight, epsilon)
+        both = self.project(index, (GATE, UP), unit, norm)
+        return self.project(index, (DOWN,), gate(both), passed=x)
+
+    def _attention(
+        self, index: int, unit_STD: Tensor, norm: Tensor | None, positions_SQ: Tensor | None
+    ) -> Tensor:
+        """Heads [S, Q, H * E] after attention."""
+        n_q, n_kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        heads = (n_q, n_kv, self.cos.shape[-1])
+        if positions_SQ is None and can_attend_rotated(unit_STD, heads):
+            own = self.project(index, (QUERY, KEY, VALUE), unit_STD, norm)
+            return attend_rotated(own, self.cos, self.sin, n_q, n_kv)
+        return attend(*self._heads(index, unit_STD, norm, positions_SQ), positions_SQ)
 
     def _heads(
         self, index: int, unit_STD: Tensor, norm: Tensor | None, positions_SQ: Tensor | None

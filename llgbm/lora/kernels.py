@@ -76,7 +76,7 @@ if triton is not None:
         tl.store(scales + row, scale)
 
     @triton.jit
-    def _normalise_backward_kernel(g, x, weight, scales, out, width, WIDE: tl.constexpr):
+    def _normalise_backward_kernel(g, x, weight, scales, more, out, width, WIDE: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, WIDE)
         inside = at < width
@@ -85,7 +85,8 @@ if triton is not None:
         upstream = tl.load(g + row * width + at, inside, 0.0).to(tl.float32) * factor
         unit = tl.load(x + row * width + at, inside, 0.0).to(tl.float32) * scale
         along = tl.sum(upstream * unit, 0) / width
-        tl.store(out + row * width + at, (upstream - unit * along) * scale, inside)
+        beside = tl.load(more + row * width + at, inside, 0.0).to(tl.float32)
+        tl.store(out + row * width + at, (upstream - unit * along) * scale + beside, inside)
 
     @triton.jit
     def _rotate_kernel(
@@ -145,12 +146,14 @@ def normalise(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tens
     return out, scales
 
 
-def normalise_backward(g: Tensor, x: Tensor, weight_D: Tensor, scales_N: Tensor) -> Tensor:
-    """Gradient of `normalise` to x: with u = scale x, scale (w g - u mean(w g u))."""
-    g, x = g.contiguous(), x.contiguous()
+def normalise_backward(
+    g: Tensor, x: Tensor, weight_D: Tensor, scales_N: Tensor, more: Tensor
+) -> Tensor:
+    """Gradient of `normalise` to x, with u = scale x: scale (w g - u mean(w g u)); `more` of x is added to it."""
+    g, x, more = g.contiguous(), x.contiguous(), more.contiguous()
     width = x.shape[-1]
     out, wide = torch.empty_like(x), triton.next_power_of_2(width)
-    _normalise_backward_kernel[(len(scales_N),)](g, x, weight_D, scales_N, out, width, wide)
+    _normalise_backward_kernel[(len(scales_N),)](g, x, weight_D, scales_N, more, out, width, wide)
     return out
 
 

@@ -29,6 +29,14 @@ def _kernels() -> Any:
     return kernels
 
 
+@cache
+def _attention() -> Any:
+    """`llgbm.lora.attention`, imported where there is a GPU."""
+    from llgbm.lora import attention
+
+    return attention
+
+
 def on_gpu(x: Tensor) -> bool:
     """True where passes over memory are what costs, and `llgbm.lora.kernels` saves them."""
     return x.is_cuda and _kernels().are_usable()
@@ -73,7 +81,8 @@ class JoinedLinears:
         if self.norm_I is not None:
             a_AGI = a_AGI * self.norm_I
         if len(self.layers) == 1:
-            return a_AGI.to(dtype), b[0].transpose(1, 2).to(dtype).contiguous()
+            b_AGO = b[0].transpose(1, 2).to(dtype)
+            return a_AGI.to(dtype), b_AGO if b_AGO.is_cuda else b_AGO.contiguous()
         n_out = sum(layer.out_features for layer in self.layers)
         b_AGO = a_AGI.new_zeros(*a_AGI.shape[:2], n_out, dtype=dtype)
         rank = b[0].shape[2]
@@ -94,28 +103,38 @@ class JoinedLinears:
 class _Project(Function):
     @staticmethod
     def forward(
-        ctx: Any, x_AMI: Tensor, joined: JoinedLinears, scaling: float, *adapters: Tensor
+        ctx: Any,
+        x_AMI: Tensor,
+        passed_AMO: Tensor | None,
+        joined: JoinedLinears,
+        scaling: float,
+        *adapters: Tensor,
     ) -> Tensor:
         ctx.joined, ctx.scaling, ctx.n_adapted = joined, scaling, len(adapters) // 2
         weight_OI, bias_O = joined.weight_OI(), joined.bias_O()
         if not adapters:
-            return F.linear(x_AMI, weight_OI, bias_O)
+            y_AMO = F.linear(x_AMI, weight_OI, bias_O)
+            return y_AMO if passed_AMO is None else y_AMO.add_(passed_AMO)
         a_AGI, b_AGO = joined.stack(adapters[: ctx.n_adapted], adapters[ctx.n_adapted :])
         # Skinny products are quicker on a CPU with the long side last.
         low_AGM = torch.bmm(a_AGI, x_AMI.transpose(1, 2))
         ctx.save_for_backward(x_AMI, low_AGM, a_AGI, b_AGO)
         if on_gpu(x_AMI):
-            return _add_product(_expand(low_AGM, b_AGO, scaling, bias_O), x_AMI, weight_OI.T)
+            beside = bias_O if passed_AMO is None else passed_AMO
+            y_AMO = _add_product(_expand(low_AGM, b_AGO, scaling, beside), x_AMI, weight_OI.T)
+            return y_AMO if bias_O is None or passed_AMO is None else y_AMO.add_(bias_O)
         y_AMO = F.linear(x_AMI, weight_OI, bias_O)
-        return y_AMO.baddbmm_(low_AGM.transpose(1, 2), b_AGO, alpha=scaling)
+        y_AMO.baddbmm_(low_AGM.transpose(1, 2), b_AGO, alpha=scaling)
+        return y_AMO if passed_AMO is None else y_AMO.add_(passed_AMO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_AMO: Tensor) -> tuple[Tensor | None, ...]:
         joined, x_grad = ctx.joined, None
+        passed_grad = g_AMO if ctx.needs_input_grad[1] else None
         g_AMO = g_AMO.contiguous()
         if not ctx.n_adapted:
-            return torch.matmul(g_AMO, joined.weight_OI()), None, None
+            return torch.matmul(g_AMO, joined.weight_OI()), passed_grad, None, None
         x_AMI, low_AGM, a_AGI, b_AGO = ctx.saved_tensors
         low_grad = torch.bmm(b_AGO, g_AMO.transpose(1, 2)).mul_(ctx.scaling)
         if ctx.needs_input_grad[0] and on_gpu(g_AMO):
@@ -126,15 +145,15 @@ class _Project(Function):
         found = joined.split(
             torch.bmm(low_grad, x_AMI), torch.bmm(low_AGM, g_AMO).mul_(ctx.scaling)
         )
-        return x_grad, None, None, *found
+        return x_grad, passed_grad, None, None, *found
 
 
 def _expand(
-    low_AGM: Tensor, wide_AGO: Tensor, factor: float = 1.0, bias_O: Tensor | None = None
+    low_AGM: Tensor, wide_AGO: Tensor, factor: float = 1.0, beside: Tensor | None = None
 ) -> Tensor:
-    """factor lowᵀ wide + bias, [A, M, O]."""
-    if bias_O is not None:
-        return torch.baddbmm(bias_O, low_AGM.transpose(1, 2), wide_AGO, alpha=factor)
+    """factor lowᵀ wide + beside, [A, M, O]; `beside` broadcasts to it."""
+    if beside is not None:
+        return torch.baddbmm(beside, low_AGM.transpose(1, 2), wide_AGO, alpha=factor)
     out = wide_AGO.new_empty(low_AGM.shape[0], low_AGM.shape[2], wide_AGO.shape[2])
     return out.baddbmm_(low_AGM.transpose(1, 2), wide_AGO, beta=0, alpha=factor)
 
@@ -146,10 +165,18 @@ def _add_product(y_AMO: Tensor, x_AMI: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def project(
-    x_AMI: Tensor, joined: JoinedLinears, scaling: float, a: Sequence[Tensor], b: Sequence[Tensor]
+    x_AMI: Tensor,
+    joined: JoinedLinears,
+    scaling: float,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    passed_AMO: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scaling x Aᵀ Bᵀ of layers side by side, [A, M, O]; W and bias get no gradient."""
-    return _Project.apply(x_AMI, joined, scaling, *a, *b)
+    """x Wᵀ + bias + scaling x Aᵀ Bᵀ of layers side by side, [A, M, O]; W and bias get no gradient.
+
+    `passed_AMO` is what passes the layers by and is added to them.
+    """
+    return _Project.apply(x_AMI, passed_AMO, joined, scaling, *a, *b)
 
 
 class _Normalise(Function):
@@ -177,22 +204,27 @@ def normalise(x: Tensor, epsilon: float) -> Tensor:
 
 class _NormaliseInOne(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         out, scales_N = _kernels().normalise(x, weight_D, epsilon)
         ctx.save_for_backward(x, weight_D, scales_N)
-        return out
+        return x, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _kernels().normalise_backward(g, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, of_x: Tensor, g: Tensor) -> tuple[Tensor, None, None]:
+        return _kernels().normalise_backward(g, *ctx.saved_tensors, of_x), None, None
 
 
-def normalise_before(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
-    """Normalise what Linear layers read; return it and the weight of the norm that is left for `JoinedLinears`."""
+def normalise_before(
+    x: Tensor, weight_D: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalise what Linear layers read; return x for what passes them by, the norm, and its weight where it is left.
+
+    A weight that is left is for `JoinedLinears`. On a GPU the gradients of both are added in one kernel.
+    """
     if on_gpu(x):
-        return _NormaliseInOne.apply(x, weight_D, epsilon), None
-    return normalise(x, epsilon), weight_D
+        return *_NormaliseInOne.apply(x, weight_D, epsilon), None
+    return x, normalise(x, epsilon), weight_D
 
 
 class _Gate(Function):
@@ -289,3 +321,33 @@ def _attend_short(q_SQHE: Tensor, k_STKE: Tensor, v_STKE: Tensor, seen_SQT: Tens
     scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=width**-0.5)
     out = torch.bmm(scores.softmax(-1), v).view(n_texts, n_kv, shared, n_read, width)
     return out.permute(0, 3, 1, 2, 4).reshape(n_texts, n_read, n_heads * width)
+
+
+def can_attend_rotated(x_STD: Tensor, heads: tuple[int, int, int]) -> bool:
+    """Return whether `attend_rotated` takes texts like x; heads of queries, of keys and values, and their width."""
+    return (
+        on_gpu(x_STD)
+        and x_STD.shape[1] <= _attention().LONGEST
+        and _attention().can_attend(*heads, x_STD.dtype, str(x_STD.device))
+    )
+
+
+class _AttendRotated(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, own_STO: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv: int
+    ) -> Tensor:
+        ctx.save_for_backward(own_STO, cos, sin)
+        ctx.heads = n_heads, n_kv
+        return _attention().attend(own_STO, cos, sin, n_heads, n_kv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        found = _attention().attend_backward(*ctx.saved_tensors, *ctx.heads, g)
+        return found, None, None, None, None
+
+
+def attend_rotated(own_STO: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv: int) -> Tensor:
+    """Causal attention [S, T, H * E] of queries, keys and values side by side; it rotates the first two itself."""
+    return _AttendRotated.apply(own_STO, cos, sin, n_heads, n_kv)
