@@ -36,6 +36,15 @@ if triton is not None:
         return left * cos + right * sin, right * cos_right + left * sin_right
 
     @triton.jit
+    def _angles(cos, sin, at, inside, half):
+        """Cosines and sines of both halves of a head."""
+        c = tl.load(cos + at, inside, 0.0).to(tl.float32)
+        c_right = tl.load(cos + at + half, inside, 0.0).to(tl.float32)
+        s = tl.load(sin + at, inside, 0.0).to(tl.float32)
+        s_right = tl.load(sin + at + half, inside, 0.0).to(tl.float32)
+        return c, c_right, s, s_right
+
+    @triton.jit
     def _head(own, at, inside, half, cos, cos_right, sin, sin_right):
         """Both halves of a head, rotated, in the dtype of `own`."""
         left = tl.load(own + at, inside, 0.0).to(tl.float32)
@@ -70,11 +79,7 @@ if triton is not None:
         t = tl.arange(0, T)[:, None]
         narrow, wide = tl.arange(0, half)[None, :], tl.arange(0, E)[None, :]
         inside = t < n_tokens
-        angle = t * E + narrow
-        c = tl.load(cos + angle, inside, 0.0).to(tl.float32)
-        c_right = tl.load(cos + angle + half, inside, 0.0).to(tl.float32)
-        s = tl.load(sin + angle, inside, 0.0).to(tl.float32)
-        s_right = tl.load(sin + angle + half, inside, 0.0).to(tl.float32)
+        c, c_right, s, s_right = _angles(cos, sin, t * E + narrow, inside, half)
         row = (text * n_tokens + t) * ((H + 2 * K) * E)
         k, k_right = _head(
             own, row + (H + group) * E + narrow, inside, half, c, c_right, s, s_right
@@ -110,11 +115,7 @@ if triton is not None:
         t = tl.arange(0, T)[:, None]
         narrow, wide = tl.arange(0, half)[None, :], tl.arange(0, E)[None, :]
         inside = t < n_tokens
-        angle = t * E + narrow
-        c = tl.load(cos + angle, inside, 0.0).to(tl.float32)
-        c_right = tl.load(cos + angle + half, inside, 0.0).to(tl.float32)
-        s = tl.load(sin + angle, inside, 0.0).to(tl.float32)
-        s_right = tl.load(sin + angle + half, inside, 0.0).to(tl.float32)
+        c, c_right, s, s_right = _angles(cos, sin, t * E + narrow, inside, half)
         row = (text * n_tokens + t) * ((H + 2 * K) * E)
         at_k, at_v = row + (H + group) * E + narrow, row + (H + K + group) * E + wide
         k, k_right = _head(own, at_k, inside, half, c, c_right, s, s_right)
