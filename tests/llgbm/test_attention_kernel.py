@@ -125,6 +125,33 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 
+def test_a_gpu_that_the_kernel_does_not_fit_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(attention, "attend", refuse)
+    monkeypatch.setattr(attention, "triton", object())
+    attention.can_attend.cache_clear()
+    answers = [attention.can_attend(4, 2, 32, torch.float16, "cpu") for _ in range(2)]
+    attention.can_attend.cache_clear()
+    assert answers == [False, False]
+    assert capsys.readouterr().err.count("out of shared memory") == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(32, torch.float32), (16, torch.float16), (96, torch.bfloat16), (256, torch.float16)],
+)
+def test_heads_that_no_tile_holds_are_left_to_the_library(
+    monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(attention, "triton", object())
+    monkeypatch.setattr(attention, "attend", lambda *_: pytest.fail("tried"))
+    assert not attention.can_attend(4, 2, width, dtype, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CHECKS)
 def test_attention_computes_its_formula_on_a_gpu(name: str) -> None:
