@@ -106,20 +106,23 @@ def check_rotate(device: str) -> None:
                 assert torch.equal(kernels.rotate(part, *angle), kernels.rotate(plain, *angle))
 
 
-def small_model(device: str) -> Qwen2ForCausalLM:
-    """A base whose norms, biases and weights all move its states."""
+def small_model(
+    device: str, sizes: tuple[int, int, int, int, int] = (24, 40, 2, 4, 2), scale: float = 0.2
+) -> Qwen2ForCausalLM:
+    """A base whose norms, biases and weights all move its states: width, of the MLP, layers, heads, of keys."""
+    hidden, intermediate, layers, heads, kv_heads = sizes
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=50,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
     )
     model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, scale)
     return model.to(device)
 
 
