@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llgbm.runtime import say
+from llgbm.lora.kernels import say_slower
 
 try:
     import triton
@@ -160,8 +160,7 @@ def can_attend(n_heads: int, n_kv: int, width: int, dtype: torch.dtype, device: 
         out = attend(own, angles, angles, n_heads, n_kv)
         attend_backward(own, angles, angles, n_heads, n_kv, out)
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
-        say(f"attention takes several kernels on the GPU here, so passes take longer: {cause}")
+        say_slower("attention takes several kernels on the GPU here", error)
         return False
     return True
 

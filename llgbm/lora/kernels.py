@@ -33,10 +33,15 @@ def are_usable() -> bool:
             raise ImportError("Triton is not installed")
         gate(torch.ones(1, 2, device="cuda"))
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
-        say(f"no kernels can be built for the GPU here, so passes take longer: {cause}")
+        say_slower("no kernels can be built for the GPU here", error)
         return False
     return True
+
+
+def say_slower(found: str, error: Exception) -> None:
+    """Say what was found of this GPU, and why, in one line."""
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    say(f"{found}, so passes take longer: {cause}")
 
 
 if triton is not None:
